@@ -1,0 +1,180 @@
+"""Reads a run config: YAML or gin file, `--set` overrides, validation; writes it back resolved.
+
+Every mistake is a `UserError` of one line: file (or the `--set` it came from), key, value, what was expected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from lobra_jax.config.fields import USER_ERROR_TYPE, suggest
+from lobra_jax.config.gin_file import read_gin
+from lobra_jax.config.overrides import Override, apply_override, parse_override
+from lobra_jax.config.schema import RunConfig
+from lobra_jax.models.config import PRESETS, LlamaConfig
+from lobra_jax.models.hf_config import load_llama_config
+from planner.errors import UserError
+
+Location = tuple[str | int, ...]
+"""Where a value stands in the raw config, as pydantic reports it: ("tasks", 0, "lr")."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, check_files: bool = True) -> RunConfig:
+    """Reads and checks a config.
+
+    Args:
+      path: `.yaml`, `.yml` or `.gin`.
+      overrides: "key=value" each, dotted keys: "training.seed=1", "tasks.dolly.lr=1e-3", "tasks.0.lr=1e-3",
+        "tasks.*.steps=5"; later ones win. Values are read as YAML.
+      check_files: whether the data files, histogram, tokenizer and model folder that the config names must exist.
+
+    Relative paths, in overrides too, count from the config file's folder.
+    """
+    path = Path(path)
+    raw = _read(path)
+    parsed = [parse_override(text) for text in overrides]
+    for override in parsed:
+        apply_override(raw, override)
+    try:
+        config = RunConfig.model_validate(raw, context={"folder": path.resolve().parent})
+    except ValidationError as error:
+        raise _first_error(error, raw, path, parsed) from error
+    if check_files:
+        _check_files(config, path)
+    return config
+
+
+def save_config(config: RunConfig, path: str | Path) -> None:
+    """Writes the config with every default and absolute paths; loads again equal from anywhere."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def select_tasks(config: RunConfig, names: Iterable[str]) -> RunConfig:
+    """The config with only the named tasks, in the config's order; an unknown name raises `UserError`."""
+    names = list(names)
+    known = [task.name for task in config.tasks]
+    for name in names:
+        if name not in known:
+            raise UserError(f"unknown task {name!r}", key="--tasks", expected=suggest(name, known))
+    if not names:
+        raise UserError("no task named", key="--tasks", expected=f"one or more of {', '.join(known)}")
+    return config.model_copy(update={"tasks": tuple(task for task in config.tasks if task.name in names)})
+
+
+def model_config(config: RunConfig) -> LlamaConfig:
+    """Shapes of the base model: a preset's, or those of the Hugging Face folder's config.json."""
+    if config.model.preset is not None:
+        return PRESETS[config.model.preset]
+    return load_llama_config(config.model.path)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML, but a key given twice is an error instead of a silent loss."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if isinstance(key_node, yaml.ScalarNode) and key != "<<" and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key if isinstance(key_node, yaml.ScalarNode) else id(key_node))
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    expected = "a YAML or gin file"
+    if path.suffix not in (".yaml", ".yml", ".gin"):
+        raise UserError(f"unknown kind of config {path.suffix!r}", file=path, expected="a .yaml, .yml or .gin file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read the config: {error.strerror}", file=path, expected=expected) from error
+    except UnicodeDecodeError as error:
+        raise UserError("not UTF-8 text", file=path, expected=expected) from error
+    if path.suffix == ".gin":
+        return read_gin(text, path)
+    try:
+        raw = yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f":{error.problem_mark.line + 1}"
+        raise UserError(f"not YAML: {error.problem}", file=f"{path}{line}", expected="a YAML mapping") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"not YAML: {error}", file=path, expected="a YAML mapping") from error
+    if not isinstance(raw, dict):
+        problem = "an empty config" if raw is None else "not a mapping"
+        raise UserError(problem, file=path, expected=f"a mapping with {', '.join(RunConfig.model_fields)}")
+    return raw
+
+
+def _first_error(error: ValidationError, raw: dict[str, Any], path: Path, overrides: Sequence[Override]) -> UserError:
+    """The most telling of pydantic's errors: a misspelt key comes before the required key that it leaves missing."""
+    details = sorted(error.errors(include_url=False), key=lambda detail: detail["type"] != "extra_forbidden")[0]
+    location, kind, value = details["loc"], details["type"], details["input"]
+    source = next((o for o in reversed(overrides) if o.covers(location, raw)), None)
+    where = {"file": path if source is None else f"--set {source.text}", "key": _key(location, raw)}
+    if kind == "extra_forbidden":
+        known = _section(location[:-1]).model_fields
+        return UserError(f"unknown key {str(location[-1])!r}", **where, expected=suggest(str(location[-1]), known))
+    if kind == "missing":
+        return UserError("missing", **where, expected=f"a value for {location[-1]!r}")
+    shown = value if isinstance(value, str | int | float | bool) or (isinstance(value, list) and len(value) < 9) else None
+    if kind == USER_ERROR_TYPE:
+        context = details["ctx"]
+        return UserError(context["problem"], **where, value=shown, expected=context["expected"])
+    if kind == "model_type":
+        return UserError("not a mapping", **where, value=shown, expected="a mapping of keys")
+    for prefix in ("Input should be ", "Value should have "):
+        if details["msg"].startswith(prefix):
+            problem = "no value" if value is None else "bad value"
+            return UserError(problem, **where, value=shown, expected=details["msg"].removeprefix(prefix))
+    return UserError(details["msg"], **where, value=shown)
+
+
+def _key(location: Location, raw: Any) -> str | None:
+    """The dotted key as `--set` takes it, a task by its name where it has one."""
+    parts = []
+    for index, part in enumerate(location):
+        if index == 1 and location[0] == "tasks":
+            task = raw["tasks"][part]
+            name = task.get("name") if isinstance(task, dict) else None
+            part = name if isinstance(name, str) and name else part
+        parts.append(str(part))
+    return ".".join(parts) or None
+
+
+def _section(location: Location) -> type[BaseModel]:
+    """The schema class of the section at `location`."""
+    section: Any = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            section = get_args(section)[0]
+        else:
+            section = section.model_fields[part].annotation
+    return section
+
+
+def _check_files(config: RunConfig, path: Path) -> None:
+    def require(found: bool, key: str, value: Path, expected: str) -> None:
+        if not found:
+            raise UserError("not found", file=path, key=key, value=str(value), expected=expected)
+
+    if config.model.path is not None:
+        folder = config.model.path
+        require((folder / "config.json").is_file(), "model.path", folder, "a folder with config.json and weights")
+    if config.data.source == "synthetic":
+        require(config.data.lengths.is_file(), "data.lengths", config.data.lengths, "a histogram (hist.json)")
+        return
+    if config.data.tokenizer is not None:
+        require(config.data.tokenizer.is_file(), "data.tokenizer", config.data.tokenizer, "a tokenizer.json")
+    for task in config.tasks:
+        if not task.files:
+            raise UserError("no data", file=path, key=f"tasks.{task.name}.files", expected="one or more JSONL files")
+        for key in ("files", "eval_files"):
+            for file in getattr(task, key):
+                require(file.is_file(), f"tasks.{task.name}.{key}", file, "an existing JSONL file")

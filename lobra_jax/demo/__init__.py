@@ -1,0 +1,1 @@
+"""What `lobra demo` needs beside the ordinary commands: real text, a tokenizer, a small base, a run config."""

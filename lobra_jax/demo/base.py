@@ -1,0 +1,175 @@
+"""Pre-trains the demo's small Llama base on generic standard-library text: all parameters, AdamW, fp32, one device.
+
+    python -m lobra_jax.demo.base --corpus OUT/data/base.jsonl --tokenizer OUT/tokenizer.json --out OUT/base
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lobra_jax.demo.tokenizer import BOS, EOS, VOCAB_SIZE
+from lobra_jax.models.config import LlamaConfig
+from lobra_jax.models.llama import AbstractStage, abstract_stage
+from planner.errors import UserError
+
+BASE = LlamaConfig(
+    name="demo-base",
+    vocab_size=VOCAB_SIZE,
+    hidden_size=128,
+    intermediate_size=352,
+    num_layers=4,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=16,
+    rope_theta=100_000.0,
+)
+"""1.3 million parameters. Heads, feed-forward and vocabulary divide by 8, layers by 4: any plan of 8 devices fits."""
+
+PHASES = ((0.75, 16, 128), (0.2, 4, 512), (0.05, 1, 2048))
+"""(share of the steps, rows, length): short windows first, as they train fastest; the last see far positions."""
+
+DEFAULT_STEPS = 480
+PEAK_LR = 4e-3
+WARMUP_SHARE = 0.05
+WEIGHT_DECAY = 0.05
+CLIP_NORM = 1.0
+INIT_STD = 0.02
+
+Params = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """Result of `pretrain`: fp32 weights by flat name and what it took."""
+
+    params: dict[str, np.ndarray]
+    num_steps: int
+    num_tokens: int
+    loss: float
+    seconds: float
+
+
+def pretrain(
+    config: LlamaConfig,
+    tokens: np.ndarray,
+    *,
+    steps: int = DEFAULT_STEPS,
+    seconds: float | None = None,
+    seed: int = 0,
+    on_step: Callable[[int, float], None] | None = None,
+) -> Pretrained:
+    """Next-token training on windows of one token stream [n].
+
+    The learning rate warms up and falls to zero over `steps`, or over `seconds` if they pass sooner (then the result
+    depends on the machine). `loss` is the mean of the last tenth of the steps, nats a token.
+    """
+    started = time.perf_counter()
+    stage = abstract_stage(config, range(config.num_layers), jnp.float32)
+    rng = np.random.default_rng(seed)
+    params = init_params(stage, rng)
+    optimiser = optax.chain(
+        optax.clip_by_global_norm(CLIP_NORM), optax.scale_by_adam(b2=0.98), optax.add_decayed_weights(WEIGHT_DECAY)
+    )
+    state = optimiser.init(params)
+    update = jax.jit(functools.partial(_update, stage, optimiser), donate_argnums=(0, 1))
+    losses: list[jax.Array] = []
+    num_tokens = 0
+    for step, (rows, length) in enumerate(_shapes(steps)):
+        progress = step / steps
+        if seconds is not None:
+            progress = max(progress, (time.perf_counter() - started) / seconds)
+        if progress >= 1:
+            break
+        starts = rng.integers(0, len(tokens) - length - 1, rows)
+        batch = tokens[starts[:, None] + np.arange(length + 1)]
+        params, state, loss = update(params, state, batch, np.float32(learning_rate(progress)))
+        losses.append(loss)
+        num_tokens += rows * length
+        if on_step is not None:
+            on_step(step, float(loss))
+    tail = losses[-max(1, len(losses) // 10) :]
+    return Pretrained(
+        params={name: np.asarray(value) for name, value in params.items()},
+        num_steps=len(losses),
+        num_tokens=num_tokens,
+        loss=float(np.mean([float(loss) for loss in tail])),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _shapes(steps: int) -> Iterator[tuple[int, int]]:
+    """(rows, length) of each step."""
+    ends = np.cumsum([share for share, _, _ in PHASES]) * steps
+    for step in range(steps):
+        _, rows, length = PHASES[min(int(np.searchsorted(ends, step, side="right")), len(PHASES) - 1)]
+        yield rows, length
+
+
+def learning_rate(progress: float) -> float:
+    """Linear warm-up, then cosine to zero; `progress` in [0, 1)."""
+    if progress < WARMUP_SHARE:
+        return PEAK_LR * (progress + 0.1 * WARMUP_SHARE) / (1.1 * WARMUP_SHARE)
+    return PEAK_LR * 0.5 * (1 + math.cos(math.pi * (progress - WARMUP_SHARE) / (1 - WARMUP_SHARE)))
+
+
+def init_params(stage: AbstractStage, rng: np.random.Generator) -> Params:
+    """Norms 1, everything else normal; output projections of the residual branches scaled down by depth (GPT-2)."""
+    params = {}
+    for name, weight in stage.weights.items():
+        if len(weight.shape) == 1:
+            value = np.zeros(weight.shape) if name.endswith("_bias") else np.ones(weight.shape)
+        else:
+            std = INIT_STD / math.sqrt(2 * stage.config.num_layers) if name.endswith((".o", ".down")) else INIT_STD
+            value = rng.normal(0, std, weight.shape)
+        params[name] = jnp.asarray(value, weight.dtype)
+    return params
+
+
+def mean_loss(stage: AbstractStage, params: Mapping[str, jax.Array], batch: jax.Array) -> jax.Array:
+    """Mean next-token loss of windows [rows, length + 1], nats."""
+    model = stage.merge(params)
+    hidden = model(batch[:, :-1], {}, None, remat="none", shard=_no_sharding)
+    logits = jnp.einsum("bld,dv->blv", hidden, model.unembedding)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
+
+
+def _no_sharding(x: jax.Array, *axes: str | None) -> jax.Array:
+    return x
+
+
+def _update(
+    stage: AbstractStage,
+    optimiser: optax.GradientTransformation,
+    params: Params,
+    state: Any,
+    batch: jax.Array,
+    lr: jax.Array,
+) -> tuple[Params, Any, jax.Array]:
+    loss, grads = jax.value_and_grad(functools.partial(mean_loss, stage))(params, batch)
+    direction, state = optimiser.update(grads, state, params)
+    return jax.tree.map(lambda p, d: p - lr * d, params, direction), state, loss
+
+
+def token_stream(corpus: str | Path, tokenizer: str | Path) -> np.ndarray:
+    """All texts of a JSONL file of {"text"} as one int32 stream, each between `BOS` and `EOS`."""
+    from tokenizers import Tokenizer
+
+    encoder = Tokenizer.from_file(str(tokenizer))
+    with Path(corpus).open(encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in lines]
+    bos, eos = encoder.token_to_id(BOS), encoder.token_to_id(EOS)
+    stream = [[bos, *encoding.ids, eos] for encoding in encoder.encode_batch(texts, add_special_tokens=False)]
+    return np.concatenate([np.asarray(ids, np.int32) for ids in stream])

@@ -1,0 +1,259 @@
+"""The joint step: every replica's micro-batches, the gradient sum, one update, new adapters on every replica.
+
+One controller issues everything; nothing here waits for a device except `finish`, which the training loop calls for a
+step after it has issued the next one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from lobra_jax.data.batches import MicroBatchArrays
+from lobra_jax.lora import Adapters, LoraSpec, TaskInputs, init_adapters
+from lobra_jax.mesh import cut
+from lobra_jax.models.config import LlamaConfig
+from lobra_jax.models.weights import WeightSource
+from lobra_jax.optim import HyperInputs
+from lobra_jax.reduce import AdapterState, GradientSum
+from lobra_jax.replica import Issued, Replica, ReplicaRun, Shape
+from lobra_jax.schedule import Action, dependency
+from planner.lattice import shapes as lattice_shapes
+from planner.plan import Plan
+
+ReplicaBatches = Sequence[Sequence[MicroBatchArrays]]
+"""[replica][micro-batch], each replica's most expensive first."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActionTime:
+    """When one stage worked on one micro-batch, seconds since the step's start."""
+
+    action: Action
+    shape: Shape
+    start_s: float
+    end_s: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """One finished step.
+
+    Attributes:
+      losses: float64 [T], mean loss over the task's target tokens; 0 for a task that took no part.
+      gradient_norms: [T], before clipping.
+      alive: [T] bool, false for good once a task's gradient was not finite.
+      replica_s: by replica, from the step's start to the end of its last micro-batch; 0 without work.
+      execute_s: the slowest replica's.
+      sum_update_s: from there to the new adapters on every replica.
+      total_s: their sum, the step.
+      actions: [replica][action], measured.
+    """
+
+    losses: np.ndarray
+    gradient_norms: np.ndarray
+    alive: np.ndarray
+    replica_s: tuple[float, ...]
+    execute_s: float
+    sum_update_s: float
+    total_s: float
+    actions: tuple[tuple[ActionTime, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IssuedStep:
+    """A step handed to the devices and not yet waited for."""
+
+    issued_at: float
+    runs: tuple[ReplicaRun, ...]
+    gradient_norms: Array
+    alive: Array
+    ends: tuple[tuple[Future, ...], ...]
+    adapters_ready: Future
+
+
+class Engine:
+    """All replicas of a plan, the adapters' state, and the step over them.
+
+    Args:
+      plan: which replicas.
+      model: base model shape.
+      specs: one adapter each task.
+      dtype: of base weights and activations.
+      devices: all devices by default; the plan takes the first.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        model: LlamaConfig,
+        specs: Sequence[LoraSpec],
+        *,
+        dtype: Any,
+        devices: Sequence[Any] | None = None,
+    ) -> None:
+        self.plan = plan
+        self.model = model
+        self.specs = tuple(specs)
+        self.replicas = tuple(
+            Replica(
+                index=index,
+                model=model,
+                submesh=submesh,
+                num_tasks=len(specs),
+                max_rank=max(spec.rank for spec in specs),
+                dropout=any(spec.dropout > 0 for spec in specs),
+                dtype=dtype,
+            )
+            for index, submesh in enumerate(cut(plan, devices))
+        )
+        self.gradient_sum = GradientSum(self.replicas, model.num_layers, len(specs))
+        tasks = TaskInputs(
+            scales=np.asarray([spec.scale for spec in specs], np.float32),
+            dropout_rates=np.asarray([spec.dropout for spec in specs], np.float32),
+        )
+        self.tasks = [replica.place_tasks(tasks) for replica in self.replicas]
+        self.state: AdapterState
+        self._spread: list[list[Adapters]]
+        num_stages = sum(replica.parallel.pp for replica in self.replicas)
+        self._watchers = ThreadPoolExecutor(2 * (num_stages + 1), thread_name_prefix="watch")
+        self._previous_ready: Future | None = None
+
+    def load(self, source: WeightSource) -> None:
+        for replica in self.replicas:
+            replica.load(source)
+
+    def init_adapters(self, seeds: Sequence[int]) -> None:
+        """Fresh adapters, one seed a task."""
+        self.set_state(self.gradient_sum.init(init_adapters(self.model, self.specs, seeds)))
+
+    def set_state(self, state: AdapterState) -> None:
+        self.state = state
+        self._spread = self.gradient_sum.spread(state.adapters)
+
+    def shapes(self) -> list[list[Shape]]:
+        """The plan's shape lattice, by replica."""
+        return [list(lattice_shapes(group.capacity_tokens, self.plan.buckets)) for group in self.plan.expanded()]
+
+    def compile(
+        self, shapes: Sequence[Sequence[Shape]], *, evaluation: bool, num_threads: int
+    ) -> Iterator[tuple[int, int]]:
+        """Compiles [replica][shape] in parallel, yielding (programs done, programs in all) as they finish."""
+        with ThreadPoolExecutor(num_threads, thread_name_prefix="compile") as executor:
+            futures = [
+                future
+                for replica, own in zip(self.replicas, shapes, strict=True)
+                for future in replica.compile(own, executor, evaluation_shapes=own if evaluation else ())
+            ]
+            for done, future in enumerate(futures, start=1):
+                future.result()
+                yield done, len(futures)
+
+    def issue(self, batches: ReplicaBatches, hyper: HyperInputs) -> IssuedStep:
+        """Hands one step to the devices, all replicas interleaved; returns at once."""
+        issued_at = time.perf_counter()
+        runs = tuple(ReplicaRun(gradients=replica.zero_gradients()) for replica in self.replicas)
+        issuing = [
+            replica.issue(run, micro_batches, self._spread[replica.index], self.tasks[replica.index])
+            for replica, run, micro_batches in zip(self.replicas, runs, batches, strict=True)
+        ]
+        while issuing:
+            issuing = [actions for actions in issuing if next(actions, StopIteration) is not StopIteration]
+        state, norms = self.gradient_sum.step(self.state, [run.gradients for run in runs], hyper)
+        self.set_state(state)
+        for run in runs:
+            run.gradients.clear()
+        ends = tuple(
+            tuple(
+                self._watchers.submit(_await_each, [i.done for i in run.issued if i.action.stage == stage])
+                for stage in range(replica.parallel.pp)
+            )
+            for replica, run in zip(self.replicas, runs, strict=True)
+        )
+        ready = self._watchers.submit(_await_all, self._spread)
+        return IssuedStep(
+            issued_at=issued_at,
+            runs=runs,
+            gradient_norms=norms,
+            alive=state.alive,
+            ends=ends,
+            adapters_ready=ready,
+        )
+
+    def finish(self, step: IssuedStep) -> StepResult:
+        """Waits for a step; losses, norms and times."""
+        start = step.issued_at
+        if self._previous_ready is not None:
+            start = max(start, self._previous_ready.result())
+        self._previous_ready = step.adapters_ready
+        losses = np.zeros(len(self.specs), np.float64)
+        for run in step.runs:
+            for micro_batch_losses in run.losses:
+                losses += np.asarray(micro_batch_losses, np.float64)
+        actions = tuple(
+            _action_times(run.issued, [end.result() for end in ends], replica.parallel.pp, start)
+            for replica, run, ends in zip(self.replicas, step.runs, step.ends, strict=True)
+        )
+        replica_s = tuple(max((a.end_s for a in own), default=0.0) for own in actions)
+        total_s = step.adapters_ready.result() - start
+        execute_s = max(replica_s)
+        return StepResult(
+            losses=losses,
+            gradient_norms=np.asarray(step.gradient_norms),
+            alive=np.asarray(step.alive),
+            replica_s=replica_s,
+            execute_s=execute_s,
+            sum_update_s=total_s - execute_s,
+            total_s=total_s,
+            actions=actions,
+        )
+
+    def evaluate(self, batches: ReplicaBatches) -> np.ndarray:
+        """float64 [T]: each task's weighted token losses over [replica][micro-batch], without dropout."""
+        results = [
+            replica.evaluate(arrays, self._spread[replica.index], self.tasks[replica.index])
+            for replica, own in zip(self.replicas, batches, strict=True)
+            for arrays in own
+        ]
+        return sum((np.asarray(r, np.float64) for r in results), start=np.zeros(len(self.specs)))
+
+
+def _await_each(done: list[Array]) -> list[float]:
+    """When each of one stage's outputs became ready (`perf_counter` seconds)."""
+    ends = []
+    for array in done:
+        array.block_until_ready()
+        ends.append(time.perf_counter())
+    return ends
+
+
+def _await_all(tree: Any) -> float:
+    jax.block_until_ready(tree)
+    return time.perf_counter()
+
+
+def _action_times(
+    issued: Sequence[Issued], ends: Sequence[Sequence[float]], num_stages: int, start: float
+) -> tuple[ActionTime, ...]:
+    """Each action began when its stage was free and its input was there, so far as ends tell."""
+    remaining = [iter(stage_ends) for stage_ends in ends]
+    free = [start] * num_stages
+    end_of: dict[Action, float] = {}
+    times = []
+    for item in issued:
+        action = item.action
+        end = max(next(remaining[action.stage]), free[action.stage])
+        needs = dependency(action, num_stages)
+        begin = max(free[action.stage], start if needs is None else end_of[needs])
+        times.append(
+            ActionTime(action=action, shape=item.shape, start_s=min(begin, end) - start, end_s=end - start)
+        )
+        free[action.stage] = end_of[action] = end
+    return tuple(times)

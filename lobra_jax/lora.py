@@ -1,0 +1,164 @@
+"""Stacked LoRA adapters: many tasks' low-rank pairs in one array per linear, each batch row using its own task's.
+
+Adapters are a plain pytree, `adapters[layer][target] = {"a": [task, in, rank], "b": [task, rank, out]}` in fp32, handed
+to the model as an argument and to `grad` as the differentiated part. Knows neither optimiser nor mesh.
+
+Shape letters: T task, B row, L position, I in features, O out features, R padded rank.
+
+A task of lower rank, or one that does not adapt a linear, holds exact zeros there. Both factors being zero, their
+gradients are exactly zero too (d/da = x^T (dy b^T), d/db = (x a)^T dy), so padding never reaches a norm or an export.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lobra_jax.models.config import TARGETS, LlamaConfig
+
+Adapters = dict[str, dict[str, dict[str, Array]]]
+"""layer index as a string -> target -> {"a", "b"}."""
+
+DROPOUT_SITES = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 2, "up": 2, "down": 3}
+"""Linears that read the same activation share one dropout mask."""
+NUM_DROPOUT_SITES = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraSpec:
+    """One task's adapter: rank, alpha, scaling rule, adapted linears, dropout on the adapter's input."""
+
+    rank: int
+    alpha: float
+    rslora: bool = False
+    targets: tuple[str, ...] = TARGETS
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"LoraSpec.rank = {self.rank}: expected >= 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"LoraSpec.dropout = {self.dropout}: expected 0 <= dropout < 1")
+        unknown = [target for target in self.targets if target not in TARGETS]
+        if unknown or not self.targets:
+            raise ValueError(f"LoraSpec.targets = {self.targets}: expected some of {', '.join(TARGETS)}")
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, or alpha / sqrt(rank) with rank-stabilised LoRA (Kalajdzievski, 2023)."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskInputs:
+    """Per-task values of one step, arrays so that no value is compiled in.
+
+    Attributes:
+      scales: [T] float32, alpha / rank.
+      dropout_rates: [T] float32.
+    """
+
+    scales: Array
+    dropout_rates: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowInputs:
+    """What the adapters need to know of each row of a micro-batch.
+
+    Attributes:
+      task_ids: [B] int32.
+      scales: [B] float32.
+      dropout_keys: [B] keys, or None when no task of the run uses dropout.
+      keep_rates: [B] float32, 1 - dropout; None with `dropout_keys`.
+    """
+
+    task_ids: Array
+    scales: Array
+    dropout_keys: Array | None
+    keep_rates: Array | None
+
+
+def init_adapters(config: LlamaConfig, specs: Sequence[LoraSpec], seeds: Sequence[int]) -> Adapters:
+    """Fresh adapters as NumPy arrays: a ~ U(-1/sqrt(in), 1/sqrt(in)) (PEFT's Kaiming with slope sqrt 5), b = 0.
+
+    A task's values depend on its own seed, rank and targets alone, not on its co-tenants.
+    """
+    max_rank = max(spec.rank for spec in specs)
+    adapters: Adapters = {}
+    for layer in range(config.num_layers):
+        adapters[str(layer)] = {}
+        for target, (fan_in, fan_out) in config.target_shapes.items():
+            a = np.zeros((len(specs), fan_in, max_rank), np.float32)
+            b = np.zeros((len(specs), max_rank, fan_out), np.float32)
+            for task, (spec, seed) in enumerate(zip(specs, seeds, strict=True)):
+                if target in spec.targets:
+                    name = zlib.crc32(f"layers.{layer}.{target}".encode())
+                    rng = np.random.Generator(np.random.Philox(key=[seed, name]))
+                    bound = 1 / math.sqrt(fan_in)
+                    a[task, :, : spec.rank] = rng.uniform(-bound, bound, (fan_in, spec.rank))
+            adapters[str(layer)][target] = {"a": a, "b": b}
+    return adapters
+
+
+def task_adapter(adapters: Adapters, task: int, spec: LoraSpec) -> Adapters:
+    """One task's own adapter, padding cut off: {layer: {target: {"a": [in, rank], "b": [rank, out]}}}."""
+    return {
+        layer: {
+            target: {
+                "a": np.asarray(pair["a"][task])[:, : spec.rank],
+                "b": np.asarray(pair["b"][task])[: spec.rank],
+            }
+            for target, pair in targets.items()
+            if target in spec.targets
+        }
+        for layer, targets in adapters.items()
+    }
+
+
+def row_inputs(tasks: TaskInputs, task_ids: Array, dropout_ids: Array, *, dropout: bool) -> RowInputs:
+    """Looks up each row's task values; `dropout_ids` [B] uint32 identify (task, task step, sequence)."""
+    keys = keep_rates = None
+    if dropout:
+        keys = jax.vmap(lambda row: jax.random.key(row, impl="threefry2x32"))(dropout_ids)
+        keep_rates = 1 - tasks.dropout_rates[task_ids]
+    return RowInputs(task_ids=task_ids, scales=tasks.scales[task_ids], dropout_keys=keys, keep_rates=keep_rates)
+
+
+def drop(x_BLI: Array, rows: RowInputs, layer: int, site: int) -> Array:
+    """LoRA dropout on one activation.
+
+    A value's fate depends on (task, task step, sequence, layer, site, position, feature) only: partitionable threefry
+    gives position l of a [L, I] mask the same bits whatever L is, and whatever the sharding.
+    """
+    if rows.dropout_keys is None:
+        return x_BLI
+
+    def mask(key: Array, keep: Array) -> Array:
+        bits = jax.random.uniform(jax.random.fold_in(key, layer * NUM_DROPOUT_SITES + site), x_BLI.shape[1:])
+        return jnp.where(bits < keep, 1 / keep, 0.0)
+
+    return x_BLI * jax.vmap(mask)(rows.dropout_keys, rows.keep_rates).astype(x_BLI.dtype)
+
+
+def low_rank_deltas(
+    x_BLI: Array, pairs: dict[str, dict[str, Array]], targets: Sequence[str], rows: RowInputs, layer: int
+) -> list[Array]:
+    """scale * dropout(x) a_t b_t for linears that read the same `x`, one [B, L, O] each; one input matmul for all."""
+    x_BLI = drop(x_BLI, rows, layer, DROPOUT_SITES[targets[0]])
+    a_BIR = jnp.concatenate([pairs[t]["a"].astype(x_BLI.dtype)[rows.task_ids] for t in targets], axis=-1)
+    h_BLR = jnp.einsum("bli,bir->blr", x_BLI, a_BIR) * rows.scales.astype(x_BLI.dtype)[:, None, None]
+    ranks = np.cumsum([pairs[t]["a"].shape[-1] for t in targets])[:-1].tolist()
+    return [
+        jnp.einsum("blr,bro->blo", h, pairs[t]["b"].astype(x_BLI.dtype)[rows.task_ids])
+        for t, h in zip(targets, jnp.split(h_BLR, ranks, axis=-1), strict=True)
+    ]

@@ -1,0 +1,82 @@
+"""Next-token loss in token chunks, so that logits [tokens, vocab] never exist at once.
+
+The vocabulary projection is frozen: the gradient of the hidden states is formed beside the loss, chunk by chunk, and
+kept instead of the logits. Shape letters as in `models.llama`; C chunk.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lobra_jax.models.llama import Shard
+
+MAX_CHUNK_TOKENS = 2048
+"""Tokens of a micro-batch whose logits are alive together."""
+
+
+def _num_chunks(rows: int, length: int) -> int:
+    """The fewest equal chunks along the length with at most MAX_CHUNK_TOKENS tokens each (at least one position)."""
+    wanted = max(1, -(-rows * length // MAX_CHUNK_TOKENS))
+    return next(n for n in range(min(wanted, length), length + 1) if length % n == 0)
+
+
+def _chunk(h_BLD: Array, head_DV: Array, targets_BL: Array, shard: Shard) -> tuple[Array, Array]:
+    """(token losses [B, L], softmax minus one-hot [B, L, V]) of one chunk, fp32."""
+    logits = jnp.einsum("bld,dv->blv", h_BLD, head_DV, preferred_element_type=jnp.float32)
+    logits = shard(logits, "batch", "position", "vocab")
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets_BL[..., None]
+    picked = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    probabilities = jnp.exp(logits - log_z[..., None])
+    return log_z - picked, probabilities - is_target.astype(jnp.float32)
+
+
+def _split(x: Array, chunks: int) -> Array:
+    """[B, L, ...] -> [chunks, B, L / chunks, ...]."""
+    b, length = x.shape[:2]
+    return jnp.moveaxis(x.reshape(b, chunks, length // chunks, *x.shape[2:]), 1, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def weighted_row_losses(h_BLD: Array, head_DV: Array, targets_BL: Array, weights_BL: Array, shard: Shard) -> Array:
+    """[B] fp32: sum over positions of weight x negative log-likelihood. Differentiable in `h_BLD` only."""
+    return _forward(h_BLD, head_DV, targets_BL, weights_BL, shard, with_gradient=False)[0]
+
+
+def _forward(
+    h_BLD: Array, head_DV: Array, targets_BL: Array, weights_BL: Array, shard: Shard, *, with_gradient: bool
+) -> tuple[Array, Array | None]:
+    h_BLD = shard(h_BLD, "batch", "position", "hidden")
+    chunks = _num_chunks(*targets_BL.shape)
+
+    def body(total_B: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, Array | None]:
+        h, targets, weights = chunk
+        losses, d_logits = _chunk(h, head_DV, targets, shard)
+        # A position of weight zero adds nothing even where its loss is not finite.
+        total_B = total_B + jnp.sum(jnp.where(weights == 0, 0.0, weights * losses), axis=-1)
+        if not with_gradient:
+            return total_B, None
+        d_logits = (d_logits * weights[..., None]).astype(h.dtype)
+        return total_B, jnp.einsum("blv,dv->bld", d_logits, head_DV)
+
+    zero = jnp.zeros(targets_BL.shape[:1], jnp.float32)
+    xs = tuple(_split(x, chunks) for x in (h_BLD, targets_BL, weights_BL))
+    total_B, d_h = jax.lax.scan(body, zero, xs)
+    if with_gradient:
+        d_h = jnp.moveaxis(d_h, 0, 1).reshape(h_BLD.shape)
+    return total_B, d_h
+
+
+def _fwd(h_BLD: Array, head_DV: Array, targets_BL: Array, weights_BL: Array, shard: Shard) -> tuple[Array, Array]:
+    return _forward(h_BLD, head_DV, targets_BL, weights_BL, shard, with_gradient=True)
+
+
+def _bwd(shard: Shard, d_h_BLD: Array, cotangent_B: Array) -> tuple[Array, None, None, None]:
+    return (d_h_BLD * cotangent_B[:, None, None].astype(d_h_BLD.dtype), None, None, None)
+
+
+weighted_row_losses.defvjp(_fwd, _bwd)

@@ -1,0 +1,1 @@
+"""The base model: its shape, its presets, its weights in and out."""

@@ -1,0 +1,215 @@
+"""The Llama-family model as pipeline stages, in Flax NNX, functional at the jit boundary.
+
+Each weight is one line: shape and logical axes. A stage is built abstract (`ShapeDtypeStruct` leaves), so the same
+model goes onto any submesh by `lobra_jax.sharding`'s rules, and `nnx.merge` puts placed arrays in inside `jit`.
+The code is single-device code; where a mesh matters it calls `shard(x, *logical axes)`.
+
+Shape letters: B row, L position, D hidden, N head, K key/value head, H head dim, F feed-forward, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from lobra_jax.lora import Adapters, RowInputs, low_rank_deltas
+from lobra_jax.models.config import LlamaConfig, RopeScaling
+from lobra_jax.sharding import TARGET_AXES
+
+Shard = Callable[..., Array]
+
+SAVED_BY_DOTS = ("q", "k", "v", "attention", "residual_mid", "gate", "up")
+"""What remat "dots" keeps of a layer; norms, rotary embedding, SwiGLU and low-rank products are redone."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightSpec:
+    """An abstract weight of a stage: shape, dtype and logical axes."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: tuple[str, ...]
+
+
+def _weight(dtype: Any, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes)
+
+
+class Layer(nnx.Module):
+    """One transformer layer: x + attention(norm(x)), then x + swiglu(norm(x))."""
+
+    def __init__(self, config: LlamaConfig, index: int, dtype: Any) -> None:
+        d = config.hidden_size
+        self.config = config
+        self.index = index
+        self.attn_norm = _weight(dtype, (d,), ("hidden",))
+        self.mlp_norm = _weight(dtype, (d,), ("hidden",))
+        for target, shape in config.target_shapes.items():
+            setattr(self, target, _weight(dtype, shape, TARGET_AXES[target]))
+            if config.qkv_bias and target in ("q", "k", "v"):
+                setattr(self, f"{target}_bias", _weight(dtype, shape[1:], TARGET_AXES[target][1:]))
+
+    def linears(self, x: Array, targets: Sequence[str], adapters: Mapping, rows: RowInputs | None) -> list[Array]:
+        """x W (+ bias) (+ low-rank delta) for linears that read the same input."""
+        outs = []
+        for target in targets:
+            out = jnp.einsum("bli,io->blo", x, getattr(self, target)[...])
+            if self.config.qkv_bias and target in ("q", "k", "v"):
+                out = out + getattr(self, f"{target}_bias")[...][None, None]
+            outs.append(out)
+        if rows is None:
+            return outs
+        deltas = low_rank_deltas(x, adapters, targets, rows, self.index)
+        return [out + delta for out, delta in zip(outs, deltas, strict=True)]
+
+    def __call__(
+        self, x_BLD: Array, adapters: Mapping, rows: RowInputs | None, rope: tuple[Array, Array], shard: Shard
+    ) -> Array:
+        c = self.config
+        b, length, _ = x_BLD.shape
+
+        h_BLD = rms_norm(x_BLD, self.attn_norm[...], c.rms_norm_eps)
+        q, k, v = self.linears(h_BLD, ("q", "k", "v"), adapters, rows)
+        q = checkpoint_name(shard(q, "batch", "position", "heads"), "q").reshape(b, length, c.num_heads, c.head_dim)
+        k = checkpoint_name(shard(k, "batch", "position", "kv_heads"), "k")
+        v = checkpoint_name(shard(v, "batch", "position", "kv_heads"), "v")
+        k = k.reshape(b, length, c.num_kv_heads, c.head_dim)
+        v = v.reshape(b, length, c.num_kv_heads, c.head_dim)
+        out = attention(apply_rope(q, rope), apply_rope(k, rope), v).reshape(b, length, c.num_heads * c.head_dim)
+        out = checkpoint_name(shard(out, "batch", "position", "heads"), "attention")
+        (out,) = self.linears(out, ("o",), adapters, rows)
+        x_BLD = checkpoint_name(shard(x_BLD + out, "batch", "length", "hidden"), "residual_mid")
+
+        h_BLD = rms_norm(x_BLD, self.mlp_norm[...], c.rms_norm_eps)
+        gate, up = self.linears(h_BLD, ("gate", "up"), adapters, rows)
+        gate = checkpoint_name(shard(gate, "batch", "position", "mlp"), "gate")
+        up = checkpoint_name(shard(up, "batch", "position", "mlp"), "up")
+        (out,) = self.linears(jax.nn.silu(gate) * up, ("down",), adapters, rows)
+        return shard(x_BLD + out, "batch", "length", "hidden")
+
+
+class Stage(nnx.Module):
+    """Consecutive layers of the model; the first stage embeds tokens, the last norms and projects to the vocabulary."""
+
+    def __init__(self, config: LlamaConfig, layers: range, *, dtype: Any) -> None:
+        v, d = config.vocab_size, config.hidden_size
+        self.config = config
+        self.is_first = layers.start == 0
+        self.is_last = layers.stop == config.num_layers
+        self.layers = nnx.Dict({str(i): Layer(config, i, dtype) for i in layers})
+        if self.is_first or (self.is_last and config.tie_embeddings):
+            self.embed = _weight(dtype, (v, d), ("vocab", "hidden"))
+        if self.is_last:
+            self.final_norm = _weight(dtype, (d,), ("hidden",))
+            if not config.tie_embeddings:
+                self.head = _weight(dtype, (d, v), ("hidden", "vocab"))
+
+    def __call__(self, x: Array, adapters: Adapters, rows: RowInputs | None, *, remat: str, shard: Shard) -> Array:
+        """tokens [B, L] (first stage) or hidden [B, L, D] -> hidden [B, L, D], normed on the last stage.
+
+        `rows=None` runs the frozen base alone.
+        """
+        if self.is_first:
+            x = shard(embed_tokens(x, self.embed[...]), "batch", "length", "hidden")
+        rope = rope_tables(self.config, x.shape[1])
+        for index, layer in self.layers.items():
+            graph, params = nnx.split(layer)
+
+            def run(params: Any, x: Array, pairs: Mapping, rows: RowInputs | None, graph: Any = graph) -> Array:
+                return nnx.merge(graph, params)(x, pairs, rows, rope, shard)
+
+            x = with_remat(run, remat)(params, x, adapters[index] if rows is not None else {}, rows)
+        if self.is_last:
+            x = rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
+        return x
+
+    @property
+    def unembedding(self) -> Array:
+        """[D, V]: the head, or the transposed embedding when tied."""
+        return self.embed[...].T if self.config.tie_embeddings else self.head[...]
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractStage:
+    """A stage without values: its module graph and its weights' specs by flat name ("layers.3.q")."""
+
+    config: LlamaConfig
+    layers: range
+    graph: nnx.GraphDef
+    weights: Mapping[str, WeightSpec]
+
+    def merge(self, params: Mapping[str, Array]) -> Stage:
+        """The module with these values; call it inside `jit`."""
+        return nnx.merge(self.graph, nnx.from_flat_state({tuple(name.split(".")): x for name, x in params.items()}))
+
+
+def abstract_stage(config: LlamaConfig, layers: range, dtype: Any) -> AbstractStage:
+    graph, state = nnx.split(Stage(config, layers, dtype=dtype))
+    weights = {
+        ".".join(str(part) for part in path): WeightSpec(
+            shape=param.get_value().shape, dtype=param.get_value().dtype, axes=param.axes
+        )
+        for path, param in nnx.to_flat_state(state)
+    }
+    return AbstractStage(config=config, layers=layers, graph=graph, weights=weights)
+
+
+def with_remat(function: Callable[..., Array], remat: str) -> Callable[..., Array]:
+    """Applies a parallel config's rematerialisation to one layer."""
+    if remat == "none":
+        return function
+    if remat == "full":
+        return jax.checkpoint(function)
+    if remat == "dots":
+        return jax.checkpoint(function, policy=jax.checkpoint_policies.save_only_these_names(*SAVED_BY_DOTS))
+    raise ValueError(f"remat = {remat!r}: expected none, dots or full")
+
+
+def embed_tokens(tokens_BL: Array, embed_VD: Array) -> Array:
+    return jnp.take(embed_VD, tokens_BL, axis=0)
+
+
+def rms_norm(x_BLD: Array, scale_D: Array, eps: float) -> Array:
+    x = x_BLD.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return x.astype(x_BLD.dtype) * scale_D[None, None]
+
+
+def rope_tables(config: LlamaConfig, length: int) -> tuple[Array, Array]:
+    """(cos, sin), each [L, H/2] fp32, of positions 0..L-1."""
+    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequency = 1.0 / config.rope_theta**exponent
+    if config.rope_scaling is not None:
+        frequency = scale_frequencies(frequency, config.rope_scaling)
+    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency[None]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def scale_frequencies(frequency: Array, scaling: RopeScaling) -> Array:
+    """Llama 3.1: long wavelengths are divided by `factor`, short ones kept, those between interpolated."""
+    wavelength = 2 * math.pi / frequency
+    turns = scaling.original_max_positions / wavelength
+    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = jnp.clip(smooth, 0.0, 1.0)
+    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
+
+
+def apply_rope(x_BLNH: Array, rope: tuple[Array, Array]) -> Array:
+    """Rotates halves (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), the convention of Hugging Face checkpoints."""
+    cos, sin = (table[None, :, None, :] for table in rope)
+    x1, x2 = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BLNH.dtype)
+
+
+def attention(q_BLNH: Array, k_BLKH: Array, v_BLKH: Array) -> Array:
+    """Causal attention. Rows are padded on the right, so the causal mask alone hides the padding from real tokens."""
+    kernel = "cudnn" if jax.default_backend() == "gpu" and q_BLNH.dtype != jnp.float32 else "xla"
+    return jax.nn.dot_product_attention(q_BLNH, k_BLKH, v_BLKH, is_causal=True, implementation=kernel)

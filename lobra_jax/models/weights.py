@@ -1,0 +1,103 @@
+"""Base weights by flat name: their shapes, and the sources that hand them out slice by slice. Imports no JAX.
+
+Names and layouts (Linear weights are [in, out], the transpose of Hugging Face's):
+
+    embed [vocab, hidden]
+    layers.{i}.attn_norm, layers.{i}.mlp_norm [hidden]
+    layers.{i}.{q,k,v,o,gate,up,down} [in, out]     layers.{i}.{q,k,v}_bias [out] with `qkv_bias`
+    final_norm [hidden]
+    head [hidden, vocab] unless embeddings are tied
+
+A source never holds more than a tensor at a time in memory: every device asks for its own slice.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+from lobra_jax.models.config import LlamaConfig
+
+EMBEDDING_STD = 0.02
+"""Standard deviation of random embeddings, head and biases (GPT-2's and Llama's)."""
+
+
+class WeightSource(Protocol):
+    """Anything base weights can be read from: a checkpoint folder, a random generator, arrays in memory."""
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """The slice `index` (one slice a dim, as JAX gives them to a shard's callback) of tensor `name`.
+
+        The dtype is the source's own (float32, float16 or `ml_dtypes.bfloat16`); whoever reads it casts.
+        Raises KeyError for a name the model does not have.
+        """
+        ...
+
+
+def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every base tensor, in the order they are used."""
+    shapes: dict[str, tuple[int, ...]] = {"embed": (config.vocab_size, config.hidden_size)}
+    for layer in range(config.num_layers):
+        prefix = f"layers.{layer}."
+        shapes[prefix + "attn_norm"] = (config.hidden_size,)
+        shapes[prefix + "mlp_norm"] = (config.hidden_size,)
+        for target, (num_in, num_out) in config.target_shapes.items():
+            shapes[prefix + target] = (num_in, num_out)
+            if config.qkv_bias and target in ("q", "k", "v"):
+                shapes[f"{prefix}{target}_bias"] = (num_out,)
+    shapes["final_norm"] = (config.hidden_size,)
+    if not config.tie_embeddings:
+        shapes["head"] = (config.hidden_size, config.vocab_size)
+    return shapes
+
+
+def whole(shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """The index that reads all of a tensor of this shape."""
+    return tuple(slice(0, size) for size in shape)
+
+
+class RandomWeights:
+    """Weights of an untrained model: float32, a function of (seed, tensor name) alone.
+
+    Each tensor is drawn whole, so that its values do not depend on how it is sharded. Norms are one, linears normal
+    with variance 1/in (those that write to the residual stream 1/(2 num_layers in)), the rest normal with
+    standard deviation 0.02.
+    """
+
+    def __init__(self, config: LlamaConfig, seed: int) -> None:
+        self.config = config
+        self.seed = seed
+        self._shapes = weight_shapes(config)
+        # A tensor's shards are read one after the other: keeping the last one drawn spares drawing it once a device.
+        self._last = functools.lru_cache(maxsize=1)(self._draw)
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return np.ascontiguousarray(self._last(name)[index])
+
+    def _draw(self, name: str) -> np.ndarray:
+        shape = self._shapes[name]
+        kind = name.rpartition(".")[2]
+        if kind.endswith("norm"):
+            return np.ones(shape, np.float32)
+        std = EMBEDDING_STD
+        if kind in self.config.target_shapes:
+            num_residual_writes = 2 * self.config.num_layers if kind in ("o", "down") else 1
+            std = 1 / math.sqrt(shape[0] * num_residual_writes)
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+        return generator.standard_normal(shape, np.float32) * np.float32(std)
+
+
+class ArrayWeights:
+    """Weights already in memory: flat name -> array in the layout above."""
+
+    def __init__(self, tensors: Mapping[str, np.ndarray]) -> None:
+        self.tensors = tensors
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return np.ascontiguousarray(self.tensors[name][index])

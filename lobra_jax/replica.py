@@ -1,0 +1,277 @@
+"""One replica: the base model on one submesh, its compiled programs, and the issuing of one step's micro-batches.
+
+Knows nothing of other replicas, of data sets or of the optimiser.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lobra_jax.data.batches import MicroBatchArrays
+from lobra_jax.lora import Adapters, TaskInputs
+from lobra_jax.mesh import Submesh, check_model_fits, split_layers
+from lobra_jax.models.config import LlamaConfig
+from lobra_jax.models.llama import abstract_stage
+from lobra_jax.models.weights import WeightSource
+from lobra_jax.schedule import BACKWARD, FORWARD, Action, issue_order, one_f_one_b
+from lobra_jax.stage import (
+    BatchInputs,
+    StageFunctions,
+    StageLayout,
+    StageProgram,
+    compile_evaluation,
+    compile_training,
+    stage_layout,
+)
+
+Shape = tuple[int, int]
+"""(rows, length) of a micro-batch."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Issued:
+    """An action handed to the devices; `done` is an output that is ready when the action is."""
+
+    action: Action
+    shape: Shape
+    done: Array
+
+
+@dataclasses.dataclass(kw_only=True)
+class ReplicaRun:
+    """One step of one replica, filled while it is issued: gradient sums by stage, losses [T] by micro-batch."""
+
+    gradients: list[Adapters]
+    losses: list[Array] = dataclasses.field(default_factory=list)
+    issued: list[Issued] = dataclasses.field(default_factory=list)
+
+
+class Replica:
+    """The base model on one submesh.
+
+    Args:
+      index: the replica's number in the plan.
+      model: the base model's shape.
+      submesh: its devices.
+      num_tasks: tasks stacked in the adapters.
+      max_rank: padded rank of the adapters.
+      dropout: whether any task uses LoRA dropout.
+      dtype: of the base weights and activations.
+    """
+
+    def __init__(
+        self,
+        *,
+        index: int,
+        model: LlamaConfig,
+        submesh: Submesh,
+        num_tasks: int,
+        max_rank: int,
+        dropout: bool,
+        dtype: Any,
+    ) -> None:
+        check_model_fits(model, submesh.parallel)
+        self.index = index
+        self.parallel = submesh.parallel
+        self.submesh = submesh
+        self.stage_layers = split_layers(model, submesh.parallel.pp)
+        self.layouts: tuple[StageLayout, ...] = tuple(
+            stage_layout(
+                StageFunctions(
+                    abstract=abstract_stage(model, layers, dtype),
+                    sharding=sharding,
+                    remat=submesh.parallel.remat,
+                    dropout=dropout,
+                    num_tasks=num_tasks,
+                ),
+                max_rank,
+            )
+            for layers, sharding in zip(self.stage_layers, submesh.stages, strict=True)
+        )
+        self.params: list[dict[str, Array]] = []
+        self._training: dict[Shape, tuple[StageProgram, ...]] = {}
+        self._evaluation: dict[Shape, tuple[jax.stages.Compiled, ...]] = {}
+        self._lock = threading.Lock()
+        self._zeros = [
+            jax.jit(
+                lambda layout=layout: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), layout.adapters),
+                out_shardings=jax.tree.map(lambda leaf: leaf.sharding, layout.adapters),
+            )
+            for layout in self.layouts
+        ]
+
+    def __str__(self) -> str:
+        return f"replica {self.index} {self.parallel}"
+
+    def load(self, source: WeightSource) -> None:
+        """Reads each weight straight into the shards of its stage."""
+        self.params = [
+            {
+                name: jax.make_array_from_callback(
+                    spec.shape,
+                    spec.sharding,
+                    lambda index, name=name, dtype=spec.dtype: np.asarray(source.read(name, index)).astype(dtype),
+                )
+                for name, spec in layout.params.items()
+            }
+            for layout in self.layouts
+        ]
+
+    def compile(
+        self, shapes: Sequence[Shape], executor: Executor, *, evaluation_shapes: Sequence[Shape] = ()
+    ) -> list[Future]:
+        """Starts compiling the programs of these shapes; every future must be waited for before a step."""
+        futures = [executor.submit(self._compile_training, shape) for shape in shapes if shape not in self._training]
+        futures += [
+            executor.submit(self._compile_evaluation, shape)
+            for shape in evaluation_shapes
+            if shape not in self._evaluation
+        ]
+        return [*futures, *(executor.submit(lambda zeros=zeros: jax.block_until_ready(zeros())) for zeros in self._zeros)]
+
+    def _compile_training(self, shape: Shape) -> None:
+        programs = tuple(compile_training(layout, *shape) for layout in self.layouts)
+        with self._lock:
+            self._training[shape] = programs
+
+    def _compile_evaluation(self, shape: Shape) -> None:
+        programs = tuple(compile_evaluation(layout, *shape) for layout in self.layouts)
+        with self._lock:
+            self._evaluation[shape] = programs
+
+    def training_programs(self, shape: Shape) -> tuple[StageProgram, ...]:
+        """The compiled programs of a shape, by stage; KeyError unless compiled."""
+        return self._training[shape]
+
+    def zero_gradients(self) -> list[Adapters]:
+        return [zeros() for zeros in self._zeros]
+
+    def place_tasks(self, tasks: TaskInputs) -> list[TaskInputs]:
+        """Puts per-task values [T] onto every stage."""
+        return [jax.device_put(tasks, layout.functions.sharding.replicated) for layout in self.layouts]
+
+    def place_batch(self, arrays: MicroBatchArrays) -> list[BatchInputs]:
+        """Puts a micro-batch where it is needed: tokens on the first stage, targets and weights on the last."""
+        placed = []
+        for layout in self.layouts:
+            f = layout.functions
+            batch = BatchInputs(
+                task_ids=arrays.task_ids,
+                dropout_ids=arrays.dropout_ids,
+                tokens=arrays.tokens if f.is_first else None,
+                targets=arrays.targets if f.is_last else None,
+                loss_weights=arrays.loss_weights if f.is_last else None,
+            )
+            placed.append(jax.device_put(batch, f.sharding.replicated))
+        return placed
+
+    def issue(
+        self,
+        run: ReplicaRun,
+        micro_batches: Sequence[MicroBatchArrays],
+        adapters: Sequence[Adapters],
+        tasks: Sequence[TaskInputs],
+    ) -> Iterator[None]:
+        """Issues one step in 1F1B order, yielding after each action so that the caller can turn to other replicas.
+
+        Args:
+          run: receives gradients (added to what is there), losses and the issued actions.
+          micro_batches: the step's micro-batches, the most expensive first; may be empty.
+          adapters: by stage, placed as the stage's layout says.
+          tasks: by stage.
+        """
+        batches: dict[int, list[BatchInputs]] = {}
+        inputs: dict[tuple[int, int], Array] = {}
+        residuals: dict[tuple[int, int], Any] = {}
+        cotangents: dict[tuple[int, int], Array] = {}
+        for action in issue_order(one_f_one_b(self.parallel.pp, len(micro_batches))):
+            stage, m = action.stage, action.micro_batch
+            shape: Shape = micro_batches[m].tokens.shape
+            program = self._training[shape][stage]
+            if m not in batches:
+                batches[m] = self.place_batch(micro_batches[m])
+            batch = batches[m][stage]
+            fixed = (self.params[stage], adapters[stage], tasks[stage])
+            if action.phase == BACKWARD:
+                dy = cotangents.pop((stage, m))
+                run.gradients[stage], dx = program.backward(
+                    run.gradients[stage], *fixed, batch, residuals.pop((stage, m)), dy
+                )
+                self._send_back(cotangents, stage, m, shape, dx)
+                done = dx
+            else:
+                x = batch.tokens if stage == 0 else inputs.pop((stage, m))
+                if action.phase == FORWARD:
+                    done, residuals[stage, m] = program.forward(*fixed, x, batch)
+                    following = self.layouts[stage + 1].hidden(*shape).sharding
+                    inputs[stage + 1, m] = jax.device_put(done, following)
+                else:
+                    run.gradients[stage], dx, done = program.fused(run.gradients[stage], *fixed, x, batch)
+                    run.losses.append(done)
+                    self._send_back(cotangents, stage, m, shape, dx)
+            run.issued.append(Issued(action=action, shape=shape, done=done))
+            if stage == 0 and action.phase != FORWARD:
+                del batches[m]
+            yield
+
+    def _send_back(self, cotangents: dict, stage: int, micro_batch: int, shape: Shape, dx: Array | None) -> None:
+        if stage > 0:
+            target = self.layouts[stage - 1].hidden(*shape).sharding
+            cotangents[stage - 1, micro_batch] = jax.device_put(dx, target)
+
+    def evaluate(
+        self, arrays: MicroBatchArrays, adapters: Sequence[Adapters], tasks: Sequence[TaskInputs]
+    ) -> Array:
+        """Losses [T] of one micro-batch, forward only, without dropout."""
+        shape: Shape = arrays.tokens.shape
+        batches = self.place_batch(arrays)
+        x = batches[0].tokens
+        for stage, program in enumerate(self._evaluation[shape]):
+            if stage > 0:
+                x = jax.device_put(x, self.layouts[stage].hidden(*shape).sharding)
+            x = program(self.params[stage], adapters[stage], tasks[stage], x, batches[stage])
+        return x
+
+
+def memory_bytes(replica: Replica, shape: Shape) -> int:
+    """Bytes the fullest device of a replica needs at the peak of a step of such micro-batches, by XLA's analysis.
+
+    Weights, adapters, gradients and inputs (the arguments), outputs that alias none of them, temporaries, and the
+    residuals of every micro-batch that 1F1B keeps in flight on the stage.
+    """
+    num_stages = replica.parallel.pp
+    peaks = []
+    for stage, program in enumerate(replica.training_programs(shape)):
+        if program.fused is not None:
+            peaks.append(_program_bytes(program.fused))
+            continue
+        in_flight = num_stages - stage
+        residual_bytes = program.forward.memory_analysis().output_size_in_bytes
+        forward = _program_bytes(program.forward) + _gradient_bytes(replica, stage)
+        backward = _program_bytes(program.backward)
+        peaks.append(max(forward, backward) + (in_flight - 1) * residual_bytes)
+    return max(peaks)
+
+
+def _program_bytes(program: jax.stages.Compiled) -> int:
+    m = program.memory_analysis()
+    return (
+        m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+    )
+
+
+def _gradient_bytes(replica: Replica, stage: int) -> int:
+    """Bytes on one device of a stage's gradient accumulators, which the forward does not take as an argument."""
+    leaves = jax.tree.leaves(replica.layouts[stage].adapters)
+    return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves)
+
+

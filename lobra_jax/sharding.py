@@ -1,0 +1,89 @@
+"""Which mesh axis each logical axis of the model lies on: the one place that turns names into shardings.
+
+| logical axis | what | mesh axis |
+|---|---|---|
+| vocab, heads, kv_heads, mlp | column-parallel outputs, row-parallel inputs | tensor |
+| length | positions, in the norm regions (sequence parallelism) | tensor, where it divides |
+| batch, hidden, rank, task, position | rows; features between linears; adapters | none |
+
+`position` is the length axis inside attention and the feed-forward, where heads or mlp take the mesh axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lobra_jax.models.config import LlamaConfig
+
+TENSOR = "tensor"
+
+RULES: dict[str, str | None] = {
+    "vocab": TENSOR,
+    "heads": TENSOR,
+    "kv_heads": TENSOR,
+    "mlp": TENSOR,
+    "length": TENSOR,
+    "batch": None,
+    "hidden": None,
+    "rank": None,
+    "task": None,
+    "position": None,
+}
+
+TARGET_AXES: dict[str, tuple[str, str]] = {
+    "q": ("hidden", "heads"),
+    "k": ("hidden", "kv_heads"),
+    "v": ("hidden", "kv_heads"),
+    "o": ("heads", "hidden"),
+    "gate": ("hidden", "mlp"),
+    "up": ("hidden", "mlp"),
+    "down": ("mlp", "hidden"),
+}
+"""Logical (in, out) axes of each linear; its adapters follow them: a (task, in, rank), b (task, rank, out)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StageSharding:
+    """Shardings of one stage's mesh, whose only axis is "tensor"."""
+
+    mesh: Mesh
+
+    def named(self, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> NamedSharding:
+        """The sharding of an array with these logical axes.
+
+        With `shape`, a "length" that does not divide is left whole (short buckets); any other axis must divide.
+        """
+        size = self.mesh.shape[TENSOR]
+        spec: list[str | None] = []
+        for dim, axis in enumerate(axes):
+            rule = None if axis is None else RULES[axis]
+            if rule is not None and shape is not None and shape[dim] % size:
+                if axis != "length":
+                    raise ValueError(f"axis {axis!r} of {tuple(shape)}: {shape[dim]} is not a multiple of tp = {size}")
+                rule = None
+            spec.append(rule)
+        return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+    def constrain(self, x: Array, *axes: str | None) -> Array:
+        """Pins an activation inside a jitted function."""
+        if self.mesh.size == 1:
+            return x
+        return jax.lax.with_sharding_constraint(x, self.named(axes, x.shape))
+
+    @functools.cached_property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def adapters(self, config: LlamaConfig, layers: Sequence[int]) -> dict[str, dict[str, dict[str, NamedSharding]]]:
+        """Shardings of the adapters (and of their gradients) of these layers."""
+        pair = {
+            target: {"a": self.named(("task", fan_in, "rank")), "b": self.named(("task", "rank", fan_out))}
+            for target, (fan_in, fan_out) in TARGET_AXES.items()
+        }
+        return {str(layer): pair for layer in layers}

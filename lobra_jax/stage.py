@@ -1,0 +1,262 @@
+"""The jitted programs of one pipeline stage on one submesh, compiled ahead of time per micro-batch shape.
+
+A stage that is not the last has a forward that hands its residuals out of the program and a backward that takes them
+back, so nothing is computed twice beyond what the remat policy asks for. The last stage does forward, loss and
+backward in one program. Gradients are added into donated accumulators. Shape letters as in `models.llama`; T task.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lobra_jax.lora import Adapters, TaskInputs, row_inputs
+from lobra_jax.loss import weighted_row_losses
+from lobra_jax.models.llama import AbstractStage
+from lobra_jax.sharding import StageSharding
+
+Params = Mapping[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchInputs:
+    """One micro-batch on one stage: token ids on the first, targets and weights on the last, else None.
+
+    Attributes:
+      task_ids: [B] int32.
+      dropout_ids: [B] uint32, identify (task, task step, sequence).
+      tokens: [B, L] int32.
+      targets: [B, L] int32.
+      loss_weights: [B, L] float32.
+    """
+
+    task_ids: Array
+    dropout_ids: Array
+    tokens: Array | None = None
+    targets: Array | None = None
+    loss_weights: Array | None = None
+
+
+@jax.tree_util.register_pytree_node_class
+class Residuals:
+    """What a forward program keeps for its backward.
+
+    Residuals that are the program's own inputs (weights, adapters) are left out and put back by position, or each
+    micro-batch in flight would carry a copy of the weights.
+    """
+
+    def __init__(self, arrays: Sequence[Array], tree: Any, input_slots: tuple[int | None, ...]) -> None:
+        self.arrays = arrays
+        self.tree = tree
+        self.input_slots = input_slots
+
+    @classmethod
+    def of(cls, vjp: Callable, inputs: Any) -> Residuals:
+        """Takes a `jax.vjp` function apart; `inputs` is the pytree that `restore` will get again."""
+        slots = {id(leaf): slot for slot, leaf in enumerate(jax.tree.leaves(inputs))}
+        leaves, tree = jax.tree.flatten(vjp)
+        input_slots = tuple(slots.get(id(leaf)) for leaf in leaves)
+        arrays = tuple(leaf for leaf, slot in zip(leaves, input_slots, strict=True) if slot is None)
+        return cls(arrays, tree, input_slots)
+
+    def restore(self, inputs: Any) -> Callable:
+        arrays, given = iter(self.arrays), jax.tree.leaves(inputs)
+        leaves = [next(arrays) if slot is None else given[slot] for slot in self.input_slots]
+        return jax.tree.unflatten(self.tree, leaves)
+
+    def tree_flatten(self) -> tuple[tuple[Array, ...], tuple]:
+        return tuple(self.arrays), (self.tree, self.input_slots)
+
+    @classmethod
+    def tree_unflatten(cls, aux: tuple, arrays: Sequence[Array]) -> Residuals:
+        return cls(arrays, *aux)
+
+
+@dataclasses.dataclass(frozen=True)
+class StageFunctions:
+    """The traced functions of one stage. `remat` and whether any task uses dropout are compiled in, values are not."""
+
+    abstract: AbstractStage
+    sharding: StageSharding
+    remat: str
+    dropout: bool
+    num_tasks: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.abstract.layers.start == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.abstract.layers.stop == self.abstract.config.num_layers
+
+    def _hidden(self, params: Params, adapters: Adapters, tasks: TaskInputs, x: Array, batch: BatchInputs) -> Array:
+        stage = self.abstract.merge(params)
+        rows = row_inputs(tasks, batch.task_ids, batch.dropout_ids, dropout=self.dropout)
+        return stage(x, adapters, rows, remat=self.remat, shard=self.sharding.constrain)
+
+    def _row_losses(
+        self, params: Params, adapters: Adapters, tasks: TaskInputs, x: Array, batch: BatchInputs
+    ) -> Array:
+        hidden = self._hidden(params, adapters, tasks, x, batch)
+        head = self.abstract.merge(params).unembedding
+        return weighted_row_losses(hidden, head, batch.targets, batch.loss_weights, self.sharding.constrain)
+
+    def _differentiated(self, function: Callable[[Adapters, Array], Any], adapters: Adapters, x: Array) -> tuple:
+        """(function's value, vjp), in (adapters, x), or in adapters alone where x is token ids."""
+        if self.is_first:
+            return jax.vjp(lambda adapters: function(adapters, x), adapters)
+        return jax.vjp(function, adapters, x)
+
+    def forward(
+        self, params: Params, adapters: Adapters, tasks: TaskInputs, x: Array, batch: BatchInputs
+    ) -> tuple[Array, Residuals]:
+        y, vjp = self._differentiated(lambda a, x: self._hidden(params, a, tasks, x, batch), adapters, x)
+        return y, Residuals.of(vjp, (params, adapters, tasks, batch))
+
+    def backward(
+        self,
+        gradients: Adapters,
+        params: Params,
+        adapters: Adapters,
+        tasks: TaskInputs,
+        batch: BatchInputs,
+        residuals: Residuals,
+        dy: Array,
+    ) -> tuple[Adapters, Array]:
+        """(gradients, dx); the first stage gives a scalar in dx's place, by which its end can be awaited."""
+        d_adapters, *dx = residuals.restore((params, adapters, tasks, batch))(dy)
+        return jax.tree.map(jnp.add, gradients, d_adapters), dx[0] if dx else jnp.zeros((), jnp.int32)
+
+    def fused(
+        self, gradients: Adapters, params: Params, adapters: Adapters, tasks: TaskInputs, x: Array, batch: BatchInputs
+    ) -> tuple[Adapters, Array | None, Array]:
+        row_losses, vjp = self._differentiated(
+            lambda a, x: self._row_losses(params, a, tasks, x, batch), adapters, x
+        )
+        d_adapters, *dx = vjp(jnp.ones_like(row_losses))
+        losses_T = jax.ops.segment_sum(row_losses, batch.task_ids, num_segments=self.num_tasks)
+        return jax.tree.map(jnp.add, gradients, d_adapters), dx[0] if dx else None, losses_T
+
+    def evaluate(self, params: Params, adapters: Adapters, tasks: TaskInputs, x: Array, batch: BatchInputs) -> Array:
+        """Forward without dropout: hidden states, or on the last stage losses [T]."""
+        quiet = dataclasses.replace(self, dropout=False, remat="none")
+        if not self.is_last:
+            return quiet._hidden(params, adapters, tasks, x, batch)
+        row_losses = quiet._row_losses(params, adapters, tasks, x, batch)
+        return jax.ops.segment_sum(row_losses, batch.task_ids, num_segments=self.num_tasks)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageLayout:
+    """Abstract inputs of a stage's programs, with shardings: all that compiling needs."""
+
+    functions: StageFunctions
+    params: Mapping[str, jax.ShapeDtypeStruct]
+    adapters: Mapping[str, Any]
+    tasks: TaskInputs
+    dtype: Any
+
+    def batch(self, rows: int, length: int) -> BatchInputs:
+        f, everywhere = self.functions, self.functions.sharding.replicated
+
+        def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+
+        return BatchInputs(
+            task_ids=array(jnp.int32, rows),
+            dropout_ids=array(jnp.uint32, rows),
+            tokens=array(jnp.int32, rows, length) if f.is_first else None,
+            targets=array(jnp.int32, rows, length) if f.is_last else None,
+            loss_weights=array(jnp.float32, rows, length) if f.is_last else None,
+        )
+
+    def hidden(self, rows: int, length: int) -> jax.ShapeDtypeStruct:
+        """Activations at a stage's border, [B, L, D]."""
+        f = self.functions
+        shape = (rows, length, f.abstract.config.hidden_size)
+        return jax.ShapeDtypeStruct(
+            shape, self.dtype, sharding=f.sharding.named(("batch", "length", "hidden"), shape)
+        )
+
+
+def stage_layout(functions: StageFunctions, max_rank: int) -> StageLayout:
+    abstract, sharding = functions.abstract, functions.sharding
+    params = {
+        name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding.named(spec.axes, spec.shape))
+        for name, spec in abstract.weights.items()
+    }
+    shapes = {
+        target: {"a": (functions.num_tasks, fan_in, max_rank), "b": (functions.num_tasks, max_rank, fan_out)}
+        for target, (fan_in, fan_out) in abstract.config.target_shapes.items()
+    }
+    placements = sharding.adapters(abstract.config, abstract.layers)
+    adapters = {
+        layer: {
+            target: {
+                name: jax.ShapeDtypeStruct(shapes[target][name], jnp.float32, sharding=placement)
+                for name, placement in pair.items()
+            }
+            for target, pair in pairs.items()
+        }
+        for layer, pairs in placements.items()
+    }
+    per_task = functools.partial(jax.ShapeDtypeStruct, (functions.num_tasks,), sharding=sharding.replicated)
+    tasks = TaskInputs(scales=per_task(jnp.float32), dropout_rates=per_task(jnp.float32))
+    dtype = next(iter(abstract.weights.values())).dtype
+    return StageLayout(functions=functions, params=params, adapters=adapters, tasks=tasks, dtype=dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageProgram:
+    """One stage's compiled programs for one micro-batch shape; those a stage does not have are None."""
+
+    forward: jax.stages.Compiled | None = None
+    backward: jax.stages.Compiled | None = None
+    fused: jax.stages.Compiled | None = None
+
+
+def compile_training(layout: StageLayout, rows: int, length: int) -> StageProgram:
+    """Compiles what training needs for a [rows, length] micro-batch. Thread-safe; XLA releases the interpreter."""
+    f = layout.functions
+    batch = layout.batch(rows, length)
+    hidden = layout.hidden(rows, length)
+    x = batch.tokens if f.is_first else hidden
+    gradients = jax.tree.map(lambda leaf: leaf.sharding, layout.adapters)
+    dx = None if f.is_first else hidden.sharding
+    if f.is_last:
+        fused = jax.jit(f.fused, donate_argnums=0, out_shardings=(gradients, dx, f.sharding.replicated))
+        lowered = fused.lower(layout.adapters, layout.params, layout.adapters, layout.tasks, x, batch)
+        return StageProgram(fused=lowered.compile())
+    lowered = jax.jit(f.forward, out_shardings=(hidden.sharding, None)).lower(
+        layout.params, layout.adapters, layout.tasks, x, batch
+    )
+    forward = lowered.compile()
+    residuals = jax.tree.map(
+        lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
+        lowered.out_info[1],
+        forward.output_shardings[1],
+    )
+    done = f.sharding.replicated if f.is_first else hidden.sharding
+    backward = jax.jit(f.backward, donate_argnums=0, out_shardings=(gradients, done)).lower(
+        layout.adapters, layout.params, layout.adapters, layout.tasks, batch, residuals, hidden
+    )
+    return StageProgram(forward=forward, backward=backward.compile())
+
+
+def compile_evaluation(layout: StageLayout, rows: int, length: int) -> jax.stages.Compiled:
+    """Compiles the loss-only program for a [rows, length] micro-batch."""
+    f = layout.functions
+    batch = layout.batch(rows, length)
+    hidden = layout.hidden(rows, length)
+    out = f.sharding.replicated if f.is_last else hidden.sharding
+    x = batch.tokens if f.is_first else hidden
+    evaluate = jax.jit(f.evaluate, out_shardings=out)
+    return evaluate.lower(layout.params, layout.adapters, layout.tasks, x, batch).compile()

@@ -1,0 +1,182 @@
+"""The cost table (`costs.json`: measured seconds and bytes) and the cost model fitted to it.
+
+Micro-batch time follows LobRA, appendix D: for a config c, rows b and padded length s,
+
+    t_c(b, s) = (c1 b + c2) s^2 + (c3 b + c4) s + c5 b + c6      [seconds, the slowest stage's slot]
+
+and a replica that runs micro-batches m_1..m_n in one step takes
+
+    T_c = fixed_s + sum_i t_c(m_i) + (pp - 1) max_i t_c(m_i)     (0 if it has none)
+
+`step_overhead_s` (gradient sum over replicas, update, new adapters out) is paid once a step by all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from planner.errors import UserError
+from planner.plan import ParallelConfig
+
+COST_TABLE_VERSION = 1
+NUM_COEFFICIENTS = 6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CostPoint:
+    """One measured shape: `rows` sequences padded to `length` tokens; `held_out` points are not fitted."""
+
+    rows: int
+    length: int
+    seconds: float
+    peak_bytes: int
+    held_out: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitError:
+    """Relative error |predicted - measured| / measured over the held-out points."""
+
+    mean: float
+    max: float
+    num_held_out: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConfigCost:
+    """What is known of one parallel config: capacity in tokens, fitted coefficients, the points behind them."""
+
+    config: ParallelConfig
+    capacity_tokens: int
+    coefficients: tuple[float, ...]
+    fixed_s: float = 0.0
+    points: tuple[CostPoint, ...] = ()
+    fit_error: FitError | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.coefficients) != NUM_COEFFICIENTS:
+            raise ValueError(
+                f"ConfigCost.coefficients of {self.config}: {len(self.coefficients)} values, expected {NUM_COEFFICIENTS}"
+            )
+        if self.capacity_tokens < 1:
+            raise ValueError(f"ConfigCost.capacity_tokens of {self.config} = {self.capacity_tokens}: expected >= 1")
+
+    def micro_batch_s(self, rows: int, length: int) -> float:
+        """Seconds that one micro-batch of `rows` x `length` tokens occupies the slowest stage."""
+        c1, c2, c3, c4, c5, c6 = self.coefficients
+        return (c1 * rows + c2) * length * length + (c3 * rows + c4) * length + c5 * rows + c6
+
+    def replica_s(self, shapes: Iterable[tuple[int, int]]) -> float:
+        """Seconds of one step on a replica that runs micro-batches of these (rows, length); 0 without any."""
+        times = [self.micro_batch_s(rows, length) for rows, length in shapes]
+        if not times:
+            return 0.0
+        return self.fixed_s + sum(times) + (self.config.pp - 1) * max(times)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CostTable:
+    """Everything the planner knows about a model on a kind of device. `model` is checked against the run's model."""
+
+    model: str
+    model_fingerprint: str
+    hardware: Mapping[str, Any]
+    configs: tuple[ConfigCost, ...]
+    step_overhead_s: float = 0.0
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.configs:
+            raise ValueError("CostTable.configs is empty: expected at least one parallel config")
+        seen: set[ParallelConfig] = set()
+        for cost in self.configs:
+            if cost.config in seen:
+                raise ValueError(f"CostTable.configs names {cost.config} twice")
+            seen.add(cost.config)
+
+    def __getitem__(self, config: ParallelConfig) -> ConfigCost:
+        for cost in self.configs:
+            if cost.config == config:
+                return cost
+        raise KeyError(str(config))
+
+    @property
+    def max_capacity_tokens(self) -> int:
+        return max(cost.capacity_tokens for cost in self.configs)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "version": COST_TABLE_VERSION,
+            "model": self.model,
+            "model_fingerprint": self.model_fingerprint,
+            "hardware": dict(self.hardware),
+            "provenance": dict(self.provenance),
+            "step_overhead_s": self.step_overhead_s,
+            "configs": [_config_to_dict(cost) for cost in self.configs],
+        }
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], *, file: object = None) -> CostTable:
+        try:
+            if raw["version"] != COST_TABLE_VERSION:
+                raise UserError(
+                    "unsupported cost table version",
+                    file=file,
+                    key="version",
+                    value=raw["version"],
+                    expected=str(COST_TABLE_VERSION),
+                )
+            return cls(
+                model=raw["model"],
+                model_fingerprint=raw["model_fingerprint"],
+                hardware=raw["hardware"],
+                provenance=raw.get("provenance", {}),
+                step_overhead_s=float(raw["step_overhead_s"]),
+                configs=tuple(_config_from_dict(item) for item in raw["configs"]),
+            )
+        except KeyError as error:
+            raise UserError(f"missing key {error}", file=file, expected="a cost table of `lobra profile`") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"bad cost table: {error}", file=file, expected="a cost table of `lobra profile`") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> CostTable:
+        try:
+            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(
+                f"cannot read the cost table: {error.strerror}", file=path, expected="a costs.json of `lobra profile`"
+            ) from error
+        except ValueError as error:
+            raise UserError(f"not JSON: {error}", file=path, expected="a costs.json of `lobra profile`") from error
+        return cls.from_dict(raw, file=path)
+
+
+def _config_to_dict(cost: ConfigCost) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(cost.config),
+        "capacity_tokens": cost.capacity_tokens,
+        "fixed_s": cost.fixed_s,
+        "coefficients": list(cost.coefficients),
+        "fit_error": None if cost.fit_error is None else dataclasses.asdict(cost.fit_error),
+        "points": [dataclasses.asdict(point) for point in cost.points],
+    }
+
+
+def _config_from_dict(raw: Mapping[str, Any]) -> ConfigCost:
+    error = raw.get("fit_error")
+    return ConfigCost(
+        config=ParallelConfig(tp=raw["tp"], pp=raw["pp"], remat=raw["remat"]),
+        capacity_tokens=raw["capacity_tokens"],
+        fixed_s=float(raw["fixed_s"]),
+        coefficients=tuple(float(c) for c in raw["coefficients"]),
+        fit_error=None if error is None else FitError(**error),
+        points=tuple(CostPoint(**point) for point in raw.get("points", ())),
+    )

@@ -1,0 +1,69 @@
+"""Fits the six coefficients of the cost model (planner.cost) to measured shapes and reports the held-out error."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.optimize import nnls
+
+from planner.cost import NUM_COEFFICIENTS, CostPoint, FitError
+
+HOLD_OUT_EVERY = 5
+"""One of this many measured shapes is held out of the fit, to tell its error."""
+
+MIN_POINTS_TO_HOLD_OUT = NUM_COEFFICIENTS + 4
+"""With fewer shapes than this all of them are fitted and no held-out error is reported."""
+
+
+def features(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The cost model's terms [n, 6] of micro-batches of `rows` [n] sequences padded to `lengths` [n] tokens."""
+    b, s = np.asarray(rows, dtype=np.float64), np.asarray(lengths, dtype=np.float64)
+    return np.stack([b * s * s, s * s, b * s, s, b, np.ones_like(b)], axis=1)
+
+
+def hold_out(points: Sequence[CostPoint]) -> tuple[CostPoint, ...]:
+    """The points by tokens, every fifth marked as held out; never the smallest or the largest, which the fit needs."""
+    ordered = sorted(points, key=lambda point: (point.rows * point.length, point.length, point.rows))
+    last = len(ordered) - 1
+    few = len(ordered) < MIN_POINTS_TO_HOLD_OUT
+    return tuple(
+        dataclasses.replace(
+            point, held_out=not few and 0 < index < last and index % HOLD_OUT_EVERY == HOLD_OUT_EVERY // 2
+        )
+        for index, point in enumerate(ordered)
+    )
+
+
+def fit_coefficients(points: Sequence[CostPoint]) -> tuple[tuple[float, ...], FitError | None]:
+    """Coefficients (c1..c6), none negative, that minimise the squared relative error over the points not held out.
+
+    None negative: a time can then neither be negative nor fall as rows or lengths grow, inside or outside what was
+    measured. Returns the error over the held-out points too, or None where none is held out.
+
+    Raises:
+      ValueError: there is no point to fit or a time is not positive.
+    """
+    fitted = [point for point in points if not point.held_out]
+    if not fitted:
+        raise ValueError("fit_coefficients: no point to fit")
+    if any(not point.seconds > 0 for point in points):
+        raise ValueError("fit_coefficients: expected positive seconds")
+    scaled = _terms(fitted) / np.array([[point.seconds] for point in fitted])
+    norms = np.linalg.norm(scaled, axis=0)
+    solution, _ = nnls(scaled / norms, np.ones(len(fitted)))
+    coefficients = solution / norms
+    return tuple(coefficients.tolist()), _held_out_error(coefficients, [point for point in points if point.held_out])
+
+
+def _terms(points: Sequence[CostPoint]) -> np.ndarray:
+    return features(np.array([point.rows for point in points]), np.array([point.length for point in points]))
+
+
+def _held_out_error(coefficients: np.ndarray, points: Sequence[CostPoint]) -> FitError | None:
+    if not points:
+        return None
+    measured = np.array([point.seconds for point in points])
+    errors = np.abs(_terms(points) @ coefficients - measured) / measured
+    return FitError(mean=float(errors.mean()), max=float(errors.max()), num_held_out=len(points))

@@ -1,0 +1,49 @@
+"""The shape lattice: which (rows, length) micro-batches are compiled for a parallel config, and how rows fill them.
+
+A config of capacity C tokens runs bucket s with b = C // s full rows, or with a few smaller row counts kept for the
+remainder, so that the number of compiled programs stays small: (b, b/2, b/4, b/8), rounded up, without repeats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+MAX_ROW_OPTIONS = 4
+"""Row counts compiled for one bucket on one config: the full one and at most three halvings."""
+
+
+def row_options(length: int, capacity_tokens: int) -> tuple[int, ...]:
+    """Row counts compiled for padded `length` on a config of `capacity_tokens`, ascending; empty if it does not fit.
+
+    The last is b = capacity_tokens // length, the others its halvings rounded up, down to 1, four in all.
+    """
+    if length < 1:
+        raise ValueError(f"row_options: length = {length}, expected >= 1")
+    options: list[int] = []
+    rows = capacity_tokens // length
+    while rows >= 1 and len(options) < MAX_ROW_OPTIONS:
+        options.append(rows)
+        if rows == 1:
+            break
+        rows = -(-rows // 2)
+    return tuple(reversed(options))
+
+
+def rows_for(num_sequences: int, options: tuple[int, ...]) -> int:
+    """The smallest of the ascending `options` that holds `num_sequences` (1 <= num_sequences <= options[-1])."""
+    for rows in options:
+        if rows >= num_sequences:
+            return rows
+    raise ValueError(f"rows_for: {num_sequences} sequences exceed the largest row option of {options}")
+
+
+def split_rows(num_sequences: int, options: tuple[int, ...]) -> tuple[int, ...]:
+    """Rows of the micro-batches that `num_sequences` of one bucket become: full ones, then the remainder's option."""
+    num_full, remainder = divmod(num_sequences, options[-1])
+    full = (options[-1],) * num_full
+    return full if remainder == 0 else (*full, rows_for(remainder, options))
+
+
+def shapes(capacity_tokens: int, buckets: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """All (rows, length) that a replica of `capacity_tokens` may be asked to run: what is compiled ahead of time."""
+    return tuple((rows, length) for length in buckets for rows in row_options(length, capacity_tokens))

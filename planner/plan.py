@@ -1,0 +1,250 @@
+"""What a plan is: parallel configs, groups of like replicas, and the plan file.
+
+`plan.yaml` is written and read here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from planner.errors import UserError
+
+REMATS = ("none", "dots", "full")
+"""Rematerialisation policies, from most memory to least."""
+
+PLAN_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, order=True)
+class ParallelConfig:
+    """How one replica is sharded: tensor parallel over `tp` devices, `pp` pipeline stages, remat policy."""
+
+    tp: int
+    pp: int
+    remat: str
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"ParallelConfig.{name} = {value!r}: expected an integer >= 1")
+        if self.remat not in REMATS:
+            raise ValueError(f"ParallelConfig.remat = {self.remat!r}: expected one of {', '.join(REMATS)}")
+
+    @property
+    def num_devices(self) -> int:
+        return self.tp * self.pp
+
+    def __str__(self) -> str:
+        return f"(tp{self.tp},pp{self.pp},{self.remat})"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReplicaGroup:
+    """`count` replicas of one parallel config; each micro-batch holds at most `capacity_tokens` padded tokens."""
+
+    count: int
+    config: ParallelConfig
+    capacity_tokens: int
+
+    def __post_init__(self) -> None:
+        for name in ("count", "capacity_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"ReplicaGroup.{name} = {value!r}: expected an integer >= 1")
+
+    @property
+    def num_devices(self) -> int:
+        return self.count * self.config.num_devices
+
+    def __str__(self) -> str:
+        return f"{self.count}x{self.config}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What the planner expects of a plan; seconds a step, `gap` = (step_s - bound_s) / step_s."""
+
+    step_s: float
+    bound_s: float
+    gap: float
+    gpu_seconds: float
+    solve_s: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The multiset of replicas that a mesh is cut into, and the padded lengths that are compiled for it.
+
+    Attributes:
+      model: name of the model the plan was made for (the cost table's model name).
+      num_devices: devices the plan may use; replicas may leave some idle.
+      replicas: groups of like replicas.
+      buckets: the shape lattice's padded lengths, ascending, tokens.
+      predicted: the planner's expectation, absent for plans written by hand.
+      planner: which planner made it ("exact", "minlp", "prune", "group", "manual").
+    """
+
+    model: str
+    num_devices: int
+    replicas: tuple[ReplicaGroup, ...]
+    buckets: tuple[int, ...]
+    predicted: Prediction | None = None
+    planner: str = "manual"
+
+    def __post_init__(self) -> None:
+        if not self.replicas:
+            raise ValueError("Plan.replicas is empty: expected at least one replica")
+        if self.used_devices > self.num_devices:
+            raise ValueError(
+                f"Plan.replicas use {self.used_devices} devices: expected at most num_devices = {self.num_devices}"
+            )
+        if not self.buckets or any(b < 1 for b in self.buckets) or list(self.buckets) != sorted(set(self.buckets)):
+            raise ValueError(f"Plan.buckets = {list(self.buckets)}: expected ascending positive lengths")
+        if self.buckets[-1] > self.max_capacity_tokens:
+            raise ValueError(
+                f"Plan.buckets: {self.buckets[-1]} exceeds every replica's capacity (largest {self.max_capacity_tokens})"
+            )
+
+    @property
+    def used_devices(self) -> int:
+        return sum(group.num_devices for group in self.replicas)
+
+    @property
+    def num_replicas(self) -> int:
+        return sum(group.count for group in self.replicas)
+
+    @property
+    def max_capacity_tokens(self) -> int:
+        return max(group.capacity_tokens for group in self.replicas)
+
+    def expanded(self) -> Iterator[ReplicaGroup]:
+        """One group of count 1 for each replica, in the order replicas are numbered everywhere."""
+        for group in self.replicas:
+            for _ in range(group.count):
+                yield dataclasses.replace(group, count=1)
+
+    def __str__(self) -> str:
+        return " ".join(str(group) for group in self.replicas)
+
+    def to_dict(self) -> dict[str, Any]:
+        out: dict[str, Any] = {
+            "version": PLAN_VERSION,
+            "model": self.model,
+            "planner": self.planner,
+            "num_devices": self.num_devices,
+            "replicas": [
+                {
+                    "count": g.count,
+                    "tp": g.config.tp,
+                    "pp": g.config.pp,
+                    "remat": g.config.remat,
+                    "capacity_tokens": g.capacity_tokens,
+                }
+                for g in self.replicas
+            ],
+        }
+        if self.predicted is not None:
+            out["predicted"] = dataclasses.asdict(self.predicted)
+        out["buckets"] = list(self.buckets)
+        return out
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], *, file: object = None) -> Plan:
+        """Reads the plan format of `to_dict`; a wrong or missing field raises `UserError` naming it."""
+        raw = _require_mapping(raw, file, None)
+        known = {"version", "model", "planner", "num_devices", "replicas", "predicted", "buckets"}
+        _reject_unknown(raw, known, file, None)
+        if raw.get("version") != PLAN_VERSION:
+            raise UserError(
+                "unsupported plan version", file=file, key="version", value=raw.get("version"), expected=str(PLAN_VERSION)
+            )
+        groups = []
+        replicas = _field(raw, "replicas", list, file, None)
+        for index, item in enumerate(replicas):
+            key = f"replicas[{index}]"
+            item = _require_mapping(item, file, key)
+            _reject_unknown(item, {"count", "tp", "pp", "remat", "capacity_tokens"}, file, key)
+            try:
+                groups.append(
+                    ReplicaGroup(
+                        count=item.get("count", 1),
+                        config=ParallelConfig(
+                            tp=_field(item, "tp", int, file, key),
+                            pp=_field(item, "pp", int, file, key),
+                            remat=_field(item, "remat", str, file, key),
+                        ),
+                        capacity_tokens=_field(item, "capacity_tokens", int, file, key),
+                    )
+                )
+            except ValueError as error:
+                raise UserError(str(error), file=file, key=key) from error
+        predicted = None
+        if raw.get("predicted") is not None:
+            values = _require_mapping(raw["predicted"], file, "predicted")
+            names = [f.name for f in dataclasses.fields(Prediction)]
+            _reject_unknown(values, set(names), file, "predicted")
+            for name in names:
+                number = values.get(name)
+                if isinstance(number, bool) or not isinstance(number, int | float) or math.isnan(number):
+                    raise UserError("bad value", file=file, key=f"predicted.{name}", value=number, expected="a number")
+            predicted = Prediction(**{name: float(values[name]) for name in names})
+        buckets = _field(raw, "buckets", list, file, None)
+        if not all(isinstance(b, int) and not isinstance(b, bool) for b in buckets):
+            raise UserError("bad value", file=file, key="buckets", value=buckets, expected="a list of integers")
+        try:
+            return cls(
+                model=_field(raw, "model", str, file, None),
+                num_devices=_field(raw, "num_devices", int, file, None),
+                replicas=tuple(groups),
+                buckets=tuple(buckets),
+                predicted=predicted,
+                planner=raw.get("planner", "manual"),
+            )
+        except ValueError as error:
+            raise UserError(str(error), file=file) from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot read the plan: {error.strerror}", file=path, expected="a plan.yaml") from error
+        try:
+            raw = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"not YAML: {error}", file=path, expected="a plan.yaml") from error
+        return cls.from_dict(raw, file=path)
+
+
+def _require_mapping(raw: Any, file: object, key: str | None) -> Mapping[str, Any]:
+    if not isinstance(raw, Mapping):
+        raise UserError("bad value", file=file, key=key, value=raw, expected="a mapping")
+    return raw
+
+
+def _reject_unknown(raw: Mapping[str, Any], known: set[str], file: object, key: str | None) -> None:
+    for name in raw:
+        if name not in known:
+            raise UserError(
+                f"unknown key {name!r}", file=file, key=key, expected="one of " + ", ".join(sorted(known))
+            )
+
+
+def _field(raw: Mapping[str, Any], name: str, kind: type, file: object, key: str | None) -> Any:
+    full = name if key is None else f"{key}.{name}"
+    if name not in raw:
+        raise UserError("missing", file=file, key=full, expected=f"a value of type {kind.__name__}")
+    value = raw[name]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UserError("bad value", file=file, key=full, value=value, expected=f"a value of type {kind.__name__}")
+    return value

@@ -1,0 +1,265 @@
+"""The planning problem that every planner solves: one frozen instance, built and checked here.
+
+Buckets s_1 < ... < s_J are padded lengths; s_J covers the longest length that the workload can draw, so a plan that
+serves bucket J serves any batch. From the expected number of sequences E_j of each bucket in a batch the instance takes
+integer counts N_j, rounded up cumulatively from the longest bucket down:
+
+    N_j = ceil(E_j + ... + E_J) - ceil(E_{j+1} + ... + E_J)
+
+so the N_j sum to the global batch size, every tail is at least its expectation, and bucket J holds at least one
+sequence however rare its lengths are (plain ceil would add up to one sequence for each bucket; the paper plans on the
+fractions). A sequence is served in its own bucket.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from planner.bucketing import bucket_lengths
+from planner.cost import ConfigCost, CostTable
+from planner.errors import UserError
+from planner.lattice import row_options, split_rows
+from planner.plan import ParallelConfig, Plan, Prediction, ReplicaGroup
+from planner.workload import Workload
+
+ROUNDING_SLACK = 1e-9
+"""Relative slack below which an expected count a hair over an integer is that integer."""
+
+DEFAULT_NUM_BUCKETS = 16
+DEFAULT_TIME_LIMIT_S = 30.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Constraints:
+    """Which parallel configs a plan may use; None allows what the cost table holds."""
+
+    max_tp: int | None = None
+    max_pp: int | None = None
+    tps: tuple[int, ...] | None = None
+    pps: tuple[int, ...] | None = None
+    remats: tuple[str, ...] | None = None
+
+    def allow(self, config: ParallelConfig) -> bool:
+        return (
+            (self.max_tp is None or config.tp <= self.max_tp)
+            and (self.max_pp is None or config.pp <= self.max_pp)
+            and (self.tps is None or config.tp in self.tps)
+            and (self.pps is None or config.pp in self.pps)
+            and (self.remats is None or config.remat in self.remats)
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UsableConfig:
+    """A parallel config with its slot times on the lattice.
+
+    Attributes:
+      cost: its row of the cost table.
+      rows: for each bucket, the row options, ascending, the last being the full rows; () where the bucket does not fit.
+      slot_s: for each bucket and row option, seconds that such a micro-batch occupies the slowest stage.
+    """
+
+    cost: ConfigCost
+    rows: tuple[tuple[int, ...], ...]
+    slot_s: tuple[tuple[float, ...], ...]
+
+    @property
+    def config(self) -> ParallelConfig:
+        return self.cost.config
+
+    @property
+    def num_devices(self) -> int:
+        return self.cost.config.num_devices
+
+    @property
+    def capacity_tokens(self) -> int:
+        return self.cost.capacity_tokens
+
+    def fits(self, bucket: int) -> bool:
+        """Whether bucket number `bucket` (from 0) is within the capacity."""
+        return bool(self.rows[bucket])
+
+    def full_rows(self, bucket: int) -> int:
+        return self.rows[bucket][-1]
+
+    def slots(self, bucket: int, num_sequences: int) -> tuple[float, ...]:
+        """Seconds of each micro-batch that `num_sequences` of a bucket become on one replica."""
+        options = self.rows[bucket]
+        times = dict(zip(options, self.slot_s[bucket], strict=True))
+        return tuple(times[rows] for rows in split_rows(num_sequences, options)) if num_sequences else ()
+
+    def per_sequence_s(self, bucket: int) -> float:
+        """Least seconds of slot time that one sequence of the bucket can cost: the best row option's share."""
+        return min(s / b for s, b in zip(self.slot_s[bucket], self.rows[bucket], strict=True))
+
+    def replica_s(self, loads: Sequence[int]) -> float:
+        """Seconds of one step on one replica that is given loads[j] sequences of each bucket j; 0 without any."""
+        times = [s for bucket, n in enumerate(loads) for s in self.slots(bucket, int(n))]
+        if not times:
+            return 0.0
+        return self.cost.fixed_s + sum(times) + (self.config.pp - 1) * max(times)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanningProblem:
+    """What to plan for. Made by `build_problem`, solved by `solve(problem) -> Plan` of any planner.
+
+    Attributes:
+      workload: the tasks' length distributions.
+      costs: the cost table; `costs.step_overhead_s` is paid once a step whatever the plan.
+      num_devices: devices a plan may use (it may leave some idle).
+      buckets: padded lengths, tokens, ascending.
+      expected: E_j, expected sequences of each bucket in one batch.
+      counts: N_j, the integers that are planned for (see the module's docstring).
+      configs: the configs allowed that fit the devices and at least the shortest bucket.
+      proposal: whether planners that know LobRA's configuration proposal use it.
+      time_limit_s: after this many seconds a planner returns the best plan that it has.
+    """
+
+    workload: Workload
+    costs: CostTable
+    num_devices: int
+    buckets: tuple[int, ...]
+    expected: tuple[float, ...]
+    counts: tuple[int, ...]
+    configs: tuple[UsableConfig, ...]
+    proposal: bool = True
+    time_limit_s: float = DEFAULT_TIME_LIMIT_S
+
+    def make_plan(
+        self,
+        replica_counts: Sequence[int],
+        *,
+        step_s: float,
+        bound_s: float,
+        planner: str,
+        solve_s: float,
+    ) -> Plan:
+        """The plan of replica_counts[i] replicas of configs[i], largest configs first; drops configs with none.
+
+        `step_s` and `bound_s` are seconds with `costs.step_overhead_s` included.
+        """
+        chosen = [
+            ReplicaGroup(count=int(count), config=usable.config, capacity_tokens=usable.capacity_tokens)
+            for usable, count in zip(self.configs, replica_counts, strict=True)
+            if count > 0
+        ]
+        chosen.sort(key=lambda group: (-group.config.num_devices, -group.capacity_tokens, group.config))
+        used = sum(group.num_devices for group in chosen)
+        return Plan(
+            model=self.costs.model,
+            num_devices=self.num_devices,
+            replicas=tuple(chosen),
+            buckets=self.buckets,
+            planner=planner,
+            predicted=Prediction(
+                step_s=step_s,
+                bound_s=bound_s,
+                gap=(step_s - bound_s) / step_s,
+                gpu_seconds=step_s * used,
+                solve_s=solve_s,
+            ),
+        )
+
+
+def build_problem(
+    workload: Workload,
+    costs: CostTable,
+    num_devices: int,
+    *,
+    buckets: str | Sequence[int] = "dynamic",
+    num_buckets: int = DEFAULT_NUM_BUCKETS,
+    constraints: Constraints | None = None,
+    proposal: bool = True,
+    time_limit_s: float = DEFAULT_TIME_LIMIT_S,
+) -> PlanningProblem:
+    """Checks that a plan exists and puts the instance together.
+
+    Raises:
+      UserError: no config is allowed; the longest length fits none of them, or only configs wider than the devices
+        there are; a listed bucket set is too short; the cost table gives a shape no positive time.
+    """
+    if num_devices < 1:
+        raise UserError("bad value", key="num_devices", value=num_devices, expected="an integer >= 1")
+    allowed = _allowed(costs, num_devices, constraints or Constraints(), workload.max_length)
+    cap = max(cost.capacity_tokens for cost in allowed)
+    padded = bucket_lengths(workload, buckets, num_buckets=num_buckets, max_capacity_tokens=cap)
+    expected = _expected_counts(workload, padded)
+    return PlanningProblem(
+        workload=workload,
+        costs=costs,
+        num_devices=num_devices,
+        buckets=padded,
+        expected=expected,
+        counts=_integer_counts(expected),
+        configs=tuple(usable_config(cost, padded) for cost in allowed if cost.capacity_tokens >= padded[0]),
+        proposal=proposal,
+        time_limit_s=time_limit_s,
+    )
+
+
+def usable_config(cost: ConfigCost, buckets: Sequence[int]) -> UsableConfig:
+    """The slot times of a config on the lattice of `buckets`; a shape without a positive time is a `UserError`."""
+    rows = tuple(row_options(length, cost.capacity_tokens) for length in buckets)
+    slot_s = tuple(
+        tuple(cost.micro_batch_s(b, length) for b in options) for options, length in zip(rows, buckets, strict=True)
+    )
+    for length, options, times in zip(buckets, rows, slot_s, strict=True):
+        for b, seconds in zip(options, times, strict=True):
+            if not (math.isfinite(seconds) and seconds > 0):
+                raise UserError(
+                    f"cost table of {cost.config} predicts {seconds:.3g} s for a micro-batch of {b} x {length} tokens",
+                    key="coefficients",
+                    expected="a positive time for every shape: profile that shape or refit",
+                )
+    return UsableConfig(cost=cost, rows=rows, slot_s=slot_s)
+
+
+def _allowed(
+    costs: CostTable, num_devices: int, constraints: Constraints, max_length: int
+) -> tuple[ConfigCost, ...]:
+    allowed = [cost for cost in costs.configs if constraints.allow(cost.config)]
+    if not allowed:
+        raise UserError(
+            "the constraints allow no config of the cost table",
+            key="planner",
+            value=constraints,
+            expected="at least one of " + ", ".join(str(cost.config) for cost in costs.configs),
+        )
+    fitting = [cost for cost in allowed if cost.capacity_tokens >= max_length]
+    if not fitting:
+        largest = max(allowed, key=lambda cost: cost.capacity_tokens)
+        raise UserError(
+            f"sequences of {max_length} tokens fit no config",
+            key="workload",
+            expected=f"lengths up to {largest.capacity_tokens} tokens, the capacity of {largest.config}",
+        )
+    narrowest = min(fitting, key=lambda cost: (cost.config.num_devices, -cost.capacity_tokens))
+    missing = narrowest.config.num_devices - num_devices
+    if missing > 0:
+        raise UserError(
+            f"sequences of {max_length} tokens need a replica {narrowest.config} of "
+            f"{narrowest.config.num_devices} devices: {missing} missing",
+            key="num_devices",
+            value=num_devices,
+            expected=f"at least {narrowest.config.num_devices}",
+        )
+    return tuple(cost for cost in allowed if cost.config.num_devices <= num_devices)
+
+
+def _expected_counts(workload: Workload, buckets: Sequence[int]) -> tuple[float, ...]:
+    counts = workload.expected_counts()
+    where = np.searchsorted(np.asarray(buckets), np.fromiter(counts, dtype=np.int64))
+    values = np.fromiter(counts.values(), dtype=np.float64)
+    positive = values > 0
+    return tuple(np.bincount(where[positive], weights=values[positive], minlength=len(buckets)).tolist())
+
+
+def _integer_counts(expected: Sequence[float]) -> tuple[int, ...]:
+    tails = np.cumsum(np.asarray(expected)[::-1])
+    ceiled = np.ceil(tails * (1 - ROUNDING_SLACK)).astype(np.int64)
+    return tuple(np.diff(ceiled, prepend=0)[::-1].tolist())

@@ -1,0 +1,129 @@
+"""What is to be trained: each task's batch size and distribution of sequence lengths (`hist.json`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from planner.errors import UserError
+
+SHARE_TOLERANCE = 1e-6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskLengths:
+    """One task: `batch_size` sequences a step, `lengths` maps tokens of a sequence -> share, summing to 1."""
+
+    name: str
+    batch_size: int
+    lengths: Mapping[int, float]
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"task {self.name!r}: batch_size = {self.batch_size}, expected >= 1")
+        if not self.lengths:
+            raise ValueError(f"task {self.name!r}: lengths is empty")
+        if any(length < 1 or not 0 <= share <= 1 for length, share in self.lengths.items()):
+            raise ValueError(f"task {self.name!r}: expected lengths >= 1 with shares in [0, 1]")
+        total = math.fsum(self.lengths.values())
+        if abs(total - 1) > SHARE_TOLERANCE:
+            raise ValueError(f"task {self.name!r}: shares sum to {total:.8g}, expected 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+    """The tasks that are trained jointly."""
+
+    tasks: tuple[TaskLengths, ...]
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError("Workload.tasks is empty")
+        names = [task.name for task in self.tasks]
+        if len(set(names)) != len(names):
+            raise ValueError(f"Workload.tasks: duplicate task name in {names}")
+
+    @property
+    def global_batch_size(self) -> int:
+        return sum(task.batch_size for task in self.tasks)
+
+    @property
+    def max_length(self) -> int:
+        return max(length for task in self.tasks for length, share in task.lengths.items() if share > 0)
+
+    def expected_counts(self) -> dict[int, float]:
+        """Expected number of sequences of each length in one global batch, lengths ascending."""
+        counts: dict[int, float] = {}
+        for task in self.tasks:
+            for length, share in task.lengths.items():
+                counts[length] = counts.get(length, 0.0) + task.batch_size * share
+        return dict(sorted(counts.items()))
+
+    def sample(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Draws one global batch: (task index [n], length in tokens [n])."""
+        tasks, lengths = [], []
+        for index, task in enumerate(self.tasks):
+            values = np.fromiter(task.lengths.keys(), dtype=np.int64)
+            shares = np.fromiter(task.lengths.values(), dtype=np.float64)
+            lengths.append(rng.choice(values, size=task.batch_size, p=shares / shares.sum()))
+            tasks.append(np.full(task.batch_size, index))
+        return np.concatenate(tasks), np.concatenate(lengths)
+
+    @classmethod
+    def from_samples(cls, samples: Mapping[str, tuple[int, Sequence[int]]]) -> Workload:
+        """Builds the empirical workload of {task name: (batch size, observed lengths)}."""
+        tasks = []
+        for name, (batch_size, observed) in samples.items():
+            values, counts = np.unique(np.asarray(observed, dtype=np.int64), return_counts=True)
+            shares = counts / counts.sum()
+            tasks.append(
+                TaskLengths(
+                    name=name,
+                    batch_size=batch_size,
+                    lengths={int(v): float(s) for v, s in zip(values, shares, strict=True)},
+                )
+            )
+        return cls(tasks=tuple(tasks))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "tasks": [
+                {
+                    "name": task.name,
+                    "batch_size": task.batch_size,
+                    "lengths": {str(length): share for length, share in task.lengths.items()},
+                }
+                for task in self.tasks
+            ]
+        }
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Workload:
+        expected = 'a histogram {"tasks": [{"name", "batch_size", "lengths": {length: share}}]}'
+        try:
+            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(
+                tasks=tuple(
+                    TaskLengths(
+                        name=task["name"],
+                        batch_size=task["batch_size"],
+                        lengths={int(length): float(share) for length, share in task["lengths"].items()},
+                    )
+                    for task in raw["tasks"]
+                )
+            )
+        except OSError as error:
+            raise UserError(f"cannot read: {error.strerror}", file=path, expected=expected) from error
+        except KeyError as error:
+            raise UserError(f"missing key {error}", file=path, expected=expected) from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"bad histogram: {error}", file=path, expected=expected) from error

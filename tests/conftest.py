@@ -1,0 +1,42 @@
+"""Sets JAX up before any test imports it: eight simulated CPU devices, strict promotion, a compile cache.
+
+Environment variables rather than `jax.config`: tests of the planner then import no JAX, and programs that a test
+starts inherit the same settings.
+"""
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+NUM_SIMULATED_DEVICES = 8
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_flags = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in _flags:
+    os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count={NUM_SIMULATED_DEVICES}".strip()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+hypothesis.settings.register_profile(
+    "repository",
+    deadline=None,
+    derandomize="CI" in os.environ,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("repository")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` run only where JAX was told of one: `JAX_PLATFORMS=cuda pytest -m gpu`."""
+    if os.environ["JAX_PLATFORMS"] == "cpu":
+        skip = pytest.mark.skip(reason="needs an accelerator: run with JAX_PLATFORMS=cuda")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
