@@ -55,11 +55,11 @@ $(BIN)/python:
 	@"$(PYTHON)" -c '$(IS_SUPPORTED)' || { echo "$(PYTHON) is not a Python >=3.11,<3.15" >&2; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
 
-# A stamp's name lists the extras that were installed.
+# A stamp's name lists the extras that were installed; a larger set stands for the smaller ones too.
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(INSTALL) --editable .
 	@touch $@
 
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	$(INSTALL) $(if $(findstring parity,$*),"$(TORCH)") --editable ".[$(subst -,$(comma),$*)]"
-	@touch $@
+	@touch $(VENV)/.installed $(patsubst %-parity,%,$@) $@

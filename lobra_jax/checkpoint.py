@@ -1,7 +1,7 @@
 """Checkpoints of a run: adapters, optimiser state and data position, never the frozen base. Orbax, synchronous.
 
 A checkpoint is written beside its place and renamed, so it is there whole or not at all; what an interruption left
-behind is ignored and removed.
+behind is ignored, and removed at the next save.
 """
 
 from __future__ import annotations

@@ -143,18 +143,30 @@ class Engine:
         return [list(lattice_shapes(group.capacity_tokens, self.plan.buckets)) for group in self.plan.expanded()]
 
     def compile(
-        self, shapes: Sequence[Sequence[Shape]], *, evaluation: bool, num_threads: int
+        self,
+        training_shapes: Sequence[Sequence[Shape]],
+        evaluation_shapes: Sequence[Sequence[Shape]],
+        *,
+        num_threads: int,
     ) -> Iterator[tuple[int, int]]:
         """Compiles [replica][shape] in parallel, yielding (programs done, programs in all) as they finish."""
         with ThreadPoolExecutor(num_threads, thread_name_prefix="compile") as executor:
             futures = [
                 future
-                for replica, own in zip(self.replicas, shapes, strict=True)
-                for future in replica.compile(own, executor, evaluation_shapes=own if evaluation else ())
+                for replica, own, own_evaluation in zip(self.replicas, training_shapes, evaluation_shapes, strict=True)
+                for future in replica.compile(own, executor, evaluation_shapes=own_evaluation)
             ]
             for done, future in enumerate(futures, start=1):
                 future.result()
                 yield done, len(futures)
+
+    def warm_up(self) -> None:
+        """Runs the sum, the update and the spreading once without any work, so that they are compiled too."""
+        off = np.zeros(len(self.specs), np.float32)
+        hyper = HyperInputs(
+            **{f.name: off if f.name != "active" else off.astype(bool) for f in dataclasses.fields(HyperInputs)}
+        )
+        self.finish(self.issue([()] * len(self.replicas), hyper))
 
     def issue(self, batches: ReplicaBatches, hyper: HyperInputs) -> IssuedStep:
         """Hands one step to the devices, all replicas interleaved; returns at once."""
@@ -252,8 +264,6 @@ def _action_times(
         end = max(next(remaining[action.stage]), free[action.stage])
         needs = dependency(action, num_stages)
         begin = max(free[action.stage], start if needs is None else end_of[needs])
-        times.append(
-            ActionTime(action=action, shape=item.shape, start_s=min(begin, end) - start, end_s=end - start)
-        )
+        times.append(ActionTime(action=action, shape=item.shape, start_s=min(begin, end) - start, end_s=end - start))
         free[action.stage] = end_of[action] = end
     return tuple(times)

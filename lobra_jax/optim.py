@@ -50,9 +50,7 @@ class TaskOptimizer:
     clip_norm: float
 
 
-def learning_rates(
-    kind: str, peak: float, *, steps: int, warmup_steps: int, final_fraction: float
-) -> np.ndarray:
+def learning_rates(kind: str, peak: float, *, steps: int, warmup_steps: int, final_fraction: float) -> np.ndarray:
     """[steps] float32: linear warm-up to `peak`, then constant, linear or cosine to `final_fraction` of it."""
     rest = max(steps - warmup_steps, 1)
     after = {
@@ -64,7 +62,7 @@ def learning_rates(
         raise ValueError(f"schedule kind = {kind!r}: expected one of {', '.join(after)}")
     # A task's first step already moves: warm-up step i of n runs at (i + 1) / n of the peak.
     warmup = peak * (np.arange(warmup_steps, dtype=np.float32) + 1) / max(warmup_steps, 1)
-    decay = np.broadcast_to(np.asarray(after[kind]()(np.arange(rest)), np.float32), (rest,))
+    decay = np.broadcast_to(np.asarray(after[kind]()(np.arange(rest, dtype=np.float32)), np.float32), (rest,))
     return np.concatenate([warmup, decay])[:steps].astype(np.float32)
 
 
@@ -74,9 +72,7 @@ def step_inputs(optimizers: Sequence[TaskOptimizer], task_steps: Sequence[int | 
     def column(values: list[float]) -> np.ndarray:
         return np.asarray(values, np.float32)
 
-    rates = [
-        0.0 if k is None else float(o.learning_rates[k]) for o, k in zip(optimizers, task_steps, strict=True)
-    ]
+    rates = [0.0 if k is None else float(o.learning_rates[k]) for o, k in zip(optimizers, task_steps, strict=True)]
     return HyperInputs(
         learning_rate=column(rates),
         weight_decay=column([o.weight_decay for o in optimizers]),
@@ -103,39 +99,67 @@ def init_state(parameters: Any, num_tasks: int) -> Any:
 
 def squared_norms(gradients: Any) -> Array:
     """[T] float32: sum of squares over everything but the task axis."""
-    return sum(
-        jnp.sum(jnp.square(leaf), axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(gradients)
-    )
+    return sum(jnp.sum(jnp.square(leaf), axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(gradients))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskState:
+    """Adapters and optimiser state by layer, leaves [T, ...].
+
+    Attributes:
+      adapters: current.
+      last_good: the adapters of the last step whose gradient was finite, what a task falls back to.
+      moments: optax state.
+    """
+
+    adapters: dict[str, Any]
+    last_good: dict[str, Any]
+    moments: dict[str, Any]
 
 
 def update(
-    parameters: dict[str, Any], state: dict[str, Any], gradients: dict[str, Any], hyper: HyperInputs, squared_norm: Array, alive: Array
-) -> tuple[dict[str, Any], dict[str, Any], Array, Array]:
+    state: TaskState, gradients: dict[str, Any], hyper: HyperInputs, squared_norm: Array, alive: Array
+) -> tuple[TaskState, Array, Array]:
     """One AdamW step of every task that is active, alive and has a finite gradient; the others keep all they have.
 
+    A task whose gradient is not finite goes back to its last good adapters and is not alive any more.
+
     Args:
-      parameters, state, gradients: by layer, each layer's pytree with leaves [T, ...].
+      state: of some layers, maybe not all.
+      gradients: by layer.
       squared_norm: [T], over ALL of a task's adapter, wherever its layers live.
       alive: [T] bool, false for good once a task's gradient was not finite.
 
     Returns:
-      (parameters, state, gradient norm before clipping [T], alive [T]).
+      (state, gradient norm before clipping [T], alive [T]).
     """
     norm = jnp.sqrt(squared_norm)
-    finite = jnp.isfinite(norm)
-    moves = hyper.active & alive & finite
+    trains = hyper.active & alive
+    moves = trains & jnp.isfinite(norm)
+    fails = trains & ~jnp.isfinite(norm)
     clip = jnp.minimum(1.0, hyper.clip_norm / (norm + CLIP_EPSILON))
 
-    def one_task(p: Any, s: Any, g: Any, h: HyperInputs, clip: Array, moves: Array) -> tuple[Any, Any]:
+    def one_task(p: Any, good: Any, s: Any, g: Any, h: HyperInputs, clip: Array, moves: Array, fails: Array) -> tuple:
         # optax raises the float32 beta to the integer count, which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
-            updates, new_state = _adamw(h).update(jax.tree.map(lambda x: x * clip, g), s, p)
-        new = optax.apply_updates(p, updates)
-        return jax.tree.map(lambda after, before: jnp.where(moves, after, before), (new, new_state), (p, s))
+            updates, new_s = _adamw(h).update(jax.tree.map(lambda x: x * clip, g), s, p)
+        moved = (optax.apply_updates(p, updates), p, new_s)
+        kept = (jax.tree.map(lambda back, now: jnp.where(fails, back, now), good, p), good, s)
+        return jax.tree.map(lambda after, before: jnp.where(moves, after, before), moved, kept)
 
     new = {
-        layer: jax.vmap(one_task)(parameters[layer], state[layer], gradients[layer], hyper, clip, moves)
-        for layer in parameters
+        layer: jax.vmap(one_task)(
+            state.adapters[layer],
+            state.last_good[layer],
+            state.moments[layer],
+            gradients[layer],
+            hyper,
+            clip,
+            moves,
+            fails,
+        )
+        for layer in state.adapters
     }
-    parameters, state = ({layer: pair[i] for layer, pair in new.items()} for i in range(2))
-    return parameters, state, norm, alive & (finite | ~hyper.active)
+    adapters, last_good, moments = ({layer: parts[i] for layer, parts in new.items()} for i in range(3))
+    return TaskState(adapters=adapters, last_good=last_good, moments=moments), norm, alive & ~fails

@@ -13,22 +13,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import SingleDeviceSharding
 
 from lobra_jax import optim
 from lobra_jax.lora import Adapters
-from lobra_jax.optim import HyperInputs
+from lobra_jax.optim import HyperInputs, TaskState
 from lobra_jax.replica import Replica
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterState:
-    """Master adapters and moments by layer, and which tasks are alive; each layer on its home device."""
+    """What training changes: each layer's part on its home, and on the first home which tasks are alive."""
 
-    adapters: Adapters
-    moments: dict[str, Any]
+    tasks: TaskState
     alive: Array
+
+    @property
+    def adapters(self) -> Adapters:
+        return self.tasks.adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +69,8 @@ def _add_up(norms: list[Array]) -> Array:
     return sum(norms[1:], start=norms[0])
 
 
-_update = jax.jit(optim.update, donate_argnums=(1,))
+_update = jax.jit(optim.update)
+_init_moments = jax.jit(optim.init_state, static_argnums=1)
 
 
 class GradientSum:
@@ -91,12 +96,11 @@ class GradientSum:
 
     def init(self, adapters: Adapters) -> AdapterState:
         """Places fresh adapters (NumPy or arrays) on their homes, with zero moments."""
-        init_state = jax.jit(optim.init_state, static_argnums=1)
         placed = {layer: jax.device_put(pairs, self.home_of(layer).sharding) for layer, pairs in adapters.items()}
+        moments = {layer: _init_moments(pairs, self.num_tasks) for layer, pairs in placed.items()}
         return AdapterState(
-            adapters=placed,
-            moments={layer: init_state(pairs, self.num_tasks) for layer, pairs in placed.items()},
-            alive=jax.device_put(jnp.ones((self.num_tasks,), bool), self.homes[0].sharding),
+            tasks=TaskState(adapters=placed, last_good=placed, moments=moments),
+            alive=jax.device_put(np.ones(self.num_tasks, bool), self.homes[0].sharding),
         )
 
     def spread(self, adapters: Adapters) -> list[list[Adapters]]:
@@ -124,24 +128,28 @@ class GradientSum:
                     by_layer[layer].append(jax.device_put(pairs, self.home_of(layer).sharding))
         sums, norms = [], []
         for home in self.homes:
-            contributions = [
-                {layer: by_layer[layer][i] for layer in home.layers} for i in range(len(self.replicas))
-            ]
+            contributions = [{layer: by_layer[layer][i] for layer in home.layers} for i in range(len(self.replicas))]
             total, norm = _sum_gradients(contributions)
             sums.append(total)
             norms.append(jax.device_put(norm, self.homes[0].sharding))
         squared_norm = _add_up(norms)
-        new = AdapterState(adapters={}, moments={}, alive=state.alive)
+        parts, alive, first_norm = [], state.alive, squared_norm
         for home, total in zip(self.homes, sums, strict=True):
-            inputs = jax.device_put((hyper, squared_norm, state.alive), home.sharding)
-            adapters, moments, norm, alive = _update(
-                {layer: state.adapters[layer] for layer in home.layers},
-                {layer: state.moments[layer] for layer in home.layers},
-                total,
-                *inputs,
+            own = TaskState(
+                **{
+                    field.name: {layer: getattr(state.tasks, field.name)[layer] for layer in home.layers}
+                    for field in dataclasses.fields(TaskState)
+                }
             )
-            new.adapters.update(adapters)
-            new.moments.update(moments)
+            inputs = jax.device_put((hyper, squared_norm, state.alive), home.sharding)
+            part, norm, still_alive = _update(own, total, *inputs)
+            parts.append(part)
             if home is self.homes[0]:
-                new.alive, first_norm = alive, norm
-        return new, first_norm
+                alive, first_norm = still_alive, norm
+        merged = TaskState(
+            **{
+                field.name: {layer: tree for part in parts for layer, tree in getattr(part, field.name).items()}
+                for field in dataclasses.fields(TaskState)
+            }
+        )
+        return AdapterState(tasks=merged, alive=alive), first_norm

@@ -136,7 +136,10 @@ class Replica:
             for shape in evaluation_shapes
             if shape not in self._evaluation
         ]
-        return [*futures, *(executor.submit(lambda zeros=zeros: jax.block_until_ready(zeros())) for zeros in self._zeros)]
+        return [
+            *futures,
+            *(executor.submit(lambda zeros=zeros: jax.block_until_ready(zeros())) for zeros in self._zeros),
+        ]
 
     def _compile_training(self, shape: Shape) -> None:
         programs = tuple(compile_training(layout, *shape) for layout in self.layouts)
@@ -228,9 +231,7 @@ class Replica:
             target = self.layouts[stage - 1].hidden(*shape).sharding
             cotangents[stage - 1, micro_batch] = jax.device_put(dx, target)
 
-    def evaluate(
-        self, arrays: MicroBatchArrays, adapters: Sequence[Adapters], tasks: Sequence[TaskInputs]
-    ) -> Array:
+    def evaluate(self, arrays: MicroBatchArrays, adapters: Sequence[Adapters], tasks: Sequence[TaskInputs]) -> Array:
         """Losses [T] of one micro-batch, forward only, without dropout."""
         shape: Shape = arrays.tokens.shape
         batches = self.place_batch(arrays)
@@ -264,14 +265,10 @@ def memory_bytes(replica: Replica, shape: Shape) -> int:
 
 def _program_bytes(program: jax.stages.Compiled) -> int:
     m = program.memory_analysis()
-    return (
-        m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-    )
+    return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
 
 def _gradient_bytes(replica: Replica, stage: int) -> int:
     """Bytes on one device of a stage's gradient accumulators, which the forward does not take as an argument."""
     leaves = jax.tree.leaves(replica.layouts[stage].adapters)
     return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves)
-
-

@@ -102,9 +102,7 @@ class StageFunctions:
         rows = row_inputs(tasks, batch.task_ids, batch.dropout_ids, dropout=self.dropout)
         return stage(x, adapters, rows, remat=self.remat, shard=self.sharding.constrain)
 
-    def _row_losses(
-        self, params: Params, adapters: Adapters, tasks: TaskInputs, x: Array, batch: BatchInputs
-    ) -> Array:
+    def _row_losses(self, params: Params, adapters: Adapters, tasks: TaskInputs, x: Array, batch: BatchInputs) -> Array:
         hidden = self._hidden(params, adapters, tasks, x, batch)
         head = self.abstract.merge(params).unembedding
         return weighted_row_losses(hidden, head, batch.targets, batch.loss_weights, self.sharding.constrain)
@@ -138,9 +136,7 @@ class StageFunctions:
     def fused(
         self, gradients: Adapters, params: Params, adapters: Adapters, tasks: TaskInputs, x: Array, batch: BatchInputs
     ) -> tuple[Adapters, Array | None, Array]:
-        row_losses, vjp = self._differentiated(
-            lambda a, x: self._row_losses(params, a, tasks, x, batch), adapters, x
-        )
+        row_losses, vjp = self._differentiated(lambda a, x: self._row_losses(params, a, tasks, x, batch), adapters, x)
         d_adapters, *dx = vjp(jnp.ones_like(row_losses))
         losses_T = jax.ops.segment_sum(row_losses, batch.task_ids, num_segments=self.num_tasks)
         return jax.tree.map(jnp.add, gradients, d_adapters), dx[0] if dx else None, losses_T
@@ -182,9 +178,7 @@ class StageLayout:
         """Activations at a stage's border, [B, L, D]."""
         f = self.functions
         shape = (rows, length, f.abstract.config.hidden_size)
-        return jax.ShapeDtypeStruct(
-            shape, self.dtype, sharding=f.sharding.named(("batch", "length", "hidden"), shape)
-        )
+        return jax.ShapeDtypeStruct(shape, self.dtype, sharding=f.sharding.named(("batch", "length", "hidden"), shape))
 
 
 def stage_layout(functions: StageFunctions, max_rank: int) -> StageLayout:

@@ -18,7 +18,7 @@ import yaml
 from planner.cost import ConfigCost, CostPoint, CostTable
 from planner.errors import UserError
 from planner.fit import fit_coefficients, hold_out
-from planner.plan import ParallelConfig, Plan, ReplicaGroup
+from planner.plan import ParallelConfig, ReplicaGroup
 
 MS_PER_S = 1e3
 LOBRA_REMAT = "none"
@@ -110,8 +110,8 @@ def read_tasks(path: str | Path) -> tuple[LobraTask, ...]:
     return tuple(tasks)
 
 
-def read_plan(path: str | Path, *, model: str, buckets: Sequence[int], num_devices: int | None = None) -> Plan:
-    """The plan of a strategy YAML (`strategy_config: - {dp, tp, pp, max_tokens}`); by default it uses all its devices."""
+def read_strategy(path: str | Path) -> tuple[ReplicaGroup, ...]:
+    """The replicas of a strategy YAML (`strategy_config: - {dp, tp, pp, max_tokens}`)."""
     raw = _yaml(path)
     entries = raw.get("strategy_config") if isinstance(raw, Mapping) else None
     if not isinstance(entries, list) or not entries:
@@ -121,9 +121,8 @@ def read_plan(path: str | Path, *, model: str, buckets: Sequence[int], num_devic
         key = f"strategy_config[{index}]"
         if not isinstance(entry, Mapping):
             raise UserError("bad value", file=path, key=key, value=entry, expected="{dp, tp, pp, max_tokens}")
-        numbers = {name: _positive(entry, name, path, key) for name in ("dp", "tp", "pp", "max_tokens")}
-        groups.append(_group(**numbers))
-    return _plan(groups, model=model, buckets=buckets, num_devices=num_devices, file=path)
+        groups.append(_group(**{name: _positive(entry, name, path, key) for name in ("dp", "tp", "pp", "max_tokens")}))
+    return tuple(groups)
 
 
 def is_strategy_file(path: str | Path) -> bool:
@@ -132,10 +131,8 @@ def is_strategy_file(path: str | Path) -> bool:
     return isinstance(raw, Mapping) and "strategy_config" in raw
 
 
-def parse_plan_lists(
-    tokens: str, dps: str, tps: str, pps: str, *, model: str, buckets: Sequence[int], num_devices: int | None = None
-) -> Plan:
-    """The plan of the original's four comma lists, for example "2048,4096,16384" "6,1,1" "1,2,8" "1,1,1"."""
+def parse_plan_lists(tokens: str, dps: str, tps: str, pps: str) -> tuple[ReplicaGroup, ...]:
+    """The replicas of the original's four comma lists, for example "2048,4096,16384" "6,1,1" "1,2,8" "1,1,1"."""
     flag = "--lobra-plan"
     lists = {}
     for name, text in (("max_tokens", tokens), ("dp", dps), ("tp", tps), ("pp", pps)):
@@ -148,26 +145,12 @@ def parse_plan_lists(
     sizes = {name: len(numbers) for name, numbers in lists.items()}
     if len(set(sizes.values())) != 1:
         raise UserError("lists of unlike length", key=flag, value=sizes, expected="one entry a config in each list")
-    groups = [
-        _group(dp=dp, tp=tp, pp=pp, max_tokens=capacity)
-        for capacity, dp, tp, pp in zip(lists["max_tokens"], lists["dp"], lists["tp"], lists["pp"], strict=True)
-    ]
-    return _plan(groups, model=model, buckets=buckets, num_devices=num_devices, file=flag)
+    return tuple(_group(**dict(zip(lists, numbers, strict=True))) for numbers in zip(*lists.values(), strict=True))
 
 
 def _group(*, dp: int, tp: int, pp: int, max_tokens: int) -> ReplicaGroup:
     config = ParallelConfig(tp=tp, pp=pp, remat=LOBRA_REMAT)
     return ReplicaGroup(count=dp, config=config, capacity_tokens=max_tokens)
-
-
-def _plan(
-    groups: Sequence[ReplicaGroup], *, model: str, buckets: Sequence[int], num_devices: int | None, file: object
-) -> Plan:
-    used = sum(group.num_devices for group in groups)
-    try:
-        return Plan(model=model, num_devices=num_devices or used, replicas=tuple(groups), buckets=tuple(buckets))
-    except ValueError as error:
-        raise UserError(str(error), file=file) from error
 
 
 def _read_times(path: str | Path) -> dict[int, tuple[CostPoint, ...]]:

@@ -206,7 +206,8 @@ def usable_config(cost: ConfigCost, buckets: Sequence[int]) -> UsableConfig:
     """The slot times of a config on the lattice of `buckets`; a shape without a positive time is a `UserError`."""
     rows = tuple(row_options(length, cost.capacity_tokens) for length in buckets)
     slot_s = tuple(
-        tuple(cost.micro_batch_s(b, length) for b in options) for options, length in zip(rows, buckets, strict=True)
+        tuple(float(cost.micro_batch_s(b, length)) for b in options)
+        for options, length in zip(rows, buckets, strict=True)
     )
     for length, options, times in zip(buckets, rows, slot_s, strict=True):
         for b, seconds in zip(options, times, strict=True):
@@ -219,9 +220,7 @@ def usable_config(cost: ConfigCost, buckets: Sequence[int]) -> UsableConfig:
     return UsableConfig(cost=cost, rows=rows, slot_s=slot_s)
 
 
-def _allowed(
-    costs: CostTable, num_devices: int, constraints: Constraints, max_length: int
-) -> tuple[ConfigCost, ...]:
+def _allowed(costs: CostTable, num_devices: int, constraints: Constraints, max_length: int) -> tuple[ConfigCost, ...]:
     allowed = [cost for cost in costs.configs if constraints.allow(cost.config)]
     if not allowed:
         raise UserError(

@@ -50,14 +50,11 @@ class DatasetStatistics:
     context_length: int
 
     def __post_init__(self) -> None:
+        who = f"data set {self.dataset!r}"
         if not 1 <= self.mean < self.context_length:
-            raise ValueError(
-                f"data set {self.dataset!r}: mean_length = {self.mean}, expected 1 to context_length = {self.context_length}"
-            )
+            raise ValueError(f"{who}: mean_length = {self.mean}, expected 1 to context_length = {self.context_length}")
         if self.kurtosis + 2 < self.skewness**2:
-            raise ValueError(
-                f"data set {self.dataset!r}: kurtosis = {self.kurtosis}, expected >= skewness^2 - 2 as for any distribution"
-            )
+            raise ValueError(f"{who}: kurtosis = {self.kurtosis}, expected >= skewness^2 - 2 as for any distribution")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

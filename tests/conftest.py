@@ -16,7 +16,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in _flags:
-    os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count={NUM_SIMULATED_DEVICES}".strip()
+    # Little models are compiled for longer than they run: leave out the costly optimisation.
+    _own = f"--xla_force_host_platform_device_count={NUM_SIMULATED_DEVICES} --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = f"{_flags} {_own}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")

@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
+from lobra_jax.data.templates import check_template
 from lobra_jax.models.config import TARGETS
 from planner.bucketing import PRESETS as STATIC_BUCKETS
 
@@ -27,12 +28,14 @@ def wrong(problem: str, *, expected: str) -> NoReturn:
     raise PydanticCustomError(USER_ERROR_TYPE, "{problem}", {"problem": problem, "expected": expected})
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
-    """What to say was expected instead of an unknown word: the nearest known one, then all of them."""
-    known = list(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"one of {', '.join(known)}{hint}"
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """What to add after an unknown word: the nearest known one, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def one_of(known: Iterable[str]) -> str:
+    return f"one of {', '.join(known)}"
 
 
 def _not_bool(value: Any) -> Any:
@@ -64,7 +67,7 @@ def _target(value: Any) -> Any:
         return value
     short = value.removesuffix("_proj")
     if short not in TARGETS:
-        wrong(f"unknown target module {value!r}", expected=suggest(short, TARGETS))
+        wrong(f"unknown target module{did_you_mean(short, TARGETS)}", expected=one_of(TARGETS))
     return short
 
 
@@ -80,11 +83,20 @@ def _name(value: str) -> str:
     return value
 
 
+def _template(value: str) -> str:
+    problem = check_template(value)
+    if problem is not None:
+        wrong(problem.problem, expected=problem.expected)
+    return value
+
+
 def _buckets(value: Any) -> Any:
     if isinstance(value, str):
         names = ["dynamic", *STATIC_BUCKETS]
         if value not in names:
-            wrong("unknown bucket preset", expected=f"a list of lengths or {suggest(value, names)}")
+            wrong(
+                f"unknown bucket preset{did_you_mean(value, names)}", expected=f"a list of lengths or {one_of(names)}"
+            )
         return value
     numbers = isinstance(value, list | tuple) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
     if not numbers or not value or min(value) < 1 or list(value) != sorted(set(value)):
@@ -110,5 +122,7 @@ Target = Annotated[str, BeforeValidator(_target)]
 Targets = Annotated[tuple[Target, ...], BeforeValidator(_as_list), AfterValidator(_targets)]
 """Target modules in the order they run; PEFT's `q_proj` is taken as `q`."""
 TaskName = Annotated[str, AfterValidator(_name)]
+Template = Annotated[str, AfterValidator(_template)]
+"""A template's name or a format string with {prompt}."""
 Buckets = Annotated[Any, BeforeValidator(_buckets)]
 """A preset's name or a tuple of ascending lengths."""

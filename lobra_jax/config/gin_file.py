@@ -7,9 +7,9 @@
     dolly/ScheduleConfig.kind = "cosine"
     LR = 1e-3                               # a macro
 
-Tasks come in the order in which their scopes first appear, or as `RunConfig.tasks = ["dolly", ...]` says (also the way to
-name a task that is no identifier; an element may be a dictionary of a task's keys, too). `include "other.gin"` is taken
-from the folder of the including file; imports and @references are refused: a config is data.
+Tasks come in the order in which their scopes first appear, or as `RunConfig.tasks = ["dolly", ...]` says; an element
+may also be a dictionary of a task's keys, which is how to name a task that is no identifier. `include "other.gin"` is
+taken from the folder of the including file; imports and @references are refused: a config is data.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 from gin import config_parser
 
-from lobra_jax.config.fields import suggest
+from lobra_jax.config.fields import did_you_mean, one_of
 from planner.errors import UserError
 
 SECTIONS = {
@@ -40,11 +40,16 @@ class _Macro:
     name: str
 
 
-class _Delegate(config_parser.ParserDelegate):
-    """Macros are kept to be looked up at the end; references have nothing to refer to."""
+@dataclasses.dataclass(frozen=True)
+class _Reference:
+    name: str
 
-    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Any:
-        raise SyntaxError(f"a reference @{scoped_configurable_name}")
+
+class _Delegate(config_parser.ParserDelegate):
+    """Macros are kept to be looked up at the end, references to be refused with their place."""
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> _Reference:
+        return _Reference(scoped_configurable_name)
 
     def macro(self, macro_name: str) -> _Macro:
         return _Macro(macro_name)
@@ -65,7 +70,8 @@ def read_gin(text: str, path: Path) -> dict[str, Any]:
         value = _expand(statement.value, macros, where)
         selector = statement.selector
         if selector not in CLASSES:
-            raise UserError(f"unknown class {selector!r}", file=where, expected=suggest(selector, CLASSES))
+            problem = f"unknown class {selector!r}{did_you_mean(selector, CLASSES)}"
+            raise UserError(problem, file=where, expected=one_of(CLASSES))
         if statement.scope and selector not in TASK_CLASSES:
             raise UserError(f"a scope before {selector}", file=where, value=statement.scope, expected="none")
         if selector in TASK_CLASSES:
@@ -95,7 +101,7 @@ def _statements(
                 out.extend(_include(path.parent / statement.filename, path, statement, including))
             elif isinstance(statement, config_parser.ImportStatement):
                 where = f"{path}:{statement.location.line_num}"
-                raise UserError("an import", file=where, expected="bindings such as ModelConfig.preset = \"tiny\"")
+                raise UserError("an import", file=where, expected='bindings such as ModelConfig.preset = "tiny"')
     except SyntaxError as error:
         line = f":{error.lineno}" if error.lineno else ""
         raise UserError(f"not gin: {error.msg}", file=f"{path}{line}", expected="CLASS.key = value") from error
@@ -120,10 +126,12 @@ def _include(
 
 def _expand(value: Any, macros: dict[str, Any], where: str, within: tuple[str, ...] = ()) -> Any:
     """`value` with its macros replaced, however deep they stand."""
+    if isinstance(value, _Reference):
+        raise UserError("a reference", file=where, value=f"@{value.name}", expected="a plain value: a config is data")
     if isinstance(value, _Macro):
         if value.name not in macros or value.name in within:
-            problem = f"macro %{value.name} refers to itself" if value.name in macros else f"unknown macro %{value.name}"
-            raise UserError(problem, file=where, expected=f"{value.name} = value")
+            problem = "a macro that refers to itself" if value.name in macros else "unknown macro"
+            raise UserError(problem, file=where, value=f"%{value.name}", expected=f"{value.name} = value")
         return _expand(macros[value.name], macros, where, (*within, value.name))
     if isinstance(value, list | tuple):
         return [_expand(item, macros, where, within) for item in value]
@@ -149,12 +157,14 @@ def _merge_tasks(
     listed: list[Any] | None, defaults: dict[str, Any], tasks: dict[str, dict[str, Any]], path: Path
 ) -> list[dict[str, Any]]:
     """One dictionary a task: unscoped bindings, over them the list's element, over them the scoped bindings."""
-    elements = [{"name": item} if isinstance(item, str) else item for item in (list(tasks) if listed is None else listed)]
+    items = list(tasks) if listed is None else listed
+    elements = [{"name": item} if isinstance(item, str) else item for item in items]
     names = [element.get("name") for element in elements]
     for name in tasks:
         if name not in names:
             known = [str(n) for n in names]
-            raise UserError(f"task {name!r} is not in RunConfig.tasks", file=path, expected=suggest(name, known))
+            problem = f"task {name!r} is not in RunConfig.tasks{did_you_mean(name, known)}"
+            raise UserError(problem, file=path, expected=one_of(known))
     merged = []
     for element in elements:
         own = tasks.get(element.get("name"), {})

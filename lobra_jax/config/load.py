@@ -12,16 +12,16 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from lobra_jax.config.fields import USER_ERROR_TYPE, suggest
+from lobra_jax.config.fields import NAME_PATTERN, USER_ERROR_TYPE, did_you_mean, one_of
 from lobra_jax.config.gin_file import read_gin
-from lobra_jax.config.overrides import Override, apply_override, parse_override
+from lobra_jax.config.overrides import Location, Override, apply_override, parse_override
 from lobra_jax.config.schema import RunConfig
 from lobra_jax.models.config import PRESETS, LlamaConfig
 from lobra_jax.models.hf_config import load_llama_config
 from planner.errors import UserError
 
-Location = tuple[str | int, ...]
-"""Where a value stands in the raw config, as pydantic reports it: ("tasks", 0, "lr")."""
+MAX_SHOWN_ITEMS = 8
+"""Longer lists are left out of error lines."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, check_files: bool = True) -> RunConfig:
@@ -37,13 +37,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, check_files:
     """
     path = Path(path)
     raw = _read(path)
-    parsed = [parse_override(text) for text in overrides]
-    for override in parsed:
-        apply_override(raw, override)
+    applied = [apply_override(raw, parse_override(text)) for text in overrides]
     try:
         config = RunConfig.model_validate(raw, context={"folder": path.resolve().parent})
     except ValidationError as error:
-        raise _first_error(error, raw, path, parsed) from error
+        raise _first_error(error, raw, path, applied) from error
     if check_files:
         _check_files(config, path)
     return config
@@ -61,7 +59,7 @@ def select_tasks(config: RunConfig, names: Iterable[str]) -> RunConfig:
     known = [task.name for task in config.tasks]
     for name in names:
         if name not in known:
-            raise UserError(f"unknown task {name!r}", key="--tasks", expected=suggest(name, known))
+            raise UserError(f"unknown task {name!r}{did_you_mean(name, known)}", key="--tasks", expected=one_of(known))
     if not names:
         raise UserError("no task named", key="--tasks", expected=f"one or more of {', '.join(known)}")
     return config.model_copy(update={"tasks": tuple(task for task in config.tasks if task.name in names)})
@@ -109,31 +107,59 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         problem = "an empty config" if raw is None else "not a mapping"
         raise UserError(problem, file=path, expected=f"a mapping with {', '.join(RunConfig.model_fields)}")
-    return raw
+    return _unshared(raw)
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which YAML's aliases are apart, so that an override of one task leaves the others alone."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def _first_error(error: ValidationError, raw: dict[str, Any], path: Path, overrides: Sequence[Override]) -> UserError:
     """The most telling of pydantic's errors: a misspelt key comes before the required key that it leaves missing."""
     details = sorted(error.errors(include_url=False), key=lambda detail: detail["type"] != "extra_forbidden")[0]
     location, kind, value = details["loc"], details["type"], details["input"]
-    source = next((o for o in reversed(overrides) if o.covers(location, raw)), None)
+    source = next((override for override in reversed(overrides) if _caused(override, location)), None)
     where = {"file": path if source is None else f"--set {source.text}", "key": _key(location, raw)}
     if kind == "extra_forbidden":
-        known = _section(location[:-1]).model_fields
-        return UserError(f"unknown key {str(location[-1])!r}", **where, expected=suggest(str(location[-1]), known))
+        name, known = str(location[-1]), _section(location[:-1]).model_fields
+        return UserError(f"unknown key {name!r}{did_you_mean(name, known)}", **where, expected=one_of(known))
     if kind == "missing":
         return UserError("missing", **where, expected=f"a value for {location[-1]!r}")
-    shown = value if isinstance(value, str | int | float | bool) or (isinstance(value, list) and len(value) < 9) else None
+    short = isinstance(value, str | int | float | bool) or (isinstance(value, list) and len(value) <= MAX_SHOWN_ITEMS)
+    shown = value if short else None
     if kind == USER_ERROR_TYPE:
         context = details["ctx"]
         return UserError(context["problem"], **where, value=shown, expected=context["expected"])
     if kind == "model_type":
         return UserError("not a mapping", **where, value=shown, expected="a mapping of keys")
+    if kind == "too_short":
+        return UserError("empty", **where, expected="at least one item")
     for prefix in ("Input should be ", "Value should have "):
         if details["msg"].startswith(prefix):
             problem = "no value" if value is None else "bad value"
             return UserError(problem, **where, value=shown, expected=details["msg"].removeprefix(prefix))
     return UserError(details["msg"], **where, value=shown)
+
+
+def _caused(override: Override, location: Location) -> bool:
+    """Whether the value at `location` is the override's, holds it as a key it should not, or lies within it."""
+    for place in override.places:
+        if location[: len(place)] == place:
+            return True
+        if place[: len(location)] == location and not _is_section(location):
+            return True
+    return False
+
+
+def _is_section(location: Location) -> bool:
+    try:
+        section = _section(location)
+    except KeyError:
+        return False
+    return isinstance(section, type) and issubclass(section, BaseModel)
 
 
 def _key(location: Location, raw: Any) -> str | None:
@@ -143,19 +169,16 @@ def _key(location: Location, raw: Any) -> str | None:
         if index == 1 and location[0] == "tasks":
             task = raw["tasks"][part]
             name = task.get("name") if isinstance(task, dict) else None
-            part = name if isinstance(name, str) and name else part
+            part = name if isinstance(name, str) and NAME_PATTERN.fullmatch(name) else part
         parts.append(str(part))
     return ".".join(parts) or None
 
 
-def _section(location: Location) -> type[BaseModel]:
-    """The schema class of the section at `location`."""
+def _section(location: Location) -> Any:
+    """The type at `location`, a schema class if it is a section; `KeyError` if the schema has no such place."""
     section: Any = RunConfig
     for part in location:
-        if isinstance(part, int):
-            section = get_args(section)[0]
-        else:
-            section = section.model_fields[part].annotation
+        section = get_args(section)[0] if isinstance(part, int) else section.model_fields[part].annotation
     return section
 
 

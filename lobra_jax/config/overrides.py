@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -12,48 +13,51 @@ from planner.errors import UserError
 EVERY_TASK = "*"
 
 
+Location = tuple[str | int, ...]
+"""Where a value stands in the raw config, as pydantic reports it: ("tasks", 0, "lr")."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Override:
-    """One `--set`: its text, the dotted key, the value as YAML reads it."""
+    """One `--set`: its text, the dotted key, the value as YAML reads it, the places it went to once applied."""
 
     text: str
     key: str
     value: Any
-
-    def covers(self, location: tuple[str | int, ...], raw: dict[str, Any]) -> bool:
-        """Whether the value at `location` of the raw config came from this override."""
-        try:
-            paths = resolve(self, raw)
-        except UserError:
-            return False
-        return any(location[: len(path)] == path for path in paths)
+    places: tuple[Location, ...] = ()
 
 
 def parse_override(text: str) -> Override:
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not key or not all(key.split(".")):
-        raise UserError("bad override", file=f"--set {text}", expected="key=value such as training.seed=1 or tasks.a.lr=1e-3")
+        expected = "key=value such as training.seed=1 or tasks.NAME.lr=1e-3"
+        raise UserError("bad override", file=f"--set {text}", expected=expected)
     try:
         return Override(text=text, key=key, value=yaml.safe_load(value))
     except yaml.YAMLError as error:
-        raise UserError("the value is not YAML", file=f"--set {text}", key=key, value=value) from error
+        raise UserError("not YAML", file=f"--set {text}", key=key, value=value, expected="a YAML value") from error
 
 
-def apply_override(raw: dict[str, Any], override: Override) -> None:
-    """Sets the value in `raw`, making the sections on the way."""
-    for path in resolve(override, raw):
+def apply_override(raw: dict[str, Any], override: Override) -> Override:
+    """Sets the value in `raw`, making the sections on the way; returns the override with its places."""
+    places = _places(override, raw)
+    for location in places:
         place: Any = raw
-        for part in path[:-1]:
-            if isinstance(place, dict) and place.get(part) is None:
-                place[part] = {}
-            place = place[part]
-            if not isinstance(place, dict | list):
-                raise UserError(f"{part!r} holds a single value", file=f"--set {override.text}", expected="a section")
-        place[path[-1]] = override.value
+        keys: Location = location
+        if len(location) > 1 and isinstance(location[1], int):
+            place, keys = raw["tasks"][location[1]], location[2:]
+        for key in keys[:-1]:
+            if place.get(key) is None:
+                place[key] = {}
+            place = place[key]
+            if not isinstance(place, dict):
+                raise UserError(f"{key!r} is not a section", file=f"--set {override.text}", expected="a section's key")
+        place[keys[-1]] = copy.deepcopy(override.value)
+    return dataclasses.replace(override, places=tuple(places))
 
 
-def resolve(override: Override, raw: dict[str, Any]) -> list[tuple[str | int, ...]]:
+def _places(override: Override, raw: dict[str, Any]) -> list[Location]:
     """The places in `raw` that the key means: one, or one a task for "tasks.*"."""
     head, _, rest = override.key.partition(".")
     tasks = raw.get("tasks")
@@ -61,7 +65,7 @@ def resolve(override: Override, raw: dict[str, Any]) -> list[tuple[str | int, ..
         return [tuple(override.key.split("."))]
     names = [task.get("name") if isinstance(task, dict) else None for task in tasks]
     # A name may hold dots and one may begin another: the longest that fits is meant.
-    fitting = [name for name in names if isinstance(name, str) and rest.startswith(f"{name}.")]
+    fitting = [name for name in names if isinstance(name, str) and f"{rest}.".startswith(f"{name}.")]
     if fitting:
         name = max(fitting, key=len)
         indices, rest = [names.index(name)], rest[len(name) + 1 :]

@@ -20,10 +20,11 @@ from lobra_jax.config.fields import (
     Seed,
     Targets,
     TaskName,
-    suggest,
+    Template,
+    did_you_mean,
+    one_of,
     wrong,
 )
-from lobra_jax.data.templates import check_template
 from lobra_jax.models.config import PRESETS, TARGETS
 from planner.plan import REMATS
 
@@ -48,7 +49,7 @@ class ModelConfig(Section):
             problem = "neither preset nor path" if self.preset is None else "both preset and path"
             wrong(problem, expected="exactly one of them")
         if self.preset is not None and self.preset not in PRESETS:
-            wrong(f"unknown preset {self.preset!r}", expected=suggest(self.preset, PRESETS))
+            wrong(f"unknown preset {self.preset!r}{did_you_mean(self.preset, PRESETS)}", expected=one_of(PRESETS))
         return self
 
 
@@ -91,7 +92,7 @@ class TaskConfig(Section):
 
     name: TaskName
     files: FilePaths = ()
-    template: str = "auto"
+    template: Template = "auto"
     context_length: Count = 2048
     batch_size: Count
     steps: Count
@@ -120,9 +121,6 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> TaskConfig:
-        problem = check_template(self.template)
-        if problem is not None:
-            wrong(f"template {self.template!r}: {problem.problem}", expected=problem.expected)
         if self.eval_files and self.eval_fraction > 0:
             wrong("both eval_files and eval_fraction", expected="at most one of them")
         if self.eval_interval is not None and not self.has_evaluation:
@@ -196,8 +194,8 @@ class RunConfig(Section):
             folded = task.name.casefold()
             if folded in seen:
                 wrong(
-                    f"duplicate task name {task.name!r}" + ("" if seen[folded] == task.name else f" (as {seen[folded]!r})"),
-                    expected="names that differ by more than case",
+                    f"duplicate task name {task.name!r} (beside {seen[folded]!r})",
+                    expected="names that differ by more than upper and lower case",
                 )
             seen[folded] = task.name
         return self

@@ -17,6 +17,7 @@ import numpy as np
 from lobra_jax.data.dataset import TokenDataset
 
 if TYPE_CHECKING:
+    from lobra_jax.data.cache import SourceSummary
     from planner.dispatch import MicroBatch
 
 
@@ -54,8 +55,8 @@ class TaskSampler:
 
     def dropout_ids(self, step: int) -> np.ndarray:
         """Seeds of each sequence's dropout: uint32 [batch_size], a hash of (key, step, place in the batch)."""
-        base = _mix(np.uint64(self.key & 0xFFFF_FFFF_FFFF_FFFF) ^ _mix(np.uint64(step)))
-        return (_mix(base ^ _mix(np.arange(self.batch_size, dtype=np.uint64))) >> np.uint64(32)).astype(np.uint32)
+        base = mix(np.uint64(self.key & 0xFFFF_FFFF_FFFF_FFFF) ^ mix(np.uint64(step)))
+        return (mix(base ^ mix(np.arange(self.batch_size, dtype=np.uint64))) >> np.uint64(32)).astype(np.uint32)
 
 
 def epoch_order(key: int, size: int, epoch: int) -> np.ndarray:
@@ -69,7 +70,7 @@ def epoch_order(key: int, size: int, epoch: int) -> np.ndarray:
     return order
 
 
-def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
+def mix(x: np.ndarray | np.uint64) -> np.ndarray:
     """SplitMix64's finaliser, element by element (Steele, Lea, Flood, OOPSLA 2014): uint64 -> uint64."""
     with np.errstate(over="ignore"):
         x = np.asarray(x, dtype=np.uint64) + np.uint64(0x9E37_79B9_7F4A_7C15)
@@ -80,12 +81,21 @@ def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class TaskData:
-    """One task's data, ready to train on. `evaluation` is None for a task without an evaluation split."""
+    """One task's data, ready to train on.
+
+    Attributes:
+      name: the task's name.
+      train: its training examples, those that `sampler` picks from.
+      evaluation: its held-out examples, None without an evaluation split.
+      sampler: picks the batch of each step.
+      sources: what the examples were made from.
+    """
 
     name: str
     train: TokenDataset
     evaluation: TokenDataset | None
     sampler: TaskSampler
+    sources: tuple[SourceSummary, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

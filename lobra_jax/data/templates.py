@@ -61,9 +61,9 @@ def check_template(template: str) -> RecordError | None:
         return None
     if "{" not in template:
         near = difflib.get_close_matches(template, TEMPLATES, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        known = f"one of {', '.join(TEMPLATES)}{hint} or a format string with {{prompt}}"
-        return RecordError("unknown template", expected=known)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        known = f"one of {', '.join(TEMPLATES)}, or a format string with {{prompt}}"
+        return RecordError(f"unknown template{hint}", expected=known)
     try:
         parsed = list(string.Formatter().parse(_prompt_part(template)))
     except ValueError as error:
@@ -168,4 +168,8 @@ def _string(record: Mapping[str, Any], key: str) -> str:
     value = record[key]
     if not isinstance(value, str):
         raise RecordError(f'"{key}" is {value!r:.60}', expected="a string")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RecordError(f'"{key}" holds half a surrogate pair', expected="Unicode text") from error
     return value

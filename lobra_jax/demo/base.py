@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,11 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from tqdm import tqdm
 
-from lobra_jax.demo.tokenizer import BOS, EOS, VOCAB_SIZE
+from lobra_jax.demo.tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS, VOCAB_SIZE
 from lobra_jax.models.config import LlamaConfig
+from lobra_jax.models.hf import save_hf
 from lobra_jax.models.llama import AbstractStage, abstract_stage
-from planner.errors import UserError
+from lobra_jax.models.weights import EMBEDDING_STD, ArrayWeights, RandomWeights, whole
 
 BASE = LlamaConfig(
     name="demo-base",
@@ -38,15 +41,22 @@ BASE = LlamaConfig(
 )
 """1.3 million parameters. Heads, feed-forward and vocabulary divide by 8, layers by 4: any plan of 8 devices fits."""
 
-PHASES = ((0.75, 16, 128), (0.2, 4, 512), (0.05, 1, 2048))
+PHASES = ((0.85, 8, 128), (0.12, 2, 512), (0.03, 1, 1024))
 """(share of the steps, rows, length): short windows first, as they train fastest; the last see far positions."""
 
-DEFAULT_STEPS = 480
+DEFAULT_STEPS = 400
 PEAK_LR = 4e-3
 WARMUP_SHARE = 0.05
 WEIGHT_DECAY = 0.05
 CLIP_NORM = 1.0
-INIT_STD = 0.02
+EMBED_STD = 0.5
+"""Of the initial embedding: AdamW's few hundred steps would be spent on growing a smaller one."""
+
+TOKEN_IDS = {
+    "bos_token_id": SPECIAL_TOKENS.index(BOS),
+    "eos_token_id": SPECIAL_TOKENS.index(EOS),
+    "pad_token_id": SPECIAL_TOKENS.index(PAD),
+}
 
 Params = dict[str, jax.Array]
 
@@ -79,7 +89,9 @@ def pretrain(
     started = time.perf_counter()
     stage = abstract_stage(config, range(config.num_layers), jnp.float32)
     rng = np.random.default_rng(seed)
-    params = init_params(stage, rng)
+    initial = RandomWeights(config, seed)
+    params = {name: jnp.asarray(initial.read(name, whole(weight.shape))) for name, weight in stage.weights.items()}
+    params["embed"] *= EMBED_STD / EMBEDDING_STD
     optimiser = optax.chain(
         optax.clip_by_global_norm(CLIP_NORM), optax.scale_by_adam(b2=0.98), optax.add_decayed_weights(WEIGHT_DECAY)
     )
@@ -125,19 +137,6 @@ def learning_rate(progress: float) -> float:
     return PEAK_LR * 0.5 * (1 + math.cos(math.pi * (progress - WARMUP_SHARE) / (1 - WARMUP_SHARE)))
 
 
-def init_params(stage: AbstractStage, rng: np.random.Generator) -> Params:
-    """Norms 1, everything else normal; output projections of the residual branches scaled down by depth (GPT-2)."""
-    params = {}
-    for name, weight in stage.weights.items():
-        if len(weight.shape) == 1:
-            value = np.zeros(weight.shape) if name.endswith("_bias") else np.ones(weight.shape)
-        else:
-            std = INIT_STD / math.sqrt(2 * stage.config.num_layers) if name.endswith((".o", ".down")) else INIT_STD
-            value = rng.normal(0, std, weight.shape)
-        params[name] = jnp.asarray(value, weight.dtype)
-    return params
-
-
 def mean_loss(stage: AbstractStage, params: Mapping[str, jax.Array], batch: jax.Array) -> jax.Array:
     """Mean next-token loss of windows [rows, length + 1], nats."""
     model = stage.merge(params)
@@ -173,3 +172,44 @@ def token_stream(corpus: str | Path, tokenizer: str | Path) -> np.ndarray:
     bos, eos = encoder.token_to_id(BOS), encoder.token_to_id(EOS)
     stream = [[bos, *encoding.ids, eos] for encoding in encoder.encode_batch(texts, add_special_tokens=False)]
     return np.concatenate([np.asarray(ids, np.int32) for ids in stream])
+
+
+def write_base(
+    corpus: str | Path,
+    tokenizer: str | Path,
+    out: str | Path,
+    *,
+    steps: int = DEFAULT_STEPS,
+    seconds: float | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> Pretrained:
+    """Pre-trains `BASE` and writes OUT/config.json, model.safetensors and tokenizer.json as `transformers` loads them."""
+    tokens = token_stream(corpus, tokenizer)
+    result = pretrain(BASE, tokens, steps=steps, seconds=seconds, on_step=on_step)
+    save_hf(out, BASE, ArrayWeights(result.params), extra=TOKEN_IDS)
+    shutil.copyfile(tokenizer, Path(out) / "tokenizer.json")
+    return result
+
+
+@click.command()
+@click.option("--corpus", required=True, type=click.Path(exists=True, dir_okay=False), help="JSONL file of texts.")
+@click.option("--tokenizer", required=True, type=click.Path(exists=True, dir_okay=False), help="tokenizer.json.")
+@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for the model.")
+@click.option("--steps", default=DEFAULT_STEPS, show_default=True, type=click.IntRange(min=1))
+@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="Stop sooner when this much time passed.")
+def main(corpus: str, tokenizer: str, out: str, steps: int, seconds: float | None) -> None:
+    """Pre-trains the demo's small Llama base and writes it as a Hugging Face folder."""
+    with tqdm(total=steps, unit="step") as bar:
+
+        def show(step: int, loss: float) -> None:
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}")
+
+        result = write_base(corpus, tokenizer, out, steps=steps, seconds=seconds, on_step=show)
+    click.echo(
+        f"{result.num_steps} steps, {result.num_tokens:,} tokens, loss {result.loss:.3f}, {result.seconds:.0f} s -> {out}"
+    )
+
+
+if __name__ == "__main__":
+    main()

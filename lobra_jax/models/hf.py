@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.hf_config import config_json
-from lobra_jax.models.weights import WeightSource, weight_shapes, whole
+from lobra_jax.models.weights import RandomWeights, WeightSource, weight_shapes, whole
 from planner.errors import UserError
 
 WEIGHTS_FILE = "model.safetensors"
@@ -99,6 +99,11 @@ class HFWeights:
                     _check_tensor(file, path, key, shape)
 
 
+def base_weights(config: LlamaConfig, *, path: Path | None, init_seed: int) -> WeightSource:
+    """The base a run names: the weights in folder `path`, or random ones where it names only a preset."""
+    return RandomWeights(config, init_seed) if path is None else HFWeights(path, config)
+
+
 def _check_tensor(file: Any, path: Path, key: str, shape: tuple[int, ...]) -> None:
     header = file.get_slice(key)
     if tuple(header.get_shape()) != shape:
@@ -154,11 +159,12 @@ def save_hf(
     dtype: str = "float32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     extra: Mapping[str, Any] | None = None,
+    on_tensor: Callable[[], object] = lambda: None,
 ) -> None:
     """Writes `config.json` and the weights as `transformers` loads them, a shard at a time in memory.
 
-    `extra` holds further keys of config.json (token ids, say) and wins over ours. The folder is made; files of
-    these names in it are replaced.
+    `extra` holds further keys of config.json (token ids, say) and wins over ours; `on_tensor` is called after each
+    tensor. The folder is made; files of these names in it are replaced.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -173,6 +179,7 @@ def save_hf(
         for name, shape in shapes.items():
             array = source.read(name, whole(shape)).astype(target)
             tensors[hf_name(name)] = np.ascontiguousarray(array.T if is_transposed(name) else array)
+            on_tensor()
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, file))
     if len(shards) > 1:

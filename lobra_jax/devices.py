@@ -1,0 +1,100 @@
+"""The devices of a run: simulated ones, how many, how much memory each may use, and where compiled programs are kept.
+
+Imports JAX only inside its functions: `configure` has to speak before JAX looks for devices.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from planner.errors import UserError
+
+if TYPE_CHECKING:
+    from lobra_jax.config import DevicesConfig
+
+COUNT_FLAG = "--xla_force_host_platform_device_count"
+CACHE_FOLDER = "xla"
+MIN_COMPILE_S_TO_CACHE = 0.2
+"""Programs that compile faster are not worth a file."""
+
+
+def configure(config: DevicesConfig, *, cache_dir: Path) -> None:
+    """Sets JAX up for a run; call it before anything else touches a device.
+
+    With `simulated` JAX sees that many CPU devices and nothing else. Compiled programs are kept in `cache_dir`/xla,
+    unless JAX was already told of a place (JAX_COMPILATION_CACHE_DIR).
+
+    Raises:
+      UserError: devices are simulated, but JAX is already running on others.
+    """
+    if config.simulated is not None:
+        _simulate(config.simulated)
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir / CACHE_FOLDER))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_S_TO_CACHE)
+
+
+def _simulate(count: int) -> None:
+    before = {name: os.environ.get(name) for name in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    other_flags = re.sub(rf"{COUNT_FLAG}=\S*", "", before["XLA_FLAGS"] or "").strip()
+    os.environ["XLA_FLAGS"] = f"{other_flags} {COUNT_FLAG}={count}".strip()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if "jax" not in sys.modules:
+        return
+    import jax
+
+    # The settings still count if JAX has not made its devices yet; if it has, they have to be the right ones.
+    found = jax.devices()
+    if found[0].platform != "cpu" or len(found) != count:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        raise UserError(
+            f"JAX already runs on {len(found)} {found[0].platform} devices in this process",
+            key="devices.simulated",
+            value=count,
+            expected="that many CPU devices, or a fresh process",
+        )
+
+
+def run_devices(config: DevicesConfig) -> list[Any]:
+    """The devices to use: the first `num_devices`, or all. Raises `UserError` if there are fewer."""
+    import jax
+
+    devices = jax.devices()
+    if config.num_devices is not None and config.num_devices > len(devices):
+        raise UserError(
+            "more devices than there are",
+            key="devices.num_devices",
+            value=config.num_devices,
+            expected=f"at most {len(devices)} ({devices[0].device_kind})",
+        )
+    return devices[: config.num_devices]
+
+
+def memory_limit(config: DevicesConfig, device: Any) -> int:
+    """Bytes that a run may use on each device: `memory_bytes`, else what the device itself offers JAX.
+
+    Raises:
+      UserError: neither is known (CPU devices do not say).
+    """
+    if config.memory_bytes is not None:
+        return config.memory_bytes
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        raise UserError(
+            f"a {device.platform} device does not tell its memory",
+            key="devices.memory_bytes",
+            expected='a limit per device, such as "4GiB"',
+        )
+    return int(stats["bytes_limit"])
+
+
+def host_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,244 @@
+"""What a run reports: records in metrics.jsonl and TensorBoard, and the progress bar. Decides nothing.
+
+A record's `step` counts whole steps done, the first being 1; a checkpoint of step n holds the state after record n.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import types
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from planner.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+THROUGHPUT_SMOOTHING = 0.2
+"""Weight of the newest step in the progress bar's moving averages."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PhaseSeconds:
+    """Wall time of one step by phase.
+
+    Attributes:
+      wait_dispatch: the host waited for the step's dispatch and arrays, which are made ahead.
+      issue: the host handed the step to the devices, which work meanwhile.
+      execute: from the devices' start to the end of the slowest replica's last micro-batch.
+      sum_update: from there to the new adapters on every replica.
+      total: the devices' step, execute + sum_update.
+    """
+
+    wait_dispatch: float
+    issue: float
+    execute: float
+    sum_update: float
+    total: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One step of all replicas.
+
+    Attributes:
+      tokens, padded_tokens: real tokens trained on, and tokens of the arrays that held them.
+      padding_share: 1 - tokens / padded_tokens.
+      idle_share: share of the used devices' time in which they waited, 0 to 1.
+      gpu_seconds: devices of the plan x the step's wall time.
+      predicted_s, measured_s, num_micro_batches: one value a replica, in the plan's order.
+      compilations: programs compiled during this step (0 after warm-up).
+    """
+
+    kind: ClassVar[str] = "step"
+    step: int
+    tokens: int
+    padded_tokens: int
+    padding_share: float
+    idle_share: float
+    gpu_seconds: float
+    seconds: PhaseSeconds
+    dispatch_solve_s: float
+    predicted_s: tuple[float, ...]
+    measured_s: tuple[float, ...]
+    predicted_step_s: float
+    num_micro_batches: tuple[int, ...]
+    compilations: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskRecord:
+    """One task's part in one step; `loss` is the mean over its `tokens` targets, `grad_norm` before clipping."""
+
+    kind: ClassVar[str] = "task"
+    step: int
+    task: str
+    task_step: int
+    loss: float
+    tokens: int
+    sequences: int
+    lr: float
+    grad_norm: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalRecord:
+    """One task's held-out loss, the mean over `tokens` targets."""
+
+    kind: ClassVar[str] = "eval"
+    step: int
+    task: str
+    task_step: int
+    loss: float
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EventRecord:
+    """Something that happened once: "finished", "nan", "checkpoint", "resumed" ..."""
+
+    kind: ClassVar[str] = "event"
+    step: int
+    task: str | None = None
+    event: str
+    message: str = ""
+
+
+Record = StepRecord | TaskRecord | EvalRecord | EventRecord
+
+
+class MetricsWriter:
+    """Appends records to RUN/metrics.jsonl, each flushed, and their numbers to RUN/tensorboard. A context manager.
+
+    `resume_step` keeps what is there up to that step and removes what came after it, so that no step is recorded
+    twice; without it the file is begun anew.
+    """
+
+    def __init__(self, folder: str | Path, *, resume_step: int | None = None) -> None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / METRICS_FILE
+        kept = []
+        if resume_step is not None and path.exists():
+            kept = [record for record in read_metrics(path) if record["step"] <= resume_step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(map(_line, kept)), encoding="utf-8")
+        os.replace(partial, path)
+        self._file = path.open("a", encoding="utf-8")
+        purge_step = None if resume_step is None else resume_step + 1
+        self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=purge_step)
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        self.close()
+
+    def write(self, record: Record) -> None:
+        self._file.write(_line({"kind": record.kind, **dataclasses.asdict(record)}))
+        self._file.flush()
+        for tag, value in _scalars(record).items():
+            self._board.add_scalar(tag, value, record.step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(path: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl in the order written, of one kind or all; numbers that were not finite are None.
+
+    A last line that an interruption cut short is left out. Raises UserError naming the line for any other damage.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except OSError as error:
+        raise UserError(f"cannot read the metrics: {error.strerror}", file=path, expected=METRICS_FILE) from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            record = json.loads(line)
+            if kind is None or record["kind"] == kind:
+                records.append(record)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"bad record: {error}", file=f"{path}:{number}", expected="a JSON object") from error
+    return records
+
+
+@contextlib.contextmanager
+def progress_bar(num_steps: int, *, done: int = 0) -> Iterator[Callable[[StepRecord], None]]:
+    """A bar on stderr with steps, time left, tokens/s and idle share; call what it yields after every step.
+
+    Shown on terminals only.
+    """
+    rate: float | None = None
+    with tqdm(total=num_steps, initial=done, unit="step", desc="train", dynamic_ncols=True, disable=None) as bar:
+
+        def advance(record: StepRecord) -> None:
+            nonlocal rate
+            newest = record.tokens / record.seconds.total
+            rate = newest if rate is None else rate + THROUGHPUT_SMOOTHING * (newest - rate)
+            bar.set_postfix_str(f"{rate:,.0f} tokens/s, idle {record.idle_share:.0%}", refresh=False)
+            bar.update()
+
+        yield advance
+
+
+@contextlib.contextmanager
+def compile_bar() -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr for compiling ahead of time; call what it yields with (programs done, programs in all)."""
+    with tqdm(unit="program", desc="compile", dynamic_ncols=True, disable=None) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield advance
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(record), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _scalars(record: Record) -> dict[str, float]:
+    """TensorBoard tags and values of a record."""
+    match record:
+        case StepRecord():
+            names = ("padding_share", "idle_share", "gpu_seconds", "predicted_step_s", "compilations")
+            return {
+                "step/tokens_per_s": record.tokens / record.seconds.total,
+                **{f"step/{name}": getattr(record, name) for name in names},
+                **{f"seconds/{name}": value for name, value in dataclasses.asdict(record.seconds).items()},
+                **{f"replica_{index}/measured_s": value for index, value in enumerate(record.measured_s)},
+                **{f"replica_{index}/predicted_s": value for index, value in enumerate(record.predicted_s)},
+            }
+        case TaskRecord():
+            return {f"{record.task}/{name}": getattr(record, name) for name in ("loss", "lr", "grad_norm", "tokens")}
+        case EvalRecord():
+            return {f"{record.task}/eval_loss": record.loss}
+        case EventRecord():
+            return {}

@@ -1,0 +1,161 @@
+"""Adapters as PEFT folders, written and read. Knows neither runs nor devices.
+
+PEFT keeps Linear layouts: `lora_A.weight` [rank, in] and `lora_B.weight` [out, rank], the transposes of our a and b.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from lobra_jax.lora import LoraSpec
+from lobra_jax.models.config import TARGETS
+from lobra_jax.models.hf import module_name
+from planner.errors import UserError
+
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+
+TaskAdapter = Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]
+"""One task's own arrays, cut to its rank: layer -> target -> {"a": [in, rank], "b": [rank, out]}."""
+
+_PEFT_NAMES = {target: module_name(target).rpartition(".")[2] for target in TARGETS}
+_TENSOR_NAME = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])\.weight")
+
+_PLAIN = {
+    "use_dora": False,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "layers_to_transform": None,
+    "modules_to_save": None,
+    "lora_bias": False,
+}
+"""Settings of PEFT's LoRA that change the arithmetic, with the only value that is ours."""
+
+
+def write_peft_adapter(folder: str | Path, spec: LoraSpec, adapter: TaskAdapter, base_model_name: str) -> None:
+    """Writes `adapter_model.safetensors` and `adapter_config.json` as `peft` loads them.
+
+    `base_model_name` is what the config names as its base: a folder or the name of a preset. Both files are replaced
+    whole, so an interruption leaves the adapter that was there.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for layer, targets in adapter.items():
+        assert sorted(targets) == sorted(spec.targets), f"layer {layer} adapts {sorted(targets)}, not {spec.targets}"
+        for target, pair in targets.items():
+            assert pair["a"].shape[1] == pair["b"].shape[0] == spec.rank, f"layer {layer} {target}: not cut to its rank"
+            for letter, array in (("A", pair["a"]), ("B", pair["b"])):
+                name = _tensor_name(layer, target, letter)
+                tensors[name] = np.ascontiguousarray(np.asarray(array, np.float32).T)
+    weights = folder / (ADAPTER_WEIGHTS_FILE + ".partial")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    os.replace(weights, folder / ADAPTER_WEIGHTS_FILE)
+    config = folder / (ADAPTER_CONFIG_FILE + ".partial")
+    config.write_text(json.dumps(_adapter_config(spec, base_model_name), indent=2) + "\n", encoding="utf-8")
+    os.replace(config, folder / ADAPTER_CONFIG_FILE)
+
+
+def read_peft_adapter(folder: str | Path) -> tuple[LoraSpec, TaskAdapter]:
+    """Reads a folder of `write_peft_adapter`, or any plain LoRA of PEFT over the linears of a Llama.
+
+    Raises UserError for other kinds of adapters, and for tensors that are missing, surplus or of the wrong rank.
+    """
+    config_file = Path(folder) / ADAPTER_CONFIG_FILE
+    raw = _read_adapter_config(config_file)
+    spec = _spec(raw, config_file)
+    weights_file = Path(folder) / ADAPTER_WEIGHTS_FILE
+    try:
+        tensors = load_file(weights_file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot read the adapter: {error}", file=weights_file, expected="an adapter written by PEFT or lobra"
+        ) from error
+    adapter: dict[str, dict[str, dict[str, np.ndarray]]] = {}
+    targets = {name: target for target, name in _PEFT_NAMES.items() if target in spec.targets}
+    for name, array in tensors.items():
+        match = _TENSOR_NAME.fullmatch(name)
+        if match is None or match[2] not in targets:
+            raise UserError(f"unexpected tensor {name!r}", file=weights_file, expected="LoRA pairs of target_modules")
+        layer, module, letter = match.groups()
+        if array.shape[0 if letter == "A" else 1] != spec.rank:
+            problem = f"tensor {name!r} has the wrong rank"
+            raise UserError(problem, file=weights_file, value=array.shape, expected=f"rank {spec.rank}")
+        pair = adapter.setdefault(layer, {}).setdefault(targets[module], {})
+        pair[letter.lower()] = np.ascontiguousarray(array.T.astype(np.float32))
+    for layer, pairs in adapter.items():
+        for target in spec.targets:
+            for letter in "ab":
+                if letter not in pairs.get(target, {}):
+                    missing = _tensor_name(layer, target, letter.upper())
+                    raise UserError(f"tensor {missing!r} is missing", file=weights_file, expected="both of each pair")
+    return spec, {layer: adapter[layer] for layer in sorted(adapter, key=int)}
+
+
+def _tensor_name(layer: str, target: str, letter: str) -> str:
+    return f"base_model.model.model.layers.{layer}.{module_name(target)}.lora_{letter}.weight"
+
+
+def _adapter_config(spec: LoraSpec, base_model_name: str) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model_name,
+        "inference_mode": True,
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "use_rslora": spec.rslora,
+        "lora_dropout": spec.dropout,
+        "target_modules": [_PEFT_NAMES[target] for target in TARGETS if target in spec.targets],
+        **_PLAIN,
+    }
+
+
+def _read_adapter_config(file: Path) -> Mapping[str, Any]:
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"cannot read the adapter's config: {error.strerror}", file=file, expected="an adapter folder"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"not JSON: {error}", file=file, expected="an adapter's config") from error
+    if not isinstance(raw, Mapping):
+        raise UserError("not a mapping", file=file, expected="an adapter's config")
+    return raw
+
+
+def _spec(raw: Mapping[str, Any], file: Path) -> LoraSpec:
+    if raw.get("peft_type") != "LORA":
+        raise UserError("unsupported", file=file, key="peft_type", value=raw.get("peft_type"), expected="LORA")
+    for key, plain in _PLAIN.items():
+        if (raw.get(key) or plain) != plain:
+            raise UserError("unsupported", file=file, key=key, value=raw[key], expected=repr(plain))
+    modules = raw.get("target_modules")
+    known = {name: target for target, name in _PEFT_NAMES.items()}
+    if not isinstance(modules, list) or not modules or any(name not in known for name in modules):
+        expected = "some of " + ", ".join(known)
+        raise UserError("bad value", file=file, key="target_modules", value=modules, expected=expected)
+    try:
+        return LoraSpec(
+            rank=raw["r"],
+            alpha=raw["lora_alpha"],
+            rslora=bool(raw.get("use_rslora", False)),
+            targets=tuple(target for target in TARGETS if _PEFT_NAMES[target] in modules),
+            dropout=raw.get("lora_dropout", 0.0),
+        )
+    except KeyError as error:
+        raise UserError(f"missing key {error}", file=file, expected="a LoRA config of PEFT") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error), file=file, expected="a LoRA config of PEFT") from error

@@ -1,0 +1,39 @@
+"""What a task's config means to the adapters, the optimiser and the random streams."""
+
+from __future__ import annotations
+
+import math
+
+from lobra_jax.config import RunConfig, TaskConfig
+from lobra_jax.data.batches import task_key
+from lobra_jax.lora import LoraSpec
+from lobra_jax.optim import TaskOptimizer, learning_rates
+
+
+def lora_spec(task: TaskConfig) -> LoraSpec:
+    return LoraSpec(
+        rank=task.rank, alpha=task.alpha, rslora=task.rslora, targets=tuple(task.targets), dropout=task.dropout
+    )
+
+
+def adapter_seed(config: RunConfig, task: TaskConfig) -> int:
+    """64 bits that the task's initial adapter is drawn from."""
+    key = task_key(seed=config.training.seed, task_seed=task.seed, name=task.name, purpose="adapter")
+    return key & 0xFFFF_FFFF_FFFF_FFFF
+
+
+def task_optimizer(task: TaskConfig) -> TaskOptimizer:
+    return TaskOptimizer(
+        learning_rates=learning_rates(
+            task.schedule.kind,
+            task.lr,
+            steps=task.steps,
+            warmup_steps=task.schedule.warmup_steps,
+            final_fraction=task.schedule.final_fraction,
+        ),
+        weight_decay=task.weight_decay,
+        beta1=task.beta1,
+        beta2=task.beta2,
+        epsilon=task.epsilon,
+        clip_norm=math.inf if task.clip_norm is None else task.clip_norm,
+    )

@@ -1,0 +1,357 @@
+"""The training loop: joint steps over all tasks, evaluation, checkpoints, adapters out.
+
+A step is recorded after the next one has been issued, so the devices never wait for the host's bookkeeping.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lobra_jax.checkpoint import CheckpointMetadata, Checkpoints
+from lobra_jax.compilation import CompilationCount
+from lobra_jax.config import RunConfig, TaskConfig
+from lobra_jax.data.batches import TaskData
+from lobra_jax.engine import Engine, IssuedStep, StepResult
+from lobra_jax.export import base_model_name
+from lobra_jax.feeder import EvaluationChunk, Feeder, PreparedStep, evaluation_shapes
+from lobra_jax.lora import task_adapter
+from lobra_jax.metrics import (
+    EvalRecord,
+    EventRecord,
+    MetricsWriter,
+    PhaseSeconds,
+    StepRecord,
+    TaskRecord,
+    compile_bar,
+    progress_bar,
+)
+from lobra_jax.models.config import LlamaConfig
+from lobra_jax.models.hf import base_weights
+from lobra_jax.optim import step_inputs
+from lobra_jax.peft_folder import write_peft_adapter
+from lobra_jax.reduce import AdapterState
+from lobra_jax.tasks import adapter_seed, lora_spec, task_optimizer
+from lobra_jax.timeline import save_timeline, step_timeline
+from planner.cost import CostTable
+from planner.errors import UserError
+from planner.plan import Plan
+
+CHECKPOINTS_FOLDER = "checkpoints"
+ADAPTERS_FOLDER = "adapters"
+TIMELINE_FILE = "timeline.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Everything a run is made of, checked, before any device work."""
+
+    config: RunConfig
+    model: LlamaConfig
+    tasks: tuple[TaskData, ...]
+    plan: Plan
+    costs: CostTable
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Pending:
+    """A step that was issued and not yet recorded."""
+
+    step: int
+    prepared: PreparedStep
+    issued: IssuedStep
+    wait_s: float
+    issue_s: float
+    compilations: int
+
+
+class Trainer:
+    """One run: `prepare`, then `run`.
+
+    Args:
+      inputs: what to train.
+      out: the run directory, made by the caller.
+      say: receives lines for the user.
+    """
+
+    def __init__(self, inputs: Inputs, out: Path, say: Callable[[str], None]) -> None:
+        self.inputs = inputs
+        self.config = inputs.config
+        self.out = out
+        self.say = say
+        self.compilations = CompilationCount()
+        self.task_configs: tuple[TaskConfig, ...] = self.config.tasks
+        self.optimizers = [task_optimizer(task) for task in self.task_configs]
+        self.engine = Engine(
+            inputs.plan,
+            inputs.model,
+            [lora_spec(task) for task in self.task_configs],
+            dtype=jnp.dtype(self.config.model.dtype),
+        )
+        self.num_steps = max(task.steps for task in self.task_configs)
+        self.stopped: dict[str, int] = {}
+        self._evaluation_cache: dict[tuple[str, ...], list[EvaluationChunk]] = {}
+
+    @property
+    def _metadata(self) -> CheckpointMetadata:
+        return CheckpointMetadata(
+            model=self.inputs.model.name,
+            model_fingerprint=self.inputs.model.fingerprint,
+            tasks={task.name: lora_spec(task) for task in self.task_configs},
+            position={"stopped": self.stopped},
+        )
+
+    def prepare(self, checkpoints: Checkpoints, *, resume: bool) -> int:
+        """Weights, adapters and compiled programs onto the devices; returns the steps already done."""
+        started = time.perf_counter()
+        source = base_weights(self.inputs.model, path=self.config.model.path, init_seed=self.config.model.init_seed)
+        self.engine.load(source)
+        self.engine.init_adapters([adapter_seed(self.config, task) for task in self.task_configs])
+        done = 0
+        if resume:
+            done = self._restore(checkpoints)
+        weights_s = time.perf_counter() - started
+        started = time.perf_counter()
+        programs = 0
+        training, evaluation = self.engine.shapes(), evaluation_shapes(self.inputs.plan)
+        with compile_bar() as advance:
+            for count, total in self.engine.compile(training, evaluation, num_threads=os.cpu_count() or 1):
+                programs = total
+                advance(count, total)
+        self.engine.warm_up()
+        compile_s = time.perf_counter() - started
+        self.say(f"weights placed in {weights_s:.1f} s, {programs} programs compiled in {compile_s:.1f} s")
+        return done
+
+    def _restore(self, checkpoints: Checkpoints) -> int:
+        done = checkpoints.latest_step()
+        if done is None:
+            raise UserError("no checkpoint to resume from", file=self.out, key="--resume", expected="a run with one")
+        tree, position = checkpoints.restore(done, _to_tree(self.engine.state), self._metadata)
+        self.engine.set_state(_from_tree(tree, self.engine.state))
+        self.stopped = dict(position["stopped"])
+        self.say(f"resumed after step {done}")
+        return done
+
+    def run(self, feeder: Feeder, checkpoints: Checkpoints, metrics: MetricsWriter, *, done: int) -> None:
+        """Trains from step `done` to the end.
+
+        Raises:
+          UserError: at the end, naming the tasks whose loss was not finite; the others are complete.
+        """
+        if done == 0:
+            self._evaluate(0, self.task_configs, feeder, metrics)
+        pending: _Pending | None = None
+        with progress_bar(self.num_steps, done=done) as advance:
+            for step in range(done, self.num_steps):
+                task_steps = self._task_steps(step)
+                if all(k is None for k in task_steps.values()):
+                    break
+                issued = self._issue(step, task_steps, feeder)
+                following = self._task_steps(step + 1)
+                if any(k is not None for k in following.values()):
+                    feeder.prefetch(following)
+                if pending is not None:
+                    advance(self._record(pending, metrics))
+                pending = issued
+                if self._is_boundary(step + 1):
+                    advance(self._record(pending, metrics))
+                    pending = None
+                    self._milestones(step + 1, feeder, checkpoints, metrics)
+            if pending is not None:
+                advance(self._record(pending, metrics))
+        if self.stopped:
+            self._save(max(done, *self.stopped.values()), checkpoints)
+            stopped = ", ".join(f"task {name!r} at step {step}" for name, step in self.stopped.items())
+            raise UserError(
+                f"the loss was not finite: {stopped}; the adapter before it is kept, other tasks are complete",
+                file=self.out,
+                expected="finite losses (a lower lr, or a smaller clip_norm)",
+            )
+
+    def _task_steps(self, step: int) -> dict[str, int | None]:
+        return {
+            task.name: step if step < task.steps and task.name not in self.stopped else None
+            for task in self.task_configs
+        }
+
+    def _issue(self, step: int, task_steps: dict[str, int | None], feeder: Feeder) -> _Pending:
+        compiled = self.compilations.total
+        started = time.perf_counter()
+        prepared = feeder.take(task_steps)
+        taken = time.perf_counter()
+        hyper = step_inputs(self.optimizers, list(task_steps.values()))
+        issued = self.engine.issue(prepared.arrays, hyper)
+        return _Pending(
+            step=step,
+            prepared=prepared,
+            issued=issued,
+            wait_s=taken - started,
+            issue_s=time.perf_counter() - taken,
+            compilations=self.compilations.total - compiled,
+        )
+
+    def _record(self, pending: _Pending, metrics: MetricsWriter) -> StepRecord:
+        result = self.engine.finish(pending.issued)
+        done = pending.step + 1
+        record = self._step_record(pending, result)
+        metrics.write(record)
+        counts = pending.prepared.batch.num_sequences
+        for index, (name, task_step) in enumerate(pending.prepared.task_steps.items()):
+            if task_step is None or name in self.stopped:
+                continue
+            metrics.write(
+                TaskRecord(
+                    step=done,
+                    task=name,
+                    task_step=task_step + 1,
+                    loss=float(result.losses[index]),
+                    tokens=int(pending.prepared.batch.num_target_tokens[index]),
+                    sequences=int(counts[index]),
+                    lr=float(self.optimizers[index].learning_rates[task_step]),
+                    grad_norm=float(result.gradient_norms[index]),
+                )
+            )
+            if not result.alive[index]:
+                self._stop(name, done, metrics)
+        if all(k is not None or name in self.stopped for name, k in pending.prepared.task_steps.items()):
+            timeline = step_timeline(done, result, pending.prepared.dispatch, self.engine.replicas, self.inputs.costs)
+            save_timeline(timeline, self.out / TIMELINE_FILE)
+        return record
+
+    def _step_record(self, pending: _Pending, result: StepResult) -> StepRecord:
+        prepared = pending.prepared
+        plan = self.inputs.plan
+        devices = [group.config.num_devices for group in plan.expanded()]
+        busy = sum(s * d for s, d in zip(result.replica_s, devices, strict=True))
+        device_seconds = plan.used_devices * result.total_s
+        return StepRecord(
+            step=pending.step + 1,
+            tokens=prepared.batch.num_tokens,
+            padded_tokens=prepared.padded_tokens,
+            padding_share=1 - prepared.batch.num_tokens / prepared.padded_tokens,
+            idle_share=1 - busy / device_seconds,
+            gpu_seconds=device_seconds,
+            seconds=PhaseSeconds(
+                wait_dispatch=pending.wait_s,
+                issue=pending.issue_s,
+                execute=result.execute_s,
+                sum_update=result.sum_update_s,
+                total=result.total_s,
+            ),
+            dispatch_solve_s=prepared.dispatch.solve_s,
+            predicted_s=tuple(prepared.dispatch.predicted_s),
+            measured_s=result.replica_s,
+            predicted_step_s=max(prepared.dispatch.predicted_s) + self.inputs.costs.step_overhead_s,
+            num_micro_batches=tuple(len(own) for own in prepared.dispatch.replicas),
+            compilations=pending.compilations,
+        )
+
+    def _stop(self, name: str, done: int, metrics: MetricsWriter) -> None:
+        self.stopped[name] = done
+        message = f"task {name!r}: the loss was not finite at step {done}; stopped, the adapter before it is kept"
+        metrics.write(EventRecord(step=done, task=name, event="nan", message=message))
+        self.say(message)
+
+    def _is_boundary(self, done: int) -> bool:
+        interval = self.config.training.checkpoint_interval
+        return (
+            done == self.num_steps
+            or done % interval == 0
+            or any(done == task.steps or _evaluates(task, done) for task in self.task_configs)
+        )
+
+    def _milestones(self, done: int, feeder: Feeder, checkpoints: Checkpoints, metrics: MetricsWriter) -> None:
+        running = [task for task in self.task_configs if task.name not in self.stopped and done <= task.steps]
+        self._evaluate(done, [task for task in running if _evaluates(task, done)], feeder, metrics)
+        for task in running:
+            if done == task.steps:
+                metrics.write(EventRecord(step=done, task=task.name, event="finished"))
+        if done == self.num_steps or done % self.config.training.checkpoint_interval == 0:
+            self._save(done, checkpoints)
+            metrics.write(EventRecord(step=done, event="checkpoint"))
+
+    def _save(self, done: int, checkpoints: Checkpoints) -> None:
+        checkpoints.save(done, _to_tree(self.engine.state), self._metadata)
+        adapters = jax.tree.map(np.asarray, self.engine.state.adapters)
+        base = base_model_name(self.config.model.preset, self.config.model.path)
+        for index, task in enumerate(self.task_configs):
+            spec = lora_spec(task)
+            folder = self.out / ADAPTERS_FOLDER / task.name
+            write_peft_adapter(folder, spec, task_adapter(adapters, index, spec), base)
+
+    def _evaluate(self, done: int, tasks: Sequence[TaskConfig], feeder: Feeder, metrics: MetricsWriter) -> None:
+        names = tuple(task.name for task in tasks if task.has_evaluation)
+        if not names:
+            return
+        if names not in self._evaluation_cache:
+            chunks = list(feeder.evaluation(names, self.config.training.eval_batch_size))
+            self._evaluation_cache[names] = chunks
+        totals = np.zeros(len(self.task_configs))
+        tokens = np.zeros(len(self.task_configs), np.int64)
+        for chunk in self._evaluation_cache[names]:
+            targets = chunk.batch.num_target_tokens
+            totals += self.engine.evaluate(chunk.arrays) * targets
+            tokens += targets
+        for index, task in enumerate(self.task_configs):
+            if task.name in names:
+                loss = float(totals[index] / tokens[index])
+                record = EvalRecord(step=done, task=task.name, task_step=done, loss=loss, tokens=int(tokens[index]))
+                metrics.write(record)
+
+
+def train(inputs: Inputs, out: Path, *, resume: bool, say: Callable[[str], None]) -> None:
+    """Trains what `inputs` says into the run directory `out`.
+
+    Raises:
+      UserError: a checkpoint of another run; or, after the others have finished, tasks whose loss was not finite.
+    """
+    trainer = Trainer(inputs, out, say)
+    keep = inputs.config.training.keep_checkpoints
+    with (
+        Checkpoints(out / CHECKPOINTS_FOLDER, keep=keep) as checkpoints,
+        Feeder(inputs.tasks, inputs.plan, inputs.costs, inputs.config.planner) as feeder,
+    ):
+        done = trainer.prepare(checkpoints, resume=resume)
+        with MetricsWriter(out, resume_step=done if resume else None) as metrics:
+            if resume:
+                metrics.write(EventRecord(step=done, event="resumed"))
+            trainer.run(feeder, checkpoints, metrics, done=done)
+
+
+def _evaluates(task: TaskConfig, done: int) -> bool:
+    if not task.has_evaluation or done > task.steps:
+        return False
+    return done == task.steps or (task.eval_interval is not None and done % task.eval_interval == 0)
+
+
+def _to_tree(state: AdapterState) -> dict[str, Any]:
+    """The state as nested dicts of arrays; optax's own containers become numbered leaves."""
+    return {
+        "adapters": state.tasks.adapters,
+        "last_good": state.tasks.last_good,
+        "moments": {
+            layer: {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
+            for layer, tree in state.tasks.moments.items()
+        },
+        "alive": state.alive,
+    }
+
+
+def _from_tree(tree: dict[str, Any], like: AdapterState) -> AdapterState:
+    moments = {
+        layer: jax.tree.unflatten(
+            jax.tree.structure(like.tasks.moments[layer]), [leaves[str(i)] for i in range(len(leaves))]
+        )
+        for layer, leaves in tree["moments"].items()
+    }
+    tasks = dataclasses.replace(like.tasks, adapters=tree["adapters"], last_good=tree["last_good"], moments=moments)
+    return AdapterState(tasks=tasks, alive=tree["alive"])

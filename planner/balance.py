@@ -1,0 +1,298 @@
+"""Shares out counts of sequences among given replicas so that the slowest is as fast as can be.
+
+Given replicas r (each of a config) and counts N_j, choose integers n_rj: sum over r of n_rj = N_j, n_rj = 0 where
+bucket j exceeds the replica's capacity, least max over r of `UsableConfig.replica_s(n_r)`. Used on the expected batch
+when planning and on every step's batch when training.
+
+`heuristic` is list scheduling (longest bucket first, each full micro-batch to the replica that would finish it first)
+and then local search on the slowest replica; it always returns a valid share-out. `planner.balance_model` proves a
+bound and looks further, starting from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from planner.problem import UsableConfig
+
+ROUNDING = 1e-9
+"""Relative room left for floating point in bounds computed without a solver."""
+
+IMPROVEMENT = 1e-9
+"""A move must shorten the slowest replica by this share of its time."""
+
+MAX_CHUNKS = 8
+"""Sizes of pieces that local search tries to move, for each bucket of the slowest replica."""
+
+SWAP_PARTNERS = 8
+"""Least loaded replicas that local search tries to swap pieces with."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Share:
+    """A share-out. `loads` [R, J] sequences of each bucket on each replica, `replica_s` [R] seconds of each."""
+
+    loads: np.ndarray
+    replica_s: np.ndarray
+
+    @property
+    def max_s(self) -> float:
+        return float(self.replica_s.max(initial=0.0))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tables:
+    """Seconds of every load of one bucket, so that local search only looks up.
+
+    Attributes:
+      kind: [R] which config each replica is of.
+      sums: [kinds, J, max N + 1] seconds of the slots that n sequences of bucket j become; inf where it does not fit.
+      tops: [kinds, J, max N + 1] the largest of those slots.
+      bubbles: [kinds] pp - 1.
+      fixed_s: [kinds].
+      options: for each kind and bucket the row options.
+    """
+
+    kind: np.ndarray
+    sums: np.ndarray
+    tops: np.ndarray
+    bubbles: np.ndarray
+    fixed_s: np.ndarray
+    options: tuple[tuple[tuple[int, ...], ...], ...]
+
+    def replica_s(self, loads: np.ndarray) -> np.ndarray:
+        """[R] seconds of loads [R, J]."""
+        kind, bucket = self.kind[:, None], np.arange(loads.shape[1])[None, :]
+        busy = loads.any(axis=1)
+        top = self.tops[kind, bucket, loads].max(axis=1)
+        total = self.sums[kind, bucket, loads].sum(axis=1) + self.bubbles[self.kind] * top
+        return np.where(busy, self.fixed_s[self.kind] + total, 0.0)
+
+
+def tables(replicas: Sequence[UsableConfig], counts: Sequence[int]) -> Tables:
+    """Tables for `replicas`, any order, and at most counts[j] sequences of each bucket on one of them."""
+    kinds: list[UsableConfig] = []
+    kind = []
+    for usable in replicas:
+        known = next((index for index, other in enumerate(kinds) if other is usable), None)
+        if known is None:
+            known = len(kinds)
+            kinds.append(usable)
+        kind.append(known)
+    width = max(counts, default=0) + 1
+    sums = np.full((len(kinds), len(counts), width), np.inf)
+    tops = np.full((len(kinds), len(counts), width), np.inf)
+    sums[:, :, 0] = tops[:, :, 0] = 0.0
+    for index, usable in enumerate(kinds):
+        for bucket, count in enumerate(counts):
+            if usable.fits(bucket):
+                n = count + 1
+                sums[index, bucket, :n], tops[index, bucket, :n] = _bucket_table(usable, bucket, count)
+    return Tables(
+        kind=np.array(kind, dtype=np.int64),
+        sums=sums,
+        tops=tops,
+        bubbles=np.array([usable.config.pp - 1.0 for usable in kinds]),
+        fixed_s=np.array([usable.cost.fixed_s for usable in kinds]),
+        options=tuple(usable.rows for usable in kinds),
+    )
+
+
+def _bucket_table(usable: UsableConfig, bucket: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    options, slot_s = np.array(usable.rows[bucket]), np.array(usable.slot_s[bucket])
+    num_full, rest = np.divmod(np.arange(count + 1), options[-1])
+    rest_s = np.where(rest > 0, slot_s[np.searchsorted(options, rest)], 0.0)
+    full_s = slot_s[-1]
+    return num_full * full_s + rest_s, np.maximum(np.where(num_full > 0, full_s, 0.0), rest_s)
+
+
+def heuristic(table: Tables, counts: Sequence[int], *, time_limit_s: float = math.inf) -> Share:
+    """A valid share-out; every bucket with counts[j] > 0 must fit some replica. Local search ends at `time_limit_s`."""
+    return improve(table, list_schedule(table, counts), time_limit_s=time_limit_s)
+
+
+def list_schedule(table: Tables, counts: Sequence[int]) -> np.ndarray:
+    """Loads [R, J]: buckets longest first, one micro-batch at a time to the replica that would finish it earliest."""
+    num_replicas = len(table.kind)
+    loads = np.zeros((num_replicas, len(counts)), dtype=np.int64)
+    work = np.zeros(num_replicas)
+    top = np.zeros(num_replicas)
+    bubbles, fixed_s = table.bubbles[table.kind], table.fixed_s[table.kind]
+    for bucket in reversed(range(len(counts))):
+        rest = int(counts[bucket])
+        if rest == 0:
+            continue
+        full = np.array([o[bucket][-1] if o[bucket] else 0 for o in table.options])[table.kind]
+        while rest > 0:
+            piece = np.minimum(full, rest)
+            slot = np.where(piece > 0, table.sums[table.kind, bucket, piece], np.inf)
+            largest = np.maximum(top, np.where(piece > 0, slot, 0.0))
+            chosen = int((fixed_s + work + slot + bubbles * largest).argmin())
+            taken = int(piece[chosen])
+            loads[chosen, bucket] += taken
+            work[chosen] += slot[chosen]
+            top[chosen] = max(top[chosen], slot[chosen])
+            rest -= taken
+    return loads
+
+
+def improve(table: Tables, loads: np.ndarray, *, time_limit_s: float = math.inf) -> Share:
+    """Moves, then swaps, pieces of the slowest replica's load while that makes it faster."""
+    deadline = time.perf_counter() + time_limit_s
+    loads = loads.copy()
+    replica_s = table.replica_s(loads)
+    while time.perf_counter() < deadline:
+        slowest = int(replica_s.argmax())
+        change = _best_move(table, loads, replica_s, slowest) or _best_swap(table, loads, replica_s, slowest)
+        if change is None:
+            break
+        for replica, bucket, amount in change:
+            loads[replica, bucket] += amount
+        touched = np.array(sorted({replica for replica, _, _ in change}))
+        replica_s[touched] = _some_replica_s(table, loads, touched)
+    return Share(loads=loads, replica_s=replica_s)
+
+
+Change = list[tuple[int, int, int]]
+"""(replica, bucket, sequences added) of one move or swap."""
+
+
+def _some_replica_s(table: Tables, loads: np.ndarray, which: np.ndarray) -> np.ndarray:
+    return dataclasses.replace(table, kind=table.kind[which]).replica_s(loads[which])
+
+
+def _pieces(table: Tables, loads: np.ndarray, replica: int) -> tuple[np.ndarray, np.ndarray]:
+    """(bucket [Q], sequences [Q]) worth moving off a replica: whole slots, or what drops its remainder an option."""
+    buckets, amounts = [], []
+    for bucket in np.flatnonzero(loads[replica]).tolist():
+        load = int(loads[replica, bucket])
+        options = table.options[table.kind[replica]][bucket]
+        rest = load % options[-1]
+        sizes = {1, rest, *options, *(rest - o for o in options), *(rest + options[-1] - o for o in options)}
+        useful = sorted(size for size in sizes if 0 < size <= load)[:MAX_CHUNKS]
+        buckets += [bucket] * len(useful)
+        amounts += useful
+    return np.array(buckets, dtype=np.int64), np.array(amounts, dtype=np.int64)
+
+
+def _times_with(
+    table: Tables, loads: np.ndarray, which: np.ndarray, buckets: np.ndarray, amounts: np.ndarray
+) -> np.ndarray:
+    """[len(which), Q] seconds of each replica if amounts[q] (negative: fewer) of buckets[q] were added to its load."""
+    kind = table.kind[which]
+    mine = loads[which]
+    every = np.arange(mine.shape[1])[None, :]
+    sums, tops = table.sums[kind[:, None], every, mine], table.tops[kind[:, None], every, mine]
+    order = np.argsort(tops, axis=1)
+    first = np.take_along_axis(tops, order[:, -1:], axis=1)
+    second = np.take_along_axis(tops, order[:, -2:-1], axis=1) if tops.shape[1] > 1 else np.zeros_like(first)
+    other_top = np.where(order[:, -1:] == buckets[None, :], second, first)
+    changed = mine[:, buckets] + amounts[None, :]
+    inside = (changed >= 0) & (changed < table.sums.shape[2])
+    changed = np.where(inside, changed, 0)
+    new_sum = table.sums[kind[:, None], buckets[None, :], changed]
+    new_top = np.maximum(other_top, table.tops[kind[:, None], buckets[None, :], changed])
+    rest_sum = sums.sum(axis=1)[:, None] - sums[:, buckets]
+    busy = (mine.sum(axis=1)[:, None] + amounts[None, :]) > 0
+    bubble = np.where(new_top < np.inf, table.bubbles[kind][:, None] * np.where(new_top < np.inf, new_top, 0), np.inf)
+    total = table.fixed_s[kind][:, None] + rest_sum + new_sum + bubble
+    return np.where(inside, np.where(busy, total, 0.0), np.inf)
+
+
+def _best_move(table: Tables, loads: np.ndarray, replica_s: np.ndarray, slowest: int) -> Change | None:
+    buckets, amounts = _pieces(table, loads, slowest)
+    others = np.delete(np.arange(len(replica_s)), slowest)
+    if not len(buckets) or not len(others):
+        return None
+    left = _times_with(table, loads, np.array([slowest]), buckets, -amounts)
+    right = _times_with(table, loads, others, buckets, amounts)
+    worst = np.maximum(left, right)
+    other, piece = np.unravel_index(int(worst.argmin()), worst.shape)
+    if not worst[other, piece] < replica_s[slowest] * (1 - IMPROVEMENT):
+        return None
+    bucket, amount = int(buckets[piece]), int(amounts[piece])
+    return [(slowest, bucket, -amount), (int(others[other]), bucket, amount)]
+
+
+def _best_swap(table: Tables, loads: np.ndarray, replica_s: np.ndarray, slowest: int) -> Change | None:
+    """Gives a piece to another replica and takes one of another bucket back."""
+    if loads.shape[1] == 1:
+        return None
+    given = _pieces(table, loads, slowest)
+    best_s, best = replica_s[slowest] * (1 - IMPROVEMENT), None
+    for other in np.argsort(replica_s)[:SWAP_PARTNERS].tolist():
+        if other == slowest:
+            continue
+        taken = _pieces(table, loads, other)
+        if not len(given[0]) or not len(taken[0]):
+            continue
+        left = _exchanged_s(table, loads, slowest, given, taken)
+        right = _exchanged_s(table, loads, other, taken, given).T
+        worst = np.where(given[0][:, None] == taken[0][None, :], np.inf, np.maximum(left, right))
+        give, take = np.unravel_index(int(worst.argmin()), worst.shape)
+        if worst[give, take] < best_s:
+            best_s = worst[give, take]
+            mine, theirs = (int(given[0][give]), int(given[1][give])), (int(taken[0][take]), int(taken[1][take]))
+            best = [
+                (slowest, mine[0], -mine[1]),
+                (other, mine[0], mine[1]),
+                (slowest, theirs[0], theirs[1]),
+                (other, theirs[0], -theirs[1]),
+            ]
+    return best
+
+
+def _exchanged_s(
+    table: Tables,
+    loads: np.ndarray,
+    replica: int,
+    out: tuple[np.ndarray, np.ndarray],
+    into: tuple[np.ndarray, np.ndarray],
+) -> np.ndarray:
+    """[Qo, Qi] seconds of a replica that gives piece qo of `out` and gets piece qi of `into`, unlike buckets."""
+    kind = int(table.kind[replica])
+    mine = loads[replica]
+    every = np.arange(len(mine))
+    sums, tops = table.sums[kind, every, mine], table.tops[kind, every, mine]
+    (out_bucket, out_size), (in_bucket, in_size) = out, into
+    after_out = mine[out_bucket] - out_size
+    after_in = np.minimum(mine[in_bucket] + in_size, table.sums.shape[2] - 1)
+    delta_out = table.sums[kind, out_bucket, after_out] - sums[out_bucket]
+    delta_in = table.sums[kind, in_bucket, after_in] - sums[in_bucket]
+    total = sums.sum() + delta_out[:, None] + delta_in[None, :] + table.fixed_s[kind]
+    if table.bubbles[kind] == 0:
+        return total
+    without = np.where(every[None, :] == out_bucket[:, None], 0.0, tops[None, :])  # [Qo, J]
+    first, second = np.sort(without, axis=1)[:, -1:], np.sort(without, axis=1)[:, -2:-1]
+    rest_top = np.where(without.argmax(axis=1)[:, None] == in_bucket[None, :], second, first)
+    top = np.maximum(rest_top, table.tops[kind, out_bucket, after_out][:, None])
+    top = np.maximum(top, table.tops[kind, in_bucket, after_in][None, :])
+    return total + table.bubbles[kind] * top
+
+
+def quick_bound_s(replicas: Sequence[UsableConfig], counts: Sequence[int]) -> float:
+    """A bound on the least max seconds without a solver."""
+    kinds = list({id(usable): usable for usable in replicas}.values())
+    work, quickest = work_and_quickest_s(kinds, counts)
+    num_devices = sum(usable.num_devices for usable in replicas)
+    return max(work / num_devices, quickest) * (1 - ROUNDING)
+
+
+def work_and_quickest_s(kinds: Sequence[UsableConfig], counts: Sequence[int]) -> tuple[float, float]:
+    """(device-seconds that the counts take at each bucket's best rate, seconds of the slowest bucket's quickest slot).
+
+    No share-out over D devices is faster than the first over D, nor than the second.
+    """
+    work, quickest = 0.0, 0.0
+    for bucket, count in enumerate(counts):
+        fitting = [usable for usable in kinds if usable.fits(bucket)]
+        if count > 0:
+            work += count * min(usable.num_devices * usable.per_sequence_s(bucket) for usable in fitting)
+            one = min(usable.cost.fixed_s + usable.config.pp * min(usable.slot_s[bucket]) for usable in fitting)
+            quickest = max(quickest, one)
+    return work, quickest

@@ -1,0 +1,262 @@
+"""The commands that need no run config: `lobra explain`, `lobra simulate`, and what `lobra plan` shares with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from planner.cost import CostTable
+from planner.dispatch import METHODS
+from planner.errors import UserError
+from planner.inputs import FILE, Inputs, beside, input_options, load_plan, plan_argument, read_costs, read_lengths
+from planner.plan import REMATS, Plan
+from planner.planners import PLANNERS, solver
+from planner.problem import DEFAULT_NUM_BUCKETS, DEFAULT_TIME_LIMIT_S, Constraints, build_problem
+from planner.workload import Workload
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from planner.simulate import Simulation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanningFlags:
+    """The values of `planning_options`; None where the flag was not given."""
+
+    planner: str | None
+    proposal: bool | None
+    buckets: str | tuple[int, ...] | None
+    num_buckets: int | None
+    max_tp: int | None
+    max_pp: int | None
+    remats: tuple[str, ...] | None
+    time_limit: float | None
+
+
+def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the flags of `PlanningFlags`."""
+    count = click.IntRange(min=1)
+    options = (
+        click.option("--planner", type=click.Choice(tuple(PLANNERS)), help="How to plan; exact by default."),
+        click.option("--proposal", type=click.Choice(["on", "off"]), callback=_on_off, help="LobRA's config proposal."),
+        click.option(
+            "--buckets", metavar="KIND", callback=_bucket_list, help="dynamic, static7, static16 or 256,512,..."
+        ),
+        click.option("--num-buckets", type=count, help="Most padded lengths with dynamic buckets."),
+        click.option("--max-tp", type=count, help="Most devices that share a layer."),
+        click.option("--max-pp", type=count, help="Most pipeline stages."),
+        click.option("--remats", metavar="A,B", callback=_remat_list, help=f"Allowed of {','.join(REMATS)}."),
+        click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), help="Seconds to plan at the most."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _on_off(_: click.Context, __: click.Parameter, value: str | None) -> bool | None:
+    return None if value is None else value == "on"
+
+
+def _bucket_list(_: click.Context, __: click.Parameter, value: str | None) -> str | tuple[int, ...] | None:
+    if value is None or not value.replace(",", "").isdigit():
+        return value
+    return tuple(int(item) for item in value.split(",") if item)
+
+
+def _remat_list(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    names = tuple(value.split(","))
+    for name in names:
+        if name not in REMATS:
+            raise UserError("unknown policy", key="--remats", value=name, expected=", ".join(REMATS))
+    return names
+
+
+def plan_and_write(
+    workload: Workload, costs: CostTable, num_devices: int, out: Path, flags: PlanningFlags, console: Console
+) -> Plan:
+    """Plans, writes the plan with its costs and lengths beside it, and prints what came out."""
+    problem = build_problem(
+        workload,
+        costs,
+        num_devices,
+        buckets=flags.buckets or "dynamic",
+        num_buckets=flags.num_buckets or DEFAULT_NUM_BUCKETS,
+        constraints=Constraints(max_tp=flags.max_tp, max_pp=flags.max_pp, remats=flags.remats),
+        proposal=flags.proposal is not False,
+        time_limit_s=flags.time_limit or DEFAULT_TIME_LIMIT_S,
+    )
+    planner = flags.planner or "exact"
+    with console.status(f"planning {num_devices} devices with {planner}, at most {problem.time_limit_s:g} s"):
+        plan = solver(planner)(problem)
+    with _writing(out):
+        costs.save(beside(out, "costs"))
+        workload.save(beside(out, "lengths"))
+        plan.save(out)
+    console.print(str(plan), style="bold", highlight=False, soft_wrap=True)
+    predicted = plan.predicted
+    if predicted is not None:
+        console.print(
+            f"step {predicted.step_s:.4g} s, proven bound {predicted.bound_s:.4g} s, gap {predicted.gap:.2%}; "
+            f"{predicted.gpu_seconds:.4g} GPU-seconds a step; solved in {predicted.solve_s:.3g} s by {planner}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(f"{out} (explain it: lobra explain {out})", highlight=False, markup=False, soft_wrap=True)
+    return plan
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write: {error.strerror}", file=out, expected="a path that can be written") from error
+
+
+@click.command(
+    epilog="\b\nExample:\n  lobra explain plan.yaml\n  lobra explain plan.yaml --html plan.html\n"
+    "  lobra explain --lobra-plan 2048,4096,16384 6,1,1 1,2,8 1,1,1 --costs costs.json --lengths hist.json"
+)
+@click.argument("plan", type=FILE, required=False)
+@plan_argument
+@input_options
+@click.option("--compare/--no-compare", default=True, help="Also plan in other ways, to show what they would cost.")
+@click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), default=5.0, show_default=True,
+              help="Seconds for each of those plans.")  # fmt: skip
+@click.option("--html", "html_out", type=FILE, metavar="FILE", help="Also write the explanation with a chart as HTML.")
+def explain(
+    plan: Path | None,
+    lobra_plan: tuple[str, str, str, str] | None,
+    compare: bool,
+    time_limit: float,
+    html_out: Path | None,
+    **inputs: Any,
+) -> None:
+    """Say why PLAN has these replicas and what limits its step.
+
+    PLAN is a plan.yaml, or a strategy YAML of the original LobRA. Without --costs and --lengths the files that `lobra
+    plan` left beside the plan are read: PLAN.costs.json and PLAN.lengths.json, else costs.json and lengths.json.
+    """
+    from rich.console import Console
+
+    from planner.explain import explain as explained
+    from planner.explain_html import html
+    from planner.explain_text import render
+
+    console = Console()
+    chosen, costs, workload = _read(plan, lobra_plan, Inputs(**inputs), console)
+    with console.status("timing the plan") as status:
+        explanation = explained(
+            chosen,
+            costs,
+            workload,
+            compare=compare,
+            time_limit_s=time_limit,
+            on_progress=lambda what: status.update(f"planning for comparison: {what}"),
+        )
+    console.print(render(explanation), highlight=False)
+    if html_out is not None:
+        with _writing(html_out):
+            html_out.write_text(html(explanation), encoding="utf-8")
+        console.print(f"\n{html_out}", highlight=False, markup=False, soft_wrap=True)
+
+
+@click.command(
+    epilog="\b\nExample:\n  lobra simulate --plan plan.yaml --steps 64 --seed 0\n"
+    "  lobra simulate --plan plan.yaml --steps 64 --dispatch group --out simulated.json"
+)
+@click.option("--plan", type=FILE, metavar="FILE", help="A plan.yaml, or a strategy YAML of the original LobRA.")
+@plan_argument
+@input_options
+@click.option("--steps", type=click.IntRange(min=1), default=32, show_default=True, help="Batches to sample.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the batches.")
+@click.option("--dispatch", "method", type=click.Choice(METHODS), default="balance", show_default=True,
+              help="How sequences are sent to replicas.")  # fmt: skip
+@click.option("--max-dispatch-buckets", type=click.IntRange(min=1), default=16, show_default=True,
+              help="Most padded lengths in one step.")  # fmt: skip
+@click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True,
+              help="Seconds for one dispatch.")  # fmt: skip
+@click.option("--out", type=FILE, metavar="FILE", help="Also write every step as JSON.")
+def simulate(
+    plan: Path | None,
+    lobra_plan: tuple[str, str, str, str] | None,
+    steps: int,
+    seed: int,
+    method: str,
+    max_dispatch_buckets: int,
+    time_limit: float,
+    out: Path | None,
+    **inputs: Any,
+) -> None:
+    """Dispatch sampled batches on a plan without devices.
+
+    Uses the dispatcher that training uses and the cost table's times. Prints step times, GPU-seconds, padding, and how
+    long each replica waits. Costs and lengths are found as by `lobra explain`.
+    """
+    from rich.console import Console
+    from tqdm import tqdm
+
+    from planner.explain_text import simulation_line, simulation_table
+    from planner.simulate import simulate as simulated
+
+    console = Console()
+    chosen, costs, workload = _read(plan, lobra_plan, Inputs(**inputs), console)
+    with tqdm(total=steps, unit="step", desc="simulate", disable=None) as bar:
+        simulation = simulated(
+            chosen,
+            costs,
+            workload,
+            num_steps=steps,
+            seed=seed,
+            method=method,
+            max_buckets=max_dispatch_buckets,
+            time_limit_s=time_limit,
+            on_step=lambda _: bar.update(),
+        )
+    console.print(str(chosen), style="bold", highlight=False, soft_wrap=True)
+    console.print(simulation_table(simulation))
+    console.print(simulation_line(simulation), highlight=False, soft_wrap=True)
+    if out is not None:
+        with _writing(out):
+            out.write_text(json.dumps(_simulation_dict(simulation), indent=1) + "\n", encoding="utf-8")
+
+
+def _read(
+    path: Path | None, lists: tuple[str, str, str, str] | None, inputs: Inputs, console: Console
+) -> tuple[Plan, CostTable, Workload]:
+    """Costs, lengths and the plan that the options name; prints what synthetic lengths reached."""
+    if path is not None and not path.is_file():
+        raise UserError("no such file", file=path, expected="a plan.yaml")
+    costs = read_costs(inputs, path)
+    workload, reached = read_lengths(inputs, path)
+    if reached:
+        from planner.explain_text import reached_table
+
+        console.print(reached_table(reached))
+    return load_plan(path, lists, costs=costs, workload=workload), costs, workload
+
+
+def _simulation_dict(simulation: Simulation) -> dict[str, Any]:
+    return {
+        "plan": simulation.plan.to_dict(),
+        "dispatch": simulation.method,
+        "seed": simulation.seed,
+        "mean_step_s": simulation.mean_step_s,
+        "p50_step_s": simulation.quantile_s(0.5),
+        "p95_step_s": simulation.quantile_s(0.95),
+        "gpu_seconds": simulation.gpu_seconds,
+        "padding_share": simulation.padding_share,
+        "idle_share": simulation.idle_share,
+        "idle_shares": list(simulation.idle_shares),
+        "steps": [dataclasses.asdict(step) for step in simulation.steps],
+    }

@@ -1,0 +1,163 @@
+"""Judges plans and dispatches from the cost table's numbers alone. Shares no code with the models that made them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+
+from planner.cost import CostTable
+from planner.dispatch import Dispatch
+from planner.plan import Plan, ReplicaGroup
+from planner.workload import Workload
+
+RELATIVE_TOLERANCE = 1e-6
+"""How far a dispatch's own prediction may be from the evaluator's."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What a step costs.
+
+    Attributes:
+      replica_s: seconds of each replica, in plan order.
+      step_s: the slowest replica and the step's overhead.
+      gpu_seconds: step_s times the devices that the plan's replicas hold.
+      tokens: tokens of all sequences; padded_tokens: of all micro-batches, empty rows included.
+      padding_share: 1 - tokens / padded_tokens.
+      idle_share: share of those devices' time, overhead apart, that they wait for the slowest replica.
+      violations: what is wrong, one line each; empty when all is right.
+    """
+
+    replica_s: tuple[float, ...]
+    step_s: float
+    gpu_seconds: float
+    tokens: int
+    padded_tokens: int
+    padding_share: float
+    idle_share: float
+    violations: tuple[str, ...]
+
+
+def evaluate(plan: Plan, costs: CostTable, dispatch: Dispatch, lengths: np.ndarray) -> Evaluation:
+    """Times `dispatch` of sequences of `lengths` [n] tokens on `plan` and lists every violation."""
+    groups = [group for group in plan.replicas for _ in range(group.count)]
+    violations = _replica_violations(plan, costs)
+    if len(dispatch.replicas) != len(groups):
+        violations.append(f"dispatch has {len(dispatch.replicas)} replicas, the plan {len(groups)}")
+    served = np.zeros(len(lengths), dtype=np.int64)
+    seconds, padded = [], 0
+    for index, (group, batches) in enumerate(zip(groups, dispatch.replicas, strict=False)):
+        times = [_slot_s(costs, group, batch.rows, batch.length) for batch in batches]
+        seconds.append(_replica_s(costs, group, times))
+        for number, batch in enumerate(batches):
+            name = f"replica {index} {group.config} micro-batch {number}"
+            violations += _batch_violations(name, plan, group, batch.rows, batch.length, batch.sequences, lengths)
+            padded += batch.rows * batch.length
+            for sequence in batch.sequences:
+                if 0 <= sequence < len(lengths):
+                    served[sequence] += 1
+        if any(later > earlier * (1 + RELATIVE_TOLERANCE) for earlier, later in itertools.pairwise(times)):
+            violations.append(f"replica {index} {group.config}: micro-batches are not most expensive first")
+    violations += [f"sequence {int(i)} is served {int(served[i])} times" for i in np.flatnonzero(served != 1)]
+    violations += _prediction_violations(dispatch, seconds)
+    slowest = max(seconds, default=0.0)
+    devices = [group.config.tp * group.config.pp for group in groups]
+    busy = sum(d * s for d, s in zip(devices, seconds, strict=False))
+    tokens = int(np.sum(lengths))
+    return Evaluation(
+        replica_s=tuple(seconds),
+        step_s=slowest + costs.step_overhead_s,
+        gpu_seconds=(slowest + costs.step_overhead_s) * sum(devices),
+        tokens=tokens,
+        padded_tokens=padded,
+        padding_share=1 - tokens / padded if padded else 0.0,
+        idle_share=1 - busy / (slowest * sum(devices)) if slowest > 0 else 0.0,
+        violations=tuple(violations),
+    )
+
+
+def plan_violations(plan: Plan, costs: CostTable, workload: Workload) -> tuple[str, ...]:
+    """What stops `plan` from serving any batch of `workload` at the capacities of `costs`; empty when nothing does."""
+    violations = _replica_violations(plan, costs)
+    longest = max(length for task in workload.tasks for length, share in task.lengths.items() if share > 0)
+    bucket = next((s for s in plan.buckets if s >= longest), None)
+    if bucket is None:
+        violations.append(f"sequences of {longest} tokens exceed the largest bucket, {max(plan.buckets)}")
+    elif all(group.capacity_tokens < bucket for group in plan.replicas):
+        violations.append(f"sequences of {longest} tokens, padded to {bucket}, fit no replica")
+    return tuple(violations)
+
+
+def _replica_violations(plan: Plan, costs: CostTable) -> list[str]:
+    out = []
+    used = sum(group.count * group.config.tp * group.config.pp for group in plan.replicas)
+    if used > plan.num_devices:
+        out.append(f"replicas hold {used} devices of {plan.num_devices}")
+    for group in plan.replicas:
+        known = [cost for cost in costs.configs if cost.config == group.config]
+        if not known:
+            out.append(f"{group.config} is not in the cost table")
+        elif group.capacity_tokens > known[0].capacity_tokens:
+            out.append(f"{group.config} is given {group.capacity_tokens} tokens of {known[0].capacity_tokens}")
+    if costs.model != plan.model:
+        out.append(f"plan is for model {plan.model}, cost table for {costs.model}")
+    return out
+
+
+def _batch_violations(
+    name: str,
+    plan: Plan,
+    group: ReplicaGroup,
+    rows: int,
+    length: int,
+    sequences: tuple[int, ...],
+    lengths: np.ndarray,
+) -> list[str]:
+    out = []
+    if not sequences:
+        out.append(f"{name} is empty")
+    if len(sequences) > rows:
+        out.append(f"{name} holds {len(sequences)} sequences in {rows} rows")
+    if rows * length > group.capacity_tokens:
+        out.append(f"{name} of {rows} x {length} tokens exceeds the capacity {group.capacity_tokens}")
+    if length not in plan.buckets:
+        out.append(f"{name}: {length} is not a bucket of the plan")
+    full = group.capacity_tokens // length
+    if rows not in {-(-full // 2**halvings) for halvings in range(4)}:
+        out.append(f"{name}: {rows} rows of {length} tokens are not on the lattice")
+    for sequence in sequences:
+        if not 0 <= sequence < len(lengths):
+            out.append(f"{name}: there is no sequence {sequence}")
+        elif lengths[sequence] > length:
+            out.append(f"{name}: sequence {sequence} of {int(lengths[sequence])} tokens is cut to {length}")
+    return out
+
+
+def _prediction_violations(dispatch: Dispatch, seconds: list[float]) -> list[str]:
+    out = []
+    for index, (claimed, found) in enumerate(zip(dispatch.predicted_s, seconds, strict=False)):
+        if abs(claimed - found) > RELATIVE_TOLERANCE * max(found, 1e-12):
+            out.append(f"replica {index} takes {found:.6g} s, predicted {claimed:.6g} s")
+    slowest = max(seconds, default=0.0)
+    if dispatch.bound_s > slowest * (1 + RELATIVE_TOLERANCE):
+        out.append(f"bound {dispatch.bound_s:.6g} s exceeds the slowest replica, {slowest:.6g} s")
+    return out
+
+
+def _slot_s(costs: CostTable, group: ReplicaGroup, rows: int, length: int) -> float:
+    for cost in costs.configs:
+        if cost.config == group.config:
+            squared, linear, constant = (
+                np.asarray(cost.coefficients, dtype=float).reshape(3, 2) @ [rows, 1.0]
+            ).tolist()
+            return squared * length**2 + linear * length + constant
+    return float("nan")
+
+
+def _replica_s(costs: CostTable, group: ReplicaGroup, slots: list[float]) -> float:
+    if not slots:
+        return 0.0
+    fixed = [cost.fixed_s for cost in costs.configs if cost.config == group.config]
+    return (fixed[0] if fixed else 0.0) + sum(slots) + (group.config.pp - 1) * max(slots)

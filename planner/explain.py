@@ -1,0 +1,313 @@
+"""Says why a plan takes the time it takes: where each replica's time goes, what limits the step, what else there was.
+
+Plans are compared on one batch, the expected one: as many sequences of each bucket as `planner.problem` plans for, each
+as long as its bucket, dispatched by the code that training uses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from planner.cost import ConfigCost, CostTable
+from planner.dispatch import MicroBatch, dispatch
+from planner.equal_share import best_homogeneous
+from planner.errors import UserError
+from planner.plan import Plan
+from planner.planners import PLANNERS, solver
+from planner.problem import PlanningProblem, build_problem
+from planner.simulate import check_plan, replica_names
+from planner.workload import Workload
+
+TOGETHER = 0.05
+"""Replicas that finish within this share of the slowest count as finishing together."""
+
+MOSTLY = 0.5
+"""A part of a replica's time larger than this share is named as what fills it."""
+
+WORTH_SAYING = 0.02
+"""Smaller shares of a step are not mentioned."""
+
+DISPATCH_TIME_LIMIT_S = 2.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReplicaTime:
+    """Where one replica's seconds of a step go.
+
+    Attributes:
+      name: as everywhere, "replica 0 (tp8,pp1,none)".
+      config: "(tp8,pp1,none)".
+      num_devices: its devices.
+      capacity_tokens: most padded tokens of a micro-batch.
+      seconds: all of its time, 0 without work.
+      by_bucket: padded length -> seconds of its micro-batches.
+      sequences: padded length -> sequences.
+      num_micro_batches: how many it runs.
+      filling_s: seconds the pipeline takes to fill and drain.
+      fixed_s: seconds that a step costs whatever it holds.
+    """
+
+    name: str
+    config: str
+    num_devices: int
+    capacity_tokens: int
+    seconds: float
+    by_bucket: dict[int, float]
+    sequences: dict[int, int]
+    num_micro_batches: int
+    filling_s: float
+    fixed_s: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """Another plan on the same batch.
+
+    Attributes:
+      change: what is done otherwise.
+      plan, step_s: the plan and its seconds a step, None if there is none; `note` then says why.
+      same_devices: whether it has the devices of the plan explained.
+    """
+
+    change: str
+    plan: Plan | None
+    step_s: float | None
+    note: str = ""
+    same_devices: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Everything that `lobra explain` shows.
+
+    Attributes:
+      plan: the plan explained.
+      step_s: seconds of a step on the expected batch, `overhead_s` included.
+      bound_s: no plan on these devices takes less (proven), None where it was not computed.
+      overhead_s: seconds of every step for summing gradients and updating adapters.
+      counts: padded length -> sequences of the expected batch.
+      replicas: where each replica's time goes.
+      limits: sentences on what limits the step.
+      alternatives: other plans on the same batch, fastest first; those on other devices last.
+    """
+
+    plan: Plan
+    step_s: float
+    bound_s: float | None
+    overhead_s: float
+    counts: dict[int, int]
+    replicas: tuple[ReplicaTime, ...]
+    limits: tuple[str, ...]
+    alternatives: tuple[Alternative, ...]
+
+    @property
+    def gap(self) -> float | None:
+        """Share of the step time that a better plan could save at the most."""
+        return None if self.bound_s is None else max(0.0, (self.step_s - self.bound_s) / self.step_s)
+
+    @property
+    def slowest_s(self) -> float:
+        return max(replica.seconds for replica in self.replicas)
+
+
+def explain(
+    plan: Plan,
+    costs: CostTable,
+    workload: Workload,
+    *,
+    compare: bool = True,
+    time_limit_s: float = 10.0,
+    on_progress: Callable[[str], None] | None = None,
+) -> Explanation:
+    """Explains a plan; with `compare` also plans anew in other ways, each for at most `time_limit_s`.
+
+    Raises:
+      UserError: plan, costs and lengths do not belong together.
+    """
+    check_plan(plan, costs)
+    problem = build_problem(workload, costs, plan.num_devices, buckets=plan.buckets, time_limit_s=time_limit_s)
+    replicas = replica_times(plan, costs, problem)
+    step_s = max(replica.seconds for replica in replicas) + costs.step_overhead_s
+    alternatives, bound_s = (), None
+    if compare:
+        found = _alternatives(plan, problem, workload, on_progress or (lambda _: None))
+        bound_s = next((a.plan.predicted.bound_s for a in found if a.change == BEST and a.plan is not None), None)
+        alternatives = tuple(sorted(found, key=lambda a: (not a.same_devices, a.step_s or float("inf"))))
+    return Explanation(
+        plan=plan,
+        step_s=step_s,
+        bound_s=None if bound_s is None else min(bound_s, step_s),
+        overhead_s=costs.step_overhead_s,
+        counts={length: count for length, count in zip(problem.buckets, problem.counts, strict=True) if count},
+        replicas=replicas,
+        limits=limits(plan, replicas, costs.step_overhead_s),
+        alternatives=alternatives,
+    )
+
+
+def replica_times(plan: Plan, costs: CostTable, problem: PlanningProblem) -> tuple[ReplicaTime, ...]:
+    """Where each replica's time goes on the expected batch."""
+    lengths = np.repeat(np.asarray(problem.buckets), problem.counts)
+    dispatched = dispatch(
+        plan,
+        costs,
+        lengths,
+        np.zeros_like(lengths),
+        method="balance",
+        max_buckets=len(plan.buckets),
+        time_limit_s=DISPATCH_TIME_LIMIT_S,
+    )
+    groups = plan.expanded()
+    return tuple(
+        _replica_time(name, costs[group.config], group.capacity_tokens, micro_batches)
+        for name, group, micro_batches in zip(replica_names(plan), groups, dispatched.replicas, strict=True)
+    )
+
+
+def _replica_time(
+    name: str, cost: ConfigCost, capacity_tokens: int, micro_batches: Sequence[MicroBatch]
+) -> ReplicaTime:
+    by_bucket: dict[int, float] = {}
+    sequences: dict[int, int] = {}
+    slots = [cost.micro_batch_s(micro.rows, micro.length) for micro in micro_batches]
+    for micro, slot_s in zip(micro_batches, slots, strict=True):
+        by_bucket[micro.length] = by_bucket.get(micro.length, 0.0) + slot_s
+        sequences[micro.length] = sequences.get(micro.length, 0) + len(micro.sequences)
+    return ReplicaTime(
+        name=name,
+        config=str(cost.config),
+        num_devices=cost.config.num_devices,
+        capacity_tokens=capacity_tokens,
+        seconds=cost.replica_s((micro.rows, micro.length) for micro in micro_batches),
+        by_bucket=dict(sorted(by_bucket.items())),
+        sequences=dict(sorted(sequences.items())),
+        num_micro_batches=len(micro_batches),
+        filling_s=(cost.config.pp - 1) * max(slots, default=0.0),
+        fixed_s=cost.fixed_s if slots else 0.0,
+    )
+
+
+def limits(plan: Plan, replicas: Sequence[ReplicaTime], overhead_s: float) -> tuple[str, ...]:
+    """Sentences on what limits the step, the most important first."""
+    slowest = max(replicas, key=lambda replica: replica.seconds)
+    step_s = slowest.seconds + overhead_s
+    used = sum(replica.num_devices for replica in replicas)
+    busy = sum(replica.num_devices * replica.seconds for replica in replicas)
+    waiting = 1 - busy / (used * slowest.seconds)
+    said = [_who_limits(slowest, replicas, waiting), *_what_fills(slowest, replicas)]
+    if used < plan.num_devices:
+        said.append(f"{plan.num_devices - used} of {plan.num_devices} devices hold no replica.")
+    without = [replica.name for replica in replicas if replica.seconds == 0]
+    if without:
+        said.append(f"No sequence of this batch goes to {', '.join(without)}.")
+    if slowest.filling_s > WORTH_SAYING * step_s:
+        said.append(
+            f"Filling and draining the pipeline of {slowest.name} takes {in_seconds(slowest.filling_s)}: fewer stages, "
+            "or more and smaller micro-batches, would shorten that."
+        )
+    if overhead_s > WORTH_SAYING * step_s:
+        said.append(
+            f"Every step spends {in_seconds(overhead_s)} ({overhead_s / step_s:.0%}) on summing gradients over the "
+            "replicas and updating the adapters, whatever the plan."
+        )
+    return tuple(said)
+
+
+def in_seconds(seconds: float) -> str:
+    """Three digits and the unit."""
+    return f"{seconds:#.3g} s".replace(". s", " s")
+
+
+def _who_limits(slowest: ReplicaTime, replicas: Sequence[ReplicaTime], waiting: float) -> str:
+    last = in_seconds(slowest.seconds)
+    if len(replicas) == 1:
+        return f"{slowest.name} does all the work and is the step: {last}."
+    waits = f"devices with a replica wait {waiting:.1%} of the time for the last one, {slowest.name}, done after {last}"
+    if waiting <= TOGETHER:
+        return f"The work is in balance: {waits}. Moving sequences between these replicas gains nothing more."
+    together = [replica for replica in replicas if replica.seconds >= (1 - TOGETHER) * slowest.seconds]
+    others = [replica for replica in replicas if replica not in together]
+    following = max(others, key=lambda replica: replica.seconds)
+    return (
+        f"The work is not in balance: {waits}. {len(together)} of {len(replicas)} replicas finish last; the next, "
+        f"{following.name}, needs {in_seconds(following.seconds)}."
+    )
+
+
+def _what_fills(slowest: ReplicaTime, replicas: Sequence[ReplicaTime]) -> list[str]:
+    """Whether the slowest replica is held up by sequences that no other kind of replica can hold."""
+    if slowest.seconds == 0:
+        return []
+    others = [replica for replica in replicas if replica.config != slowest.config]
+    elsewhere = max((replica.capacity_tokens for replica in others), default=0)
+    stuck_s = sum(seconds for length, seconds in slowest.by_bucket.items() if length > elsewhere)
+    if others and stuck_s > MOSTLY * slowest.seconds:
+        return [
+            f"{stuck_s / slowest.seconds:.0%} of the time of {slowest.name} goes to sequences over {elsewhere} tokens, "
+            "which no other kind of replica here can hold, so they cannot be moved away. A second replica that holds "
+            "them, a faster one, or a lower context length would shorten the step."
+        ]
+    top = max(slowest.by_bucket, key=slowest.by_bucket.__getitem__)
+    share = slowest.by_bucket[top] / slowest.seconds
+    if share > MOSTLY:
+        return [f"{share:.0%} of the time of {slowest.name} goes to sequences padded to {top} tokens."]
+    return []
+
+
+BEST = "best plan found (exact planner)"
+ONE_CONFIG = "one kind of replica only (Task-Fused)"
+
+
+def _alternatives(
+    plan: Plan, problem: PlanningProblem, workload: Workload, on_progress: Callable[[str], None]
+) -> list[Alternative]:
+    """Plans made in other ways, timed on the same batch."""
+    tries: list[tuple[str, Callable[[], Plan]]] = [(BEST, lambda: solver("exact")(problem))]
+    tries += [(f"planner {name}", lambda name=name: solver(name)(problem)) for name in PLANNERS if name != "exact"]
+    tries += [
+        (f"without {group.config}", lambda group=group: solver("exact")(_without(problem, group.config)))
+        for group in plan.replicas
+    ]
+    tries.append((ONE_CONFIG, lambda: _homogeneous(problem)))
+    more = problem.num_devices + 1
+    one_more = f"one more device ({more})"
+    tries.append((one_more, lambda: solver("exact")(_on_devices(problem, workload, more))))
+    found = []
+    for change, attempt in tries:
+        on_progress(change)
+        try:
+            other = attempt()
+        except UserError as error:
+            found.append(
+                Alternative(change=change, plan=None, step_s=None, note=str(error), same_devices=change != one_more)
+            )
+            continue
+        times = replica_times(other, problem.costs, problem)
+        step_s = max(replica.seconds for replica in times) + problem.costs.step_overhead_s
+        found.append(Alternative(change=change, plan=other, step_s=step_s, same_devices=change != one_more))
+    return found
+
+
+def _without(problem: PlanningProblem, config: object) -> PlanningProblem:
+    kept = tuple(usable for usable in problem.configs if usable.config != config)
+    last = len(problem.buckets) - 1
+    if not any(usable.fits(last) for usable in kept):
+        raise UserError(f"no other config holds {problem.buckets[-1]} tokens on {problem.num_devices} devices")
+    return dataclasses.replace(problem, configs=kept)
+
+
+def _on_devices(problem: PlanningProblem, workload: Workload, num_devices: int) -> PlanningProblem:
+    return build_problem(
+        workload, problem.costs, num_devices, buckets=problem.buckets, time_limit_s=problem.time_limit_s
+    )
+
+
+def _homogeneous(problem: PlanningProblem) -> Plan:
+    share = best_homogeneous(problem, range(len(problem.configs)))
+    if share is None:
+        raise UserError("no config holds every sequence")
+    step_s = share.step_s + problem.costs.step_overhead_s
+    return problem.make_plan(share.counts, step_s=step_s, bound_s=0.0, planner="homogeneous", solve_s=0.0)

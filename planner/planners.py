@@ -1,0 +1,70 @@
+"""The planners by name, and the one way to make a plan."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+
+from planner.cost import CostTable
+from planner.errors import UserError
+from planner.plan import Plan
+from planner.problem import (
+    DEFAULT_NUM_BUCKETS,
+    DEFAULT_TIME_LIMIT_S,
+    Constraints,
+    PlanningProblem,
+    build_problem,
+)
+from planner.workload import Workload
+
+PLANNERS = {
+    "exact": "planner.deployment",
+    "minlp": "planner.minlp",
+    "prune": "planner.prune",
+    "group": "planner.group",
+}
+"""Name -> module with `solve(problem) -> Plan`; loaded when asked for, since each loads SCIP."""
+
+
+def solver(name: str) -> Callable[[PlanningProblem], Plan]:
+    """The planner called `name`; an unknown name raises `UserError`."""
+    if name not in PLANNERS:
+        raise UserError("bad value", key="planner", value=name, expected=f"one of {', '.join(PLANNERS)}")
+    return importlib.import_module(PLANNERS[name]).solve
+
+
+def make_plan(
+    name: str,
+    workload: Workload,
+    costs: CostTable,
+    num_devices: int,
+    *,
+    buckets: str | Sequence[int] = "dynamic",
+    num_buckets: int = DEFAULT_NUM_BUCKETS,
+    proposal: bool = True,
+    time_limit_s: float = DEFAULT_TIME_LIMIT_S,
+    constraints: Constraints | None = None,
+) -> Plan:
+    """Plans `workload` on `num_devices` devices with the planner called `name`.
+
+    Args:
+      buckets: "dynamic" (at most `num_buckets`, least padding), "static7", "static16", or a list of lengths.
+      proposal: whether minlp and prune draw configs by LobRA's configuration proposal.
+      time_limit_s: after which the best plan found is returned with its gap.
+      constraints: which tp, pp and remat may be used.
+
+    Raises:
+      UserError: an unknown planner, or no plan exists (see `build_problem`).
+    """
+    solve = solver(name)
+    problem = build_problem(
+        workload,
+        costs,
+        num_devices,
+        buckets=buckets,
+        num_buckets=num_buckets,
+        constraints=constraints,
+        proposal=proposal,
+        time_limit_s=time_limit_s,
+    )
+    return solve(problem)

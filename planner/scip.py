@@ -1,0 +1,72 @@
+"""The few things that every SCIP model here does the same way: quiet, one thread, seeded, status read before values.
+
+SCIP is used through pyscipopt; nothing else of the project calls `optimize`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+
+from pyscipopt import SCIP_PARAMSETTING, Model
+
+MIN_TIME_LIMIT_S = 1e-3
+
+STATUS_OF_BOUND = ("optimal", "gaplimit", "timelimit", "nodelimit", "sollimit", "bestsollimit", "stallnodelimit")
+"""Statuses after which SCIP's dual bound holds for the whole model."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a solve ended.
+
+    Attributes:
+      status: SCIP's status ("optimal", "infeasible", "timelimit", ...).
+      has_solution: whether values may be read from the model.
+      bound: proven bound on the objective; infinite with the sign of "nothing proven" where there is none.
+      num_nodes: branch-and-bound nodes.
+      seconds: wall seconds of the solve.
+    """
+
+    status: str
+    has_solution: bool
+    bound: float
+    num_nodes: int
+    seconds: float
+
+
+def new_model(name: str) -> Model:
+    """An empty minimisation model that prints nothing."""
+    model = Model(name)
+    model.hideOutput()
+    model.setParam("randomization/randomseedshift", 0)
+    return model
+
+
+def light(model: Model) -> None:
+    """Settings for small models solved many times: presolve and heuristics cost more than they save there."""
+    model.setPresolve(SCIP_PARAMSETTING.FAST)
+    model.setHeuristics(SCIP_PARAMSETTING.FAST)
+    model.setParam("misc/usesymmetry", 0)
+
+
+def solve(model: Model, *, time_limit_s: float, gap_limit: float = 0.0, first_solution: bool = False) -> Outcome:
+    """Optimises within `time_limit_s` wall seconds; stops at relative gap `gap_limit` or at the first solution."""
+    model.setParam("limits/time", max(time_limit_s, MIN_TIME_LIMIT_S))
+    model.setParam("timing/clocktype", 2)  # wall clock, not CPU
+    model.setParam("limits/gap", gap_limit)
+    if first_solution:
+        model.setParam("limits/solutions", 1)
+    started = time.perf_counter()
+    model.optimize()
+    seconds = time.perf_counter() - started
+    status = model.getStatus()
+    bound = model.getDualbound() if status in STATUS_OF_BOUND else -math.inf
+    return Outcome(
+        status=status,
+        has_solution=model.getNSols() > 0,
+        bound=bound if abs(bound) < model.infinity() else -math.inf,
+        num_nodes=model.getNTotalNodes(),
+        seconds=seconds,
+    )

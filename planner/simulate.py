@@ -1,0 +1,161 @@
+"""Simulates training steps without devices: seeded batches through the real dispatch code, timed by the cost table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from planner.cost import CostTable
+from planner.dispatch import dispatch
+from planner.errors import UserError
+from planner.evaluate import evaluate
+from planner.plan import Plan
+from planner.workload import Workload
+
+DEFAULT_MAX_BUCKETS = 16
+DEFAULT_DISPATCH_TIME_LIMIT_S = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SimulatedStep:
+    """One step.
+
+    Attributes:
+      replica_s: seconds that each replica works, in the order of `plan.expanded()`.
+      step_s: seconds until all have finished and the gradients are summed and applied.
+      tokens: real tokens.
+      padded_tokens: tokens with padding, as computed.
+      gpu_seconds: step_s x the devices of the plan's replicas.
+      bound_s: the dispatcher's bound on the slowest replica.
+      solve_s: seconds that the dispatch took; not a part of step_s.
+    """
+
+    replica_s: tuple[float, ...]
+    step_s: float
+    tokens: int
+    padded_tokens: int
+    gpu_seconds: float
+    bound_s: float
+    solve_s: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Simulation:
+    """Simulated steps of one plan under one dispatch method."""
+
+    plan: Plan
+    method: str
+    seed: int
+    steps: tuple[SimulatedStep, ...]
+
+    def quantile_s(self, quantile: float) -> float:
+        """Quantile of the step time, seconds."""
+        return float(np.quantile([step.step_s for step in self.steps], quantile))
+
+    @property
+    def mean_step_s(self) -> float:
+        return float(np.mean([step.step_s for step in self.steps]))
+
+    @property
+    def gpu_seconds(self) -> float:
+        """Device-seconds of a step, mean."""
+        return float(np.mean([step.gpu_seconds for step in self.steps]))
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the computed tokens that is padding, empty rows included."""
+        return 1 - sum(step.tokens for step in self.steps) / sum(step.padded_tokens for step in self.steps)
+
+    @property
+    def replica_s(self) -> tuple[float, ...]:
+        """Mean seconds that each replica works in a step."""
+        return tuple(np.mean([step.replica_s for step in self.steps], axis=0).tolist())
+
+    @property
+    def idle_shares(self) -> tuple[float, ...]:
+        """Share of each replica's time that it waits for the slowest, over all steps."""
+        slowest = sum(max(step.replica_s) for step in self.steps)
+        return tuple(1 - float(busy) for busy in np.sum([step.replica_s for step in self.steps], axis=0) / slowest)
+
+    @property
+    def idle_share(self) -> float:
+        """As `idle_shares`, over the devices of all replicas."""
+        devices = [group.num_devices for group in self.plan.expanded()]
+        return float(np.average(self.idle_shares, weights=devices))
+
+
+def replica_names(plan: Plan) -> tuple[str, ...]:
+    """ "replica 0 (tp8,pp1,none)" and so on, in the order of `plan.expanded()`."""
+    return tuple(f"replica {index} {group.config}" for index, group in enumerate(plan.expanded()))
+
+
+def check_plan(plan: Plan, costs: CostTable) -> None:
+    """Raises `UserError` where plan and cost table do not belong together: model, configs, capacities."""
+    if plan.model != costs.model:
+        raise UserError("plan of another model", key="model", value=plan.model, expected=f"{costs.model}, as the costs")
+    for index, group in enumerate(plan.replicas):
+        known = next((cost for cost in costs.configs if cost.config == group.config), None)
+        if known is None:
+            configs = ", ".join(str(cost.config) for cost in costs.configs)
+            raise UserError(f"no costs of {group.config}", key=f"replicas[{index}]", expected=f"one of {configs}")
+        if group.capacity_tokens > known.capacity_tokens:
+            raise UserError(
+                f"more than {group.config} holds",
+                key=f"replicas[{index}].capacity_tokens",
+                value=group.capacity_tokens,
+                expected=f"at most {known.capacity_tokens}, as the cost table says",
+            )
+
+
+def batch(workload: Workload, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """(task ids [n], lengths [n]) of one step's batch: a function of (seed, step) alone."""
+    return workload.sample(np.random.default_rng([seed, step]))
+
+
+def simulate(
+    plan: Plan,
+    costs: CostTable,
+    workload: Workload,
+    *,
+    num_steps: int,
+    seed: int = 0,
+    method: str = "balance",
+    max_buckets: int = DEFAULT_MAX_BUCKETS,
+    time_limit_s: float = DEFAULT_DISPATCH_TIME_LIMIT_S,
+    on_step: Callable[[SimulatedStep], None] | None = None,
+) -> Simulation:
+    """Dispatches `num_steps` sampled batches; `on_step` is called after each.
+
+    The same arguments give the same batches, and the same times as long as no dispatch runs into `time_limit_s`.
+
+    Raises:
+      UserError: the plan and the costs do not belong together, or a sampled sequence fits no replica.
+    """
+    if num_steps < 1:
+        raise UserError("bad value", key="steps", value=num_steps, expected="an integer >= 1")
+    check_plan(plan, costs)
+    steps = []
+    for index in range(num_steps):
+        task_ids, lengths = batch(workload, seed, index)
+        dispatched = dispatch(
+            plan, costs, lengths, task_ids, method=method, max_buckets=max_buckets, time_limit_s=time_limit_s
+        )
+        judged = evaluate(plan, costs, dispatched, lengths)
+        if judged.violations:
+            raise RuntimeError(f"step {index}: {judged.violations[0]}")
+        steps.append(
+            SimulatedStep(
+                replica_s=judged.replica_s,
+                step_s=judged.step_s,
+                tokens=judged.tokens,
+                padded_tokens=judged.padded_tokens,
+                gpu_seconds=judged.gpu_seconds,
+                bound_s=dispatched.bound_s,
+                solve_s=dispatched.solve_s,
+            )
+        )
+        if on_step is not None:
+            on_step(steps[-1])
+    return Simulation(plan=plan, method=method, seed=seed, steps=tuple(steps))

@@ -1,0 +1,139 @@
+"""What is measured: which parallel configs, which micro-batch shapes, and how simulated devices share their host.
+
+Pure arithmetic, without JAX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from lobra_jax.models.config import LlamaConfig
+from planner.errors import UserError
+from planner.plan import ParallelConfig
+from planner.workload import Workload
+
+Shape = tuple[int, int]
+"""(rows, length) of a micro-batch."""
+
+TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
+LENGTH_ALIGN = 16
+"""Measured lengths are multiples of this many tokens, as the planner's buckets are."""
+CAPACITY_ALIGN = 64
+"""Capacities of at least `LARGE_CAPACITY_TOKENS` are multiples of this, smaller ones of `LENGTH_ALIGN`."""
+LARGE_CAPACITY_TOKENS = 1024
+MIN_MAX_TOKENS = {"cpu": 1024}
+"""Least largest micro-batch by platform, unless the user says otherwise: a few rows pay even for short sequences."""
+MIN_MAX_TOKENS_OTHERWISE = 4096
+SHORT_QUANTILE = 0.1
+"""The shortest measured length covers this share of the sequences."""
+
+
+def parallel_configs(
+    model: LlamaConfig,
+    *,
+    num_devices: int,
+    max_tp: int | None = None,
+    max_pp: int | None = None,
+    remats: Sequence[str],
+) -> tuple[ParallelConfig, ...]:
+    """Every (tp, pp, remat) that the model allows on `num_devices`, narrow ones first, remats of one shape together."""
+    shapes = [
+        (tp, pp)
+        for tp in TENSOR_PARALLEL_SIZES
+        if tp <= (max_tp or num_devices) and model.supports_tp(tp)
+        for pp in range(1, min(max_pp or num_devices, model.num_layers) + 1)
+        if tp * pp <= num_devices
+    ]
+    shapes.sort(key=lambda shape: (shape[0] * shape[1], shape[0]))
+    return tuple(ParallelConfig(tp=tp, pp=pp, remat=remat) for tp, pp in shapes for remat in remats)
+
+
+def align_up(tokens: float, multiple: int = LENGTH_ALIGN) -> int:
+    return math.ceil(tokens / multiple) * multiple
+
+
+def align_capacity(tokens: float) -> int:
+    """The largest capacity not above `tokens` that has the right multiple; 0 if there is none."""
+    whole = int(tokens)
+    multiple = CAPACITY_ALIGN if whole >= LARGE_CAPACITY_TOKENS else LENGTH_ALIGN
+    return whole // multiple * multiple
+
+
+def default_lengths(workload: Workload) -> tuple[int, ...]:
+    """Three lengths that span a workload: one that short sequences have, the longest, and their geometric mean."""
+    counts = workload.expected_counts()
+    lengths, weights = np.array(list(counts)), np.array(list(counts.values()))
+    below = np.cumsum(weights) / weights.sum()
+    shortest = align_up(int(lengths[min(np.searchsorted(below, SHORT_QUANTILE), len(lengths) - 1)]))
+    longest = align_up(workload.max_length)
+    return tuple(sorted({shortest, align_up(math.sqrt(shortest * longest)), longest}))
+
+
+def default_max_tokens(longest: int, platform: str) -> int:
+    """The largest micro-batch worth asking for: on accelerators two of the longest sequences, on a CPU one."""
+    if platform in MIN_MAX_TOKENS:
+        return align_up(max(MIN_MAX_TOKENS[platform], longest), CAPACITY_ALIGN)
+    return align_up(max(MIN_MAX_TOKENS_OTHERWISE, 2 * longest), CAPACITY_ALIGN)
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """ "64,512,4608" -> ascending lengths, multiples of 16; raises `UserError`."""
+    try:
+        lengths = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        lengths = ()
+    ascending = list(lengths) == sorted(set(lengths))
+    if not lengths or not ascending or lengths[0] < 1 or any(length % LENGTH_ALIGN for length in lengths):
+        raise UserError(
+            "bad value",
+            key="--lengths",
+            value=text,
+            expected=f"ascending multiples of {LENGTH_ALIGN} such as 64,512,4608",
+        )
+    return lengths
+
+
+def probe_shapes(lengths: Sequence[int], max_tokens: int) -> tuple[Shape, ...]:
+    """Single rows from which the memory of longer ones is foretold: every length but the longest."""
+    return tuple((1, length) for length in lengths[: max(len(lengths) - 1, 1)] if length <= max_tokens)
+
+
+def extreme_shapes(shortest: int, capacity: int) -> tuple[Shape, ...]:
+    """The micro-batches of `capacity` tokens that need the most memory: one long row, and as many short ones as fit.
+
+    Bytes grow with rows x length, rows x length^2 and rows; at a fixed product their sum is convex in the length.
+    """
+    return tuple(dict.fromkeys(((1, capacity), (capacity // shortest, shortest))))
+
+
+def middle_shape(lengths: Sequence[int], capacity: int) -> Shape:
+    """A micro-batch of about `capacity` tokens between the extremes: what the fit is tested on."""
+    length = min(align_up(math.sqrt(lengths[0] * capacity)), capacity)
+    return capacity // length, length
+
+
+def inner_shapes(lengths: Sequence[int], capacity: int) -> tuple[Shape, ...]:
+    """Full micro-batches of the lengths beyond the usual three."""
+    return tuple((capacity // length, length) for length in lengths[2:-1] if length <= capacity)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HostShare:
+    """How a config is measured on devices that share one host's cores.
+
+    `copies` replicas run at the same time on disjoint submeshes, and their seconds are multiplied by `factor`: what a
+    micro-batch takes when every device is busy.
+    """
+
+    copies: int = 1
+    factor: float = 1.0
+
+
+def host_share(config_devices: int, *, num_devices: int, cores: int) -> HostShare:
+    """For simulated devices: enough copies to fill the cores, then the slowdown from there to all devices busy."""
+    copies = min(num_devices // config_devices, math.ceil(cores / config_devices))
+    return HostShare(copies=copies, factor=max(num_devices, cores) / max(copies * config_devices, cores))

@@ -1,0 +1,189 @@
+"""A config's tasks: splits, cache use, synthetic lengths, the workload that the planner sees, `lobra tokenize`."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from lobra_jax.cli import main
+from lobra_jax.config import load_config, select_tasks
+from lobra_jax.data.batches import global_batch
+from lobra_jax.data.load import load_tasks, split, synthetic_store, task_lengths, tokenizer_path
+from lobra_jax.data.statistics import length_statistics
+from planner.errors import UserError
+from planner.workload import TaskLengths, Workload
+
+WORDS = "the quick brown fox jumps over the lazy dog".split()
+
+
+@pytest.fixture
+def config_file(tmp_path, write_jsonl, tokenizer_file):
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, size)) for size in rng.integers(1, 40, 60)]
+    write_jsonl("a.jsonl", *({"text": text} for text in texts))
+    write_jsonl("b.jsonl", *({"prompt": text, "completion": "yes"} for text in texts[:30]))
+    write_jsonl("b-eval.jsonl", *({"prompt": text, "completion": "no"} for text in texts[30:]))
+    shared = {"batch_size": 8, "steps": 5, "context_length": 32}
+    path = tmp_path / "run.yaml"
+    content = {
+        "model": {"preset": "tiny"},
+        "data": {"tokenizer": str(tokenizer_file)},
+        "tasks": [
+            {"name": "a", "files": "a.jsonl", "eval_fraction": 0.2, **shared},
+            {"name": "b", "files": "b.jsonl", "eval_files": "b-eval.jsonl", **shared},
+        ],
+    }
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def histogram(tmp_path):
+    lengths = {"a": {5: 0.5, 17: 0.495, 90: 0.005}, "b": {3: 1.0}}
+    tasks = tuple(TaskLengths(name=name, batch_size=1, lengths=shares) for name, shares in lengths.items())
+    path = tmp_path / "hist.json"
+    Workload(tasks=tasks).save(path)
+    return path
+
+
+def records(dataset):
+    return set(dataset.store.sources[dataset.rows].tolist())
+
+
+def test_evaluation_split_is_disjoint_complete_and_stable(config_file):
+    a = load_tasks(load_config(config_file))[0]
+    assert len(a.evaluation) == 12
+    assert records(a.train).isdisjoint(records(a.evaluation))
+    assert records(a.train) | records(a.evaluation) == set(range(60))
+    again = load_tasks(load_config(config_file, ["tasks.a.context_length=16", "tasks.a.batch_size=2"]))[0]
+    assert records(again.evaluation) == records(a.evaluation)
+    other = load_tasks(load_config(config_file, ["training.seed=1"]))[0]
+    assert records(other.evaluation) != records(a.evaluation)
+
+
+def test_split_leaves_both_sides_an_example(config_file):
+    every = load_tasks(load_config(config_file, ["tasks.a.eval_fraction=0"]))[0].train
+    for fraction, expected in ((1e-6, 1), (0.5, 30), (0.9999, 59)):
+        train, evaluation = split(every, fraction, key=1)
+        assert (len(train), len(evaluation)) == (60 - expected, expected)
+
+
+def test_single_example_cannot_be_split(config_file, write_jsonl):
+    write_jsonl("a.jsonl", {"text": "the fox"})
+    with pytest.raises(UserError, match=r"tasks\.a\.eval_fraction: task 'a' has one example"):
+        load_tasks(load_config(config_file))
+
+
+def test_cache_is_built_once_and_for_what_changed(config_file):
+    def origins(*overrides):
+        return [source.origin for task in load_tasks(load_config(config_file, overrides)) for source in task.sources]
+
+    assert origins() == ["built"] * 3
+    assert origins() == ["reused"] * 3
+    assert origins("tasks.a.eval_fraction=0.5", "training.seed=4", "tasks.*.lr=1") == ["reused"] * 3
+    assert origins("tasks.b.context_length=20") == ["reused", "built", "built"]
+
+
+def test_task_alone_has_the_batches_it_has_jointly(config_file):
+    config = load_config(config_file)
+    joint = global_batch(load_tasks(config), {"a": 3, "b": 6})
+    solo = global_batch(load_tasks(select_tasks(config, ["b"])), {"b": 6})
+    mine = np.flatnonzero(joint.task_ids == 1)
+    for index, place in enumerate(mine):
+        for left, right in zip(joint.sequence(place), solo.sequence(index), strict=True):
+            assert np.array_equal(left, right)
+    assert np.array_equal(joint.dropout_ids[mine], solo.dropout_ids)
+
+
+def test_workload_is_that_of_the_training_examples(config_file):
+    config = load_config(config_file)
+    a, b = task_lengths(config).tasks
+    train = load_tasks(config)[0].train.lengths
+    assert (a.name, a.batch_size, b.name) == ("a", 8, "b")
+    assert a.lengths == {int(v): pytest.approx(np.mean(train == v)) for v in np.unique(train)}
+    assert max(a.lengths) == 32
+
+
+def test_token_outside_the_vocabulary_of_the_model_is_named(config_file, tokenizer_file, tmp_path):
+    content = json.loads(tokenizer_file.read_text(encoding="utf-8"))
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 600, "content": "<far>"})
+    for index in range(len(content["model"]["vocab"]), 600):
+        content["model"]["vocab"][f"unused{index}"] = index
+    content["model"]["vocab"]["<far>"] = 600
+    (tmp_path / "large.json").write_text(json.dumps(content), encoding="utf-8")
+    overrides = ["data.tokenizer=large.json", 'data.eos_token="<far>"']
+    with pytest.raises(UserError, match=r"large\.json: .*token 600 in task 'a'; expected ids below the model's 512"):
+        load_tasks(load_config(config_file, overrides))
+
+
+def test_tokenizer_of_a_preset_must_be_named(config_file):
+    with pytest.raises(UserError, match=r"data\.tokenizer: missing"):
+        tokenizer_path(load_config(config_file, ["data.tokenizer=null"]))
+
+
+def test_synthetic_source_follows_the_histogram_and_reads_no_text(config_file, histogram):
+    (config_file.parent / "a.jsonl").unlink()
+    overrides = [
+        "data.source=synthetic",
+        f"data.lengths={histogram}",
+        "data.num_examples=200",
+        "tasks.a.eval_fraction=0",
+    ]
+    a, b = load_tasks(load_config(config_file, overrides))
+    values, counts = np.unique(a.train.lengths, return_counts=True)
+    assert dict(zip(values.tolist(), counts.tolist(), strict=True)) == {5: 100, 17: 99, 32: 1}
+    assert (a.sources[0].origin, a.sources[0].num_truncated) == ("synthetic", 1)
+    assert set(b.train.lengths) == {3}
+    assert b.evaluation is None
+    assert (a.train.num_targets == a.train.lengths).all()
+    assert a.train.store.tokens.min() >= 0
+    assert a.train.store.tokens.max() < 512
+    again = load_tasks(load_config(config_file, overrides))[0]
+    assert np.array_equal(a.train.store.tokens, again.train.store.tokens)
+
+
+def test_task_without_a_histogram_is_named(config_file, histogram):
+    overrides = ["data.source=synthetic", f"data.lengths={histogram}", "tasks.a.name=aa"]
+    with pytest.raises(UserError, match=r"hist\.json: no task 'aa', did you mean 'a'\?; expected one of a, b"):
+        load_tasks(load_config(config_file, overrides))
+
+
+def test_synthetic_shares_are_kept_to_within_one_example():
+    shares = {1: 0.123, 4: 0.3, 9: 0.5, 30: 0.077}
+    lengths = TaskLengths(name="a", batch_size=1, lengths=shares)
+    store, _ = synthetic_store(lengths, num_examples=50, context_length=99, vocab_size=7, key=3)
+    drawn = np.diff(store.offsets) - 1
+    for length, share in shares.items():
+        assert abs(np.sum(drawn == length) - 50 * share) <= 1
+
+
+def test_statistics_of_known_lengths():
+    found = length_statistics(np.array([1, 2, 3, 4, 10]))
+    assert (found.count, found.total, found.mean, found.max, found.p50) == (5, 20, 4.0, 10, 3.0)
+    assert found.p95 == pytest.approx(8.8)
+    assert found.skewness == pytest.approx(1.1384, abs=1e-4)
+    assert found.kurtosis == pytest.approx(-0.2120, abs=1e-4)
+    assert length_statistics(np.array([3, 3])).skewness == 0
+
+
+def test_tokenize_prints_statistics_and_writes_lengths(config_file, tmp_path):
+    out = tmp_path / "hist.json"
+    command = ["tokenize", "--config", str(config_file), "--lengths-out", str(out)]
+    first = CliRunner().invoke(main, command, env={"COLUMNS": "120"})
+    assert first.exit_code == 0, first.output
+    assert "a (train+eval): built, 60 records, " in first.output
+    assert "skewness" in first.output
+    assert Workload.load(out) == task_lengths(load_config(config_file))
+    second = CliRunner().invoke(main, command)
+    assert "b (eval): reused, 30 records, " in second.output
+
+
+def test_tokenize_ends_with_one_line_for_a_malformed_record(config_file, tmp_path):
+    with (tmp_path / "a.jsonl").open("a", encoding="utf-8") as file:
+        file.write("{\n")
+    done = CliRunner().invoke(main, ["tokenize", "--config", str(config_file)])
+    assert done.exit_code == 2
+    assert "a.jsonl:61: not JSON" in done.output
+    assert done.output.count("\n") == 1

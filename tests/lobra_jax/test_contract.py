@@ -1,0 +1,81 @@
+"""The project's central promise: a task's training is the same under any plan, dispatch, buckets and co-tenants."""
+
+import numpy as np
+import pytest
+
+TOLERANCE = 1e-5
+NUM_STEPS = 20
+
+PLANS = {
+    "tensor parallel": [(2, 1, "none")],
+    "two stages": [(1, 2, "none")],
+    "tensor and pipeline, dots": [(2, 2, "dots")],
+    "three stages of four layers, full": [(1, 3, "full")],
+    "heterogeneous": [(1, 1, "none"), (1, 1, "dots"), (2, 1, "full"), (1, 2, "dots")],
+}
+
+
+@pytest.fixture(scope="module")
+def reference(world):
+    """Gradients of the first step, adapters and losses after 20, on one device."""
+    tasks = list(world.tasks.values())
+    engine = world.engine(world.plan((1, 1, "none")), tasks)
+    gradients = world.gradients(engine, tasks)
+    engine.init_adapters([task.seed for task in tasks])
+    adapters, losses = world.train(engine, tasks, NUM_STEPS)
+    return gradients, adapters, losses
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_any_plan_trains_the_same_adapters(world, reference, name):
+    gradients, adapters, losses = reference
+    tasks = list(world.tasks.values())
+    engine = world.engine(world.plan(*PLANS[name]), tasks)
+    found = world.gradients(engine, tasks, seed=7)
+    for task in world.tasks:
+        assert world.difference(found[task], gradients[task]) < TOLERANCE
+    engine.init_adapters([task.seed for task in tasks])
+    found_adapters, found_losses = world.train(engine, tasks, NUM_STEPS, seed=11)
+    for task in world.tasks:
+        assert world.difference(found_adapters[task], adapters[task]) < TOLERANCE
+    np.testing.assert_allclose(found_losses, losses, rtol=1e-5)
+
+
+def test_other_buckets_and_an_idle_replica_train_the_same_adapters(world, reference):
+    _, adapters, _ = reference
+    tasks = list(world.tasks.values())
+    plan = world.plan((1, 1, "none"), (1, 1, "none"), buckets=(8, 15, world.max_length + 6))
+    found, _ = world.train(world.engine(plan, tasks), tasks, NUM_STEPS, seed=3, idle=(1,))
+    for task in world.tasks:
+        assert world.difference(found[task], adapters[task]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_a_task_alone_trains_the_adapter_it_trains_among_others(world, reference, name):
+    _, adapters, losses = reference
+    task = world.tasks[name]
+    engine = world.engine(world.plan((1, 1, "none")), [task])
+    found, found_losses = world.train(engine, [task], task.steps, seed=5)
+    assert world.difference(found[name], adapters[name]) < TOLERANCE
+    np.testing.assert_allclose(found_losses[:, 0], losses[: task.steps, list(world.tasks).index(name)], rtol=1e-5)
+
+
+def test_the_contract_is_about_training_that_moves(world, reference):
+    """Guards the tests above: the adapters leave their start by far more than the tolerance."""
+    _, adapters, losses = reference
+    for name, task in world.tasks.items():
+        pairs = [pair for targets in adapters[name].values() for pair in targets.values()]
+        assert all(np.abs(pair["b"]).max() > 1e-3 for pair in pairs)
+        index = list(world.tasks).index(name)
+        assert losses[task.steps - 1, index] != losses[0, index]
+
+
+def test_rank_padding_and_untargeted_linears_have_no_gradient(world, reference):
+    gradients = reference[0]["stacked"]
+    for index, task in enumerate(world.tasks.values()):
+        for targets in gradients.values():
+            for target, pair in targets.items():
+                rank = task.spec.rank if target in task.spec.targets else 0
+                assert not pair["a"][index, :, rank:].any()
+                assert not pair["b"][index, rank:].any()
+                assert rank == 0 or pair["a"][index, :, :rank].any()
