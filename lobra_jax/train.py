@@ -59,6 +59,7 @@ class Inputs:
     tasks: tuple[TaskData, ...]
     plan: Plan
     costs: CostTable
+    devices: tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,7 @@ class Trainer:
             inputs.model,
             [lora_spec(task) for task in self.task_configs],
             dtype=jnp.dtype(self.config.model.dtype),
+            devices=inputs.devices,
         )
         self.num_steps = max(task.steps for task in self.task_configs)
         self.stopped: dict[str, int] = {}

@@ -47,10 +47,14 @@ def choose_buckets(lengths: np.ndarray, candidates: Sequence[int], max_buckets: 
 
 
 def planning_buckets(workload: Workload, num_buckets: int, align: int = DEFAULT_ALIGN) -> tuple[int, ...]:
-    """At most `num_buckets` lengths, multiples of `align`, that pad the expected batch least; covers `max_length`."""
+    """At most `num_buckets` lengths, multiples of `align`, that pad the expected batch least; covers `max_length`.
+
+    A length listed with share 0 weighs nothing, but the last bucket covers it.
+    """
     if num_buckets < 1:
         raise UserError("bad value", key="num_buckets", value=num_buckets, expected="an integer >= 1")
-    counts = {length: count for length, count in workload.expected_counts().items() if count > 0}
+    longest = workload.max_length
+    counts = {length: count for length, count in workload.expected_counts().items() if count > 0 or length == longest}
     aligned = -(-np.fromiter(counts, dtype=np.int64) // align) * align
     options, where = np.unique(aligned, return_inverse=True)
     weights = np.bincount(where, weights=np.fromiter(counts.values(), dtype=np.float64))

@@ -5,10 +5,11 @@ replica r, integers n_rj of sequences of each bucket, to
 
     minimise  T + step_overhead_s
     (1)  sum over c of g_c p_c <= D                         devices, some may idle
-    (2)  sum over r of n_rj = N_j                           every sequence is served; N_J >= 1, so the longest length
-                                                            that the workload can draw fits a replica of the plan
+    (2)  sum over r of n_rj = N_j                           every sequence is served
     (3)  n_rj = 0 where bucket j exceeds r's capacity
     (4)  replica_s(n_r) <= T                                fixed_s + its slots + (pp - 1) x its largest; 0 without work
+    (5)  p_c >= 1 for a c that fits bucket J                the longest length that the workload lists fits a replica,
+                                                            also where N_J = 0
 
 Solved in three steps. Bisection on T over the relaxation with whole replicas and fractional slots
 (`planner.relaxation`) gives a bound L and deployments that attain nearly L there. Each is settled: its integers n_rj
@@ -168,9 +169,7 @@ def _candidates(
 
 def homogeneous(problem: PlanningProblem) -> tuple[int, ...]:
     """Replica counts with every device on the narrowest config that fits the longest bucket (the roomiest of those)."""
-    longest = len(problem.buckets) - 1
-    fitting = [index for index, usable in enumerate(problem.configs) if usable.fits(longest)]
-    chosen = min(fitting, key=lambda i: (problem.configs[i].num_devices, -problem.configs[i].capacity_tokens))
+    chosen = problem.narrowest_for_longest
     count = problem.num_devices // problem.configs[chosen].num_devices
     return tuple(count if index == chosen else 0 for index in range(len(problem.configs)))
 

@@ -77,8 +77,8 @@ def share_of(problem: PlanningProblem, counts: Sequence[int], totals: Sequence[S
     return EqualShare(counts=tuple(counts), totals=tuple(tuple(row) for row in totals), step_s=step_s)
 
 
-def best_homogeneous(problem: PlanningProblem, pool: Sequence[int]) -> EqualShare | None:
-    """The best plan of one config alone (Task-Fused); None if no config of `pool` fits all buckets."""
+def best_homogeneous(problem: PlanningProblem, pool: Sequence[int]) -> EqualShare:
+    """The best plan of one config alone (Task-Fused); some config of `pool` must fit the longest bucket."""
     shares = []
     for number in pool:
         usable = problem.configs[number]
@@ -88,7 +88,7 @@ def best_homogeneous(problem: PlanningProblem, pool: Sequence[int]) -> EqualShar
             counts = [count if n == number else 0 for n in range(len(problem.configs))]
             totals = [problem.counts if n == number else empty for n in range(len(problem.configs))]
             shares.append(share_of(problem, counts, totals))
-    return min(shares, key=lambda share: share.step_s, default=None)
+    return min(shares, key=lambda share: share.step_s)
 
 
 def solve_equal_share(

@@ -81,7 +81,7 @@ def evaluate(plan: Plan, costs: CostTable, dispatch: Dispatch, lengths: np.ndarr
 def plan_violations(plan: Plan, costs: CostTable, workload: Workload) -> tuple[str, ...]:
     """What stops `plan` from serving any batch of `workload` at the capacities of `costs`; empty when nothing does."""
     violations = _replica_violations(plan, costs)
-    longest = max(length for task in workload.tasks for length, share in task.lengths.items() if share > 0)
+    longest = max(length for task in workload.tasks for length in task.lengths)
     bucket = next((s for s in plan.buckets if s >= longest), None)
     if bucket is None:
         violations.append(f"sequences of {longest} tokens exceed the largest bucket, {max(plan.buckets)}")

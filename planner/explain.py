@@ -307,7 +307,5 @@ def _on_devices(problem: PlanningProblem, workload: Workload, num_devices: int) 
 
 def _homogeneous(problem: PlanningProblem) -> Plan:
     share = best_homogeneous(problem, range(len(problem.configs)))
-    if share is None:
-        raise UserError("no config holds every sequence")
     step_s = share.step_s + problem.costs.step_overhead_s
     return problem.make_plan(share.counts, step_s=step_s, bound_s=0.0, planner="homogeneous", solve_s=0.0)

@@ -145,9 +145,8 @@ def alternative_cells(explanation: Explanation, other: Alternative) -> tuple[str
 
 def simulation_table(simulation: Simulation) -> Table:
     """Mean seconds and waiting share of each replica."""
-    table = Table(
-        title=f"{len(simulation.steps)} simulated steps, dispatch {simulation.method}, seed {simulation.seed}"
-    )
+    title = f"{len(simulation.steps)} simulated steps, dispatch {simulation.method}, seed {simulation.seed}"
+    table = Table(title=title, box=SIMPLE_HEAD)
     table.add_column("replica", no_wrap=True)
     for name in ("busy (s), mean", "idle share"):
         table.add_column(name, justify="right")

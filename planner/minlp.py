@@ -9,7 +9,6 @@ import time
 
 from planner.deployment import least_conceivable_s
 from planner.equal_share import EqualShare, best_homogeneous, solve_equal_share
-from planner.errors import UserError
 from planner.plan import Plan
 from planner.problem import PlanningProblem
 from planner.proposal import propose
@@ -19,11 +18,7 @@ MINLP_GAP = 1e-3
 
 
 def solve(problem: PlanningProblem) -> Plan:
-    """The best equal-share plan; at `problem.time_limit_s` the best found, at the worst the best homogeneous plan.
-
-    Raises:
-      UserError: with the proposal on, the proposed configs cannot serve the workload.
-    """
+    """The best equal-share plan; at `problem.time_limit_s` the best found, at the worst the best homogeneous plan."""
     return solve_nonlinear(problem, planner="minlp", length_based=False)
 
 
@@ -32,8 +27,6 @@ def solve_nonlinear(problem: PlanningProblem, *, planner: str, length_based: boo
     start = time.perf_counter()
     pool = propose(problem)
     homogeneous = best_homogeneous(problem, pool)
-    if homogeneous is None:
-        raise no_plan(problem, planner)
     found = solve_equal_share(
         problem,
         pool,
@@ -42,7 +35,7 @@ def solve_nonlinear(problem: PlanningProblem, *, planner: str, length_based: boo
         gap=MINLP_GAP,
         time_limit_s=problem.time_limit_s - (time.perf_counter() - start),
     )
-    best = min((share for share in (homogeneous, found) if share is not None), key=lambda share: share.step_s)
+    best = homogeneous if found is None or homogeneous.step_s < found.step_s else found
     return to_plan(problem, best, planner=planner, solve_s=time.perf_counter() - start)
 
 
@@ -55,12 +48,4 @@ def to_plan(problem: PlanningProblem, share: EqualShare, *, planner: str, solve_
         bound_s=least_conceivable_s(problem) + overhead_s,
         planner=planner,
         solve_s=solve_s,
-    )
-
-
-def no_plan(problem: PlanningProblem, planner: str) -> UserError:
-    return UserError(
-        f"planner {planner} finds no config on {problem.num_devices} devices that serves every bucket",
-        key="planner",
-        expected="more devices, or --proposal off",
     )

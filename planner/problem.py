@@ -1,14 +1,14 @@
 """The planning problem that every planner solves: one frozen instance, built and checked here.
 
-Buckets s_1 < ... < s_J are padded lengths; s_J covers the longest length that the workload can draw, so a plan that
-serves bucket J serves any batch. From the expected number of sequences E_j of each bucket in a batch the instance takes
-integer counts N_j, rounded up cumulatively from the longest bucket down:
+Buckets s_1 < ... < s_J are padded lengths; s_J covers the longest length that the workload lists, with share 0 too, so
+a plan with a replica that fits bucket J serves any batch. From the expected number of sequences E_j of each bucket in a
+batch the instance takes integer counts N_j, rounded up cumulatively from the longest bucket down:
 
     N_j = ceil(E_j + ... + E_J) - ceil(E_{j+1} + ... + E_J)
 
-so the N_j sum to the global batch size, every tail is at least its expectation, and bucket J holds at least one
-sequence however rare its lengths are (plain ceil would add up to one sequence for each bucket; the paper plans on the
-fractions). A sequence is served in its own bucket.
+so the N_j sum to the global batch size, every tail is at least its expectation, and the longest bucket that is expected
+at all holds at least one sequence however rare it is (plain ceil would add up to one sequence for each bucket; the
+paper plans on the fractions). A sequence is served in its own bucket.
 """
 
 from __future__ import annotations
@@ -129,6 +129,12 @@ class PlanningProblem:
     configs: tuple[UsableConfig, ...]
     proposal: bool = True
     time_limit_s: float = DEFAULT_TIME_LIMIT_S
+
+    @property
+    def narrowest_for_longest(self) -> int:
+        """Index of the config with the fewest devices (then the most room) that fits the last bucket."""
+        fitting = [index for index, usable in enumerate(self.configs) if usable.fits(len(self.buckets) - 1)]
+        return min(fitting, key=lambda i: (self.configs[i].num_devices, -self.configs[i].capacity_tokens))
 
     def make_plan(
         self,

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from planner.equal_share import EqualShare, best_homogeneous, solve_equal_share
-from planner.minlp import no_plan, to_plan
+from planner.minlp import to_plan
 from planner.plan import Plan
 from planner.problem import PlanningProblem
 from planner.proposal import propose
@@ -30,11 +30,7 @@ ENUMERATION_SHARE = 0.5
 
 
 def solve(problem: PlanningProblem) -> Plan:
-    """The best plan that survives the filter; at `problem.time_limit_s` the best found so far.
-
-    Raises:
-      UserError: with the proposal on, the proposed configs cannot serve the workload.
-    """
+    """The best plan that survives the filter; at `problem.time_limit_s` the best found, else the best homogeneous."""
     start = time.perf_counter()
     pool = propose(problem)
     deadline = start + problem.time_limit_s
@@ -54,10 +50,9 @@ def solve(problem: PlanningProblem) -> Plan:
         )
         if found is not None and (best is None or found.step_s < best.step_s):
             best = found
-    best = best or best_homogeneous(problem, pool)
-    if best is None:
-        raise no_plan(problem, "prune")
-    return to_plan(problem, best, planner="prune", solve_s=time.perf_counter() - start)
+    return to_plan(
+        problem, best or best_homogeneous(problem, pool), planner="prune", solve_s=time.perf_counter() - start
+    )
 
 
 def promising(problem: PlanningProblem, pool: Sequence[int], *, deadline: float) -> list[tuple[float, tuple[int, ...]]]:

@@ -15,6 +15,9 @@ seconds t_vi <= C_v).
     (4)   sum_i phi_k(t_vi / C_v) y_vi <= p_v                  k = 1..K, and one replica at a time
     (5)   sum over remainder slots i of bucket j of y_vi <= p_v    a replica has one remainder a bucket (y integer only)
     (6)   p' <= p for no p in the excluded deployments             p summed over a config's variants
+    (7)   sum over v that fit bucket J of p_v + q >= 1             the longest length listed fits a replica, even one
+                                                                   idle in the planned batch: q, on the fewest
+                                                                   devices, which (1) counts too
 
 (4) holds because slots that fit one replica satisfy sum_i t_vi / C_v <= 1 and phi_k is dual feasible: x_1 + ... <= 1
 implies phi_k(x_1) + ... <= 1 (Fekete and Schepers, "New classes of fast lower bounds for bin packing problems", 2001:
@@ -56,6 +59,7 @@ class Variant:
       bucket: [I] bucket of each slot.
       rows: [I] rows of each slot.
       weight: [1 + K, I] what each slot takes of a replica in (3) and in (4) for each k; a replica has 1 of each.
+      fits_longest: whether its replicas fit the last bucket.
       full_rows: for each bucket the config's full rows, 0 where it does not fit.
       best: [J] least of (3) that one sequence of each bucket takes, inf where none fits.
     """
@@ -65,6 +69,7 @@ class Variant:
     bucket: np.ndarray
     rows: np.ndarray
     weight: np.ndarray
+    fits_longest: bool
     full_rows: tuple[int, ...]
     best: np.ndarray
 
@@ -126,6 +131,7 @@ def _variant(
         bucket=bucket[keep],
         rows=rows[keep],
         weight=weight[:, keep],
+        fits_longest=usable.fits(len(usable.rows) - 1),
         full_rows=tuple(options[-1] if options else 0 for options in usable.rows),
         best=best,
     )
@@ -160,10 +166,12 @@ def _undominated(found: list[Variant], whole_slots: bool) -> list[Variant]:
 
 
 def _dominates(better: Variant, worse: Variant, whole_slots: bool) -> bool:
-    """Whether the copies of `better` that fit on the devices of one `worse` serve all that it can, in (3) and (4).
+    """Whether the copies of `better` that fit on the devices of one `worse` serve all that it can, in (3), (4), (7).
 
     With `whole_slots` each slot of `worse` must be matched by one of as many rows, on one copy.
     """
+    if worse.fits_longest and not better.fits_longest:
+        return False
     copies = worse.num_devices // better.num_devices
     same_bucket = better.bucket[None, :] == worse.bucket[:, None]
     if whole_slots:
@@ -211,8 +219,7 @@ def attainable(
     """
     entered = variants(problem, replica_s, whole_slots=whole_slots)
     model = scip.new_model("deployment at fixed time")
-    if not whole_slots:
-        scip.light(model)
+    scip.light(model)
     p = [model.addVar(vtype="I", lb=0, ub=problem.num_devices // variant.num_devices) for variant in entered]
     kind = "I" if whole_slots else "C"
     y = [[model.addVar(vtype=kind, lb=0) for _ in variant.rows] for variant in entered]
@@ -222,8 +229,12 @@ def attainable(
             serving[bucket].append(rows * slot)
     if any(count > 0 and not terms for count, terms in zip(problem.counts, serving, strict=True)):
         return Answer(verdict="no", replica_counts=None, num_nodes=0)
+    idle_config = problem.narrowest_for_longest
+    idle = model.addVar(vtype="B")
     devices = quicksum(variant.num_devices * count for variant, count in zip(entered, p, strict=True))
+    devices += problem.configs[idle_config].num_devices * idle
     model.addCons(devices <= problem.num_devices)  # (1)
+    model.addCons(quicksum(c for variant, c in zip(entered, p, strict=True) if variant.fits_longest) + idle >= 1)  # (7)
     scale = model.addVar(lb=1, ub=None if spread else 1)
     for count, terms in zip(problem.counts, serving, strict=True):
         if count > 0:
@@ -240,7 +251,11 @@ def attainable(
                 rests = mine[variant.rows[mine] < variant.full_rows[bucket]].tolist()
                 if rests:
                     model.addCons(quicksum(slots[i] for i in rests) <= count)  # (5)
-    _exclude(model, problem, entered, p, excluded)
+    per_config: list[list] = [[] for _ in problem.configs]
+    for variant, count in zip(entered, p, strict=True):
+        per_config[variant.config].append(count)
+    per_config[idle_config].append(idle)
+    _exclude(model, problem, per_config, excluded)
     model.setObjective(-scale if spread else devices)
     outcome = scip.solve(
         model, time_limit_s=time_limit_s, gap_limit=SPREAD_GAP if spread else 0.0, first_solution=not spread
@@ -249,23 +264,18 @@ def attainable(
         return Answer(verdict="no", replica_counts=None, num_nodes=outcome.num_nodes)
     if not outcome.has_solution:
         return Answer(verdict="unknown", replica_counts=None, num_nodes=outcome.num_nodes)
-    counts = [0] * len(problem.configs)
-    for variant, count in zip(entered, p, strict=True):
-        counts[variant.config] += round(model.getVal(count))
-    return Answer(verdict="yes", replica_counts=tuple(counts), num_nodes=outcome.num_nodes)
+    counts = tuple(sum(round(model.getVal(count)) for count in mine) for mine in per_config)
+    return Answer(verdict="yes", replica_counts=counts, num_nodes=outcome.num_nodes)
 
 
 def _exclude(
-    model: Model, problem: PlanningProblem, entered: list[Variant], p: list, excluded: Sequence[Sequence[int]]
+    model: Model, problem: PlanningProblem, per_config: Sequence[list], excluded: Sequence[Sequence[int]]
 ) -> None:
-    """(6): some config has more replicas than in the excluded deployment."""
-    per_config: dict[int, list] = {}
-    for variant, count in zip(entered, p, strict=True):
-        per_config.setdefault(variant.config, []).append(count)
+    """(6): some config has more replicas than in the excluded deployment. `per_config` are each config's p_v, and q."""
     for known in excluded:
         more = []
-        for config, counts in per_config.items():
-            if (known[config] + 1) * problem.configs[config].num_devices <= problem.num_devices:
+        for config, counts in enumerate(per_config):
+            if counts and (known[config] + 1) * problem.configs[config].num_devices <= problem.num_devices:
                 flag = model.addVar(vtype="B")
                 model.addCons(quicksum(counts) >= (known[config] + 1) * flag)
                 more.append(flag)

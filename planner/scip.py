@@ -45,8 +45,10 @@ def new_model(name: str) -> Model:
 
 
 def light(model: Model) -> None:
-    """Settings for small models solved many times: presolve and heuristics cost more than they save there."""
+    """Settings for small models solved many times: presolve, heuristics and cuts cost more than they save there."""
     model.setPresolve(SCIP_PARAMSETTING.FAST)
+    model.setParam("separating/maxroundsroot", 3)
+    model.setParam("separating/maxrounds", 1)
     model.setHeuristics(SCIP_PARAMSETTING.FAST)
     model.setParam("misc/usesymmetry", 0)
 

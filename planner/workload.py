@@ -18,7 +18,10 @@ SHARE_TOLERANCE = 1e-6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskLengths:
-    """One task: `batch_size` sequences a step, `lengths` maps tokens of a sequence -> share, summing to 1."""
+    """One task: `batch_size` sequences a step, `lengths` maps tokens of a sequence -> share, summing to 1.
+
+    A length of share 0 may be listed: it is not expected in a batch, but a plan has to fit it (held-out examples).
+    """
 
     name: str
     batch_size: int
@@ -55,7 +58,8 @@ class Workload:
 
     @property
     def max_length(self) -> int:
-        return max(length for task in self.tasks for length, share in task.lengths.items() if share > 0)
+        """The longest length that any task lists, tokens."""
+        return max(length for task in self.tasks for length in task.lengths)
 
     def expected_counts(self) -> dict[int, float]:
         """Expected number of sequences of each length in one global batch, lengths ascending."""

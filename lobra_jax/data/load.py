@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +32,23 @@ def load_tasks(config: RunConfig) -> tuple[TaskData, ...]:
 
 
 def task_lengths(config: RunConfig) -> Workload:
-    """The distribution of lengths over each task's training examples."""
+    """The distribution of lengths over each task's training examples; its longest held-out length has share 0."""
     return workload_of(load_tasks(config))
 
 
 def workload_of(tasks: tuple[TaskData, ...]) -> Workload:
     """As `task_lengths`, of data that is loaded already."""
-    return Workload.from_samples({task.name: (task.sampler.batch_size, task.train.lengths) for task in tasks})
+    trained = Workload.from_samples({task.name: (task.sampler.batch_size, task.train.lengths) for task in tasks})
+    return Workload(
+        tasks=tuple(_with_held_out(lengths, task) for lengths, task in zip(trained.tasks, tasks, strict=True))
+    )
+
+
+def _with_held_out(lengths: TaskLengths, task: TaskData) -> TaskLengths:
+    if task.evaluation is None:
+        return lengths
+    longest = int(task.evaluation.lengths.max())
+    return dataclasses.replace(lengths, lengths={longest: 0.0, **lengths.lengths})
 
 
 def tokenizer_path(config: RunConfig) -> Path:

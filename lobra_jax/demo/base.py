@@ -1,6 +1,6 @@
 """Pre-trains the demo's small Llama base on generic standard-library text: all parameters, AdamW, fp32, one device.
 
-    python -m lobra_jax.demo.base --corpus OUT/data/base.jsonl --tokenizer OUT/tokenizer.json --out OUT/base
+python -m lobra_jax.demo.base --corpus OUT/data/base.jsonl --tokenizer OUT/tokenizer.json --out OUT/base
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def write_base(
     seconds: float | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Pretrained:
-    """Pre-trains `BASE` and writes OUT/config.json, model.safetensors and tokenizer.json as `transformers` loads them."""
+    """Pre-trains `BASE` and writes config.json, model.safetensors, tokenizer.json as `transformers` loads them."""
     tokens = token_stream(corpus, tokenizer)
     result = pretrain(BASE, tokens, steps=steps, seconds=seconds, on_step=on_step)
     save_hf(out, BASE, ArrayWeights(result.params), extra=TOKEN_IDS)
@@ -206,9 +206,8 @@ def main(corpus: str, tokenizer: str, out: str, steps: int, seconds: float | Non
             bar.set_postfix(loss=f"{loss:.3f}")
 
         result = write_base(corpus, tokenizer, out, steps=steps, seconds=seconds, on_step=show)
-    click.echo(
-        f"{result.num_steps} steps, {result.num_tokens:,} tokens, loss {result.loss:.3f}, {result.seconds:.0f} s -> {out}"
-    )
+    spent = f"{result.num_steps} steps, {result.num_tokens:,} tokens, {result.seconds:.0f} s"
+    click.echo(f"{spent}, loss {result.loss:.3f} -> {out}")
 
 
 if __name__ == "__main__":

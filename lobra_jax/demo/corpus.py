@@ -104,9 +104,11 @@ def _write_jsonl(path: Path, examples: Iterable[Example]) -> None:
 
 
 def base_examples() -> list[Example]:
-    """Text that the base model is pre-trained on: pieces of modules that no task uses, and Python's licence."""
-    texts = [module.text for module in sources.read_modules(sources.BASE_MODULES)] + [sources.read_licence()]
-    return _shuffled({"text": piece} for text in texts for piece in sources.pieces(text, BASE_PIECE_CHARS))
+    """Text to pre-train the base model on: prose of modules that no task uses, and Python's licence; no code."""
+    texts = [text for module in sources.read_modules(sources.BASE_MODULES) for text in sources.prose(module)]
+    return _shuffled(
+        {"text": piece} for text in [*texts, sources.read_licence()] for piece in sources.pieces(text, BASE_PIECE_CHARS)
+    )
 
 
 def signature_examples(library: Library) -> Iterator[Example]:
@@ -115,12 +117,12 @@ def signature_examples(library: Library) -> Iterator[Example]:
         yield {"prompt": f"Signature of {function.name}:\n", "completion": function.signature}
 
 
-def summary_examples(library: Library) -> Iterator[Example]:
-    """`def` line -> first paragraph of the docstring: tens of tokens."""
+def name_examples(library: Library) -> Iterator[Example]:
+    """First paragraph of a docstring -> which function it describes: tens of tokens."""
     for function in library.functions:
         if function.doc:
             summary = " ".join(function.doc.split("\n\n")[0].split())
-            yield {"prompt": f"Summarise {function.signature}\n", "completion": summary}
+            yield {"prompt": f"Which function? {summary}\n", "completion": function.name}
 
 
 def error_examples(library: Library) -> Iterator[Example]:
@@ -188,9 +190,9 @@ TASKS = (
         min_examples=800,
     ),
     TaskSpec(
-        name="summaries",
-        description="def line -> what the function does",
-        examples=summary_examples,
+        name="names",
+        description="what a function does -> its name",
+        examples=name_examples,
         max_train=1200,
         max_eval=96,
         min_examples=800,

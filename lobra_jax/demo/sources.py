@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import functools
 import importlib
+import itertools
 import re
 import sysconfig
 import textwrap
@@ -19,6 +20,8 @@ from pathlib import Path
 from planner.errors import UserError
 
 EXPECTED = "a CPython installation with its whole standard library as source (on Debian: python3 with python3-venv)"
+
+MIN_COMMENT_CHARS = 60
 
 TASK_MODULES = (
     "abc argparse ast asyncio base64 bdb bisect calendar cmd code codecs collections concurrent.futures configparser"
@@ -202,6 +205,22 @@ def _branches(node: ast.AST) -> Iterator[tuple[str, list[ast.stmt]]]:
             yield f"not ({ast.unparse(node.test)})", node.orelse
     elif isinstance(node, ast.ExceptHandler) and node.type is not None:
         yield f"except {ast.unparse(node.type)}", node.body
+
+
+def prose(module: Module) -> Iterator[str]:
+    """Docstrings and longer comments of a module: what people wrote, without the code."""
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            doc = ast.get_docstring(node)
+            if doc:
+                yield doc
+    for is_comment, lines in itertools.groupby(
+        (line.strip() for line in module.text.splitlines()), key=lambda line: line.startswith("#")
+    ):
+        if is_comment:
+            text = "\n".join(line.lstrip("# ") for line in lines).strip()
+            if len(text) >= MIN_COMMENT_CHARS:
+                yield text
 
 
 def sections(text: str) -> list[str]:

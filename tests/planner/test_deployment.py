@@ -11,7 +11,7 @@ from planner import deployment
 from planner.cost import ConfigCost, CostTable
 from planner.errors import UserError
 from planner.evaluate import plan_violations
-from planner.plan import ParallelConfig
+from planner.plan import ParallelConfig, Plan
 from planner.planners import make_plan
 from planner.problem import Constraints, build_problem
 from planner.workload import TaskLengths, Workload
@@ -35,16 +35,17 @@ def cost_table(*configs, overhead_s=0.0):
     return CostTable(model="m", model_fingerprint="f", hardware={}, configs=configs, step_overhead_s=overhead_s)
 
 
-def counted_workload(counts, buckets=BUCKETS):
+def counted_workload(counts, buckets=BUCKETS, *, list_all=False):
     total = sum(counts)
-    shares = {bucket: count / total for bucket, count in zip(buckets, counts, strict=True) if count}
+    shares = {b: count / total for b, count in zip(buckets, counts, strict=True) if count or list_all}
     return Workload(tasks=(TaskLengths(name="t", batch_size=total, lengths=shares),))
 
 
 @st.composite
 def small_instances(draw):
     num_buckets = draw(st.integers(1, 3))
-    counts = [draw(st.integers(0, 4)) for _ in range(num_buckets - 1)] + [draw(st.integers(1, 3))]
+    counts = [draw(st.integers(0, 4)) for _ in range(num_buckets - 1)] + [draw(st.integers(0, 3))]
+    counts[0] += not any(counts)  # the longest may be listed without being expected
     chosen = draw(st.lists(st.sampled_from(CONFIGS), min_size=1, max_size=4, unique=True))
     second = st.sampled_from([0.0, 1.0, 2.0, 3.0, 5.0, 7.0])
     costs = []
@@ -68,7 +69,13 @@ def small_instances(draw):
         )
     num_devices = draw(st.integers(chosen[0].num_devices, 6))
     table = cost_table(*costs, overhead_s=draw(second) * 1e-3)
-    return counted_workload(counts, BUCKETS[:num_buckets]), table, num_devices, BUCKETS[:num_buckets], counts
+    return (
+        counted_workload(counts, BUCKETS[:num_buckets], list_all=True),
+        table,
+        num_devices,
+        BUCKETS[:num_buckets],
+        counts,
+    )
 
 
 def brute_force_s(table, num_devices, buckets, counts):
@@ -78,14 +85,16 @@ def brute_force_s(table, num_devices, buckets, counts):
     nothing = np.full(shape, np.inf)
     nothing[(0,) * len(shape)] = 0.0
     best = math.inf
-    pending = [(0, num_devices, nothing)]  # configs from the first index on may still be added
+    pending = [(0, num_devices, nothing, False)]  # configs from the first index on may still be added
     while pending:
-        first, left, served = pending.pop()
-        best = min(best, served[tuple(counts)])
+        first, left, served, fits_longest = pending.pop()
+        if fits_longest:
+            best = min(best, served[tuple(counts)])
         for index in range(first, len(alone)):
             devices = table.configs[index].config.num_devices
             if devices <= left:
-                pending.append((index, left - devices, add_replica(served, alone[index])))
+                fits = fits_longest or table.configs[index].capacity_tokens >= buckets[-1]
+                pending.append((index, left - devices, add_replica(served, alone[index]), fits))
     return best + table.step_overhead_s
 
 
@@ -126,9 +135,7 @@ def test_exact_equals_brute_force(instance):
     workload, table, num_devices, buckets, counts = instance
     best = brute_force_s(table, num_devices, buckets, counts)
     problem = build_problem(workload, table, num_devices, buckets=buckets)
-    assert dict(zip(problem.buckets, problem.counts, strict=True)) == {
-        b: n for b, n in zip(buckets, counts, strict=True) if b in problem.buckets
-    }
+    assert problem.buckets == buckets and list(problem.counts) == counts
     plan = deployment.solve(problem, target_gap=0.0)
     assert plan.predicted.step_s == pytest.approx(best, rel=1e-5)
     assert plan.predicted.bound_s <= best * (1 + 1e-6)
@@ -170,6 +177,13 @@ def test_long_sequences_get_one_wide_replica_and_short_ones_narrow_replicas():
     assert plan.predicted.bound_s <= 0.192 * (1 + 1e-9)
 
 
+def test_plan_survives_its_file(tmp_path):
+    table = cost_table(config_cost(CONFIGS[0], 32), config_cost(CONFIGS[2], 64))
+    plan = make_plan("exact", counted_workload((7, 3, 2)), table, 4, buckets=BUCKETS)
+    plan.save(tmp_path / "plan.yaml")
+    assert Plan.load(tmp_path / "plan.yaml") == plan
+
+
 def test_overhead_is_paid_once_in_step_and_bound():
     workload = counted_workload((6, 0, 0), BUCKETS)
     free, paid = (
@@ -185,6 +199,15 @@ def test_plan_keeps_a_replica_for_the_rarest_longest_length():
     table = cost_table(config_cost(CONFIGS[0], 16), config_cost(CONFIGS[2], 64))
     plan = make_plan("exact", rare, table, 4, buckets=BUCKETS)
     assert plan.buckets == BUCKETS and plan.max_capacity_tokens == 64
+
+
+def test_plan_fits_a_length_that_is_listed_but_not_expected():
+    workload = Workload(tasks=(TaskLengths(name="t", batch_size=4, lengths={16: 1.0, 64: 0.0}),))
+    table = cost_table(config_cost(CONFIGS[0], 16), config_cost(CONFIGS[2], 64))
+    problem = build_problem(workload, table, 4, buckets=BUCKETS)
+    plan = deployment.solve(problem)
+    assert problem.counts == (4, 0, 0) and plan.buckets == BUCKETS and plan.max_capacity_tokens == 64
+    assert plan_violations(plan, table, workload) == ()
 
 
 def test_counts_round_up_from_the_longest_and_sum_to_the_batch():

@@ -1,4 +1,4 @@
-"""Dispatch serves each sequence once under every method, near the bound; the evaluator agrees and finds planted faults."""
+"""Dispatch serves each sequence once under every method, near the bound; the evaluator finds planted faults."""
 
 import dataclasses
 import itertools

@@ -104,9 +104,11 @@ def test_largest_bucket_is_cut_to_the_capacity_when_the_length_fits():
     assert bucket_lengths(make_workload([10, 1001]), "dynamic", num_buckets=2, max_capacity_tokens=1004) == (16, 1004)
 
 
-def test_zero_share_lengths_need_no_bucket():
-    workload = Workload(tasks=(TaskLengths(name="t", batch_size=4, lengths={10: 1.0, 5000: 0.0}),))
-    assert bucket_lengths(workload, "dynamic", num_buckets=4, max_capacity_tokens=64) == (16,)
+@pytest.mark.parametrize(("num_buckets", "expected"), [(4, (16, 32, 5008)), (2, (32, 5008)), (1, (5008,))])
+def test_a_listed_length_of_share_zero_gets_the_last_bucket(num_buckets, expected):
+    lengths = {10: 0.5, 30: 0.5, 700: 0.0, 5000: 0.0}
+    workload = Workload(tasks=(TaskLengths(name="t", batch_size=4, lengths=lengths),))
+    assert bucket_lengths(workload, "dynamic", num_buckets=num_buckets, max_capacity_tokens=8000) == expected
 
 
 @pytest.mark.parametrize("bad", ["statik7", [], [0], [16, 2.5], [True]])

@@ -1,0 +1,187 @@
+"""`lobra train`: a run directory out of a config; measures and plans by itself where no plan is given."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lobra_jax.commands.options import config_options
+from planner.errors import UserError
+from planner.inputs import beside
+
+if TYPE_CHECKING:
+    from lobra_jax.config import RunConfig
+    from lobra_jax.data.batches import TaskData
+    from lobra_jax.models.config import LlamaConfig
+    from planner.cost import CostTable
+    from planner.plan import Plan
+
+CONFIG_FILE = "config.yaml"
+PLAN_FILE = "plan.yaml"
+COSTS_FILE = "costs.json"
+MEASURED_FILES = (CONFIG_FILE, COSTS_FILE, f"{COSTS_FILE}.partial")
+"""What a run leaves that was stopped while it measured; the next one may go on from it."""
+
+
+@click.command(
+    epilog="\b\nExample:\n  lobra train --config C.yaml --out runs/first\n"
+    "  lobra train --config C.yaml --out runs/first --resume\n"
+    "  lobra train --config C.yaml --plan plan.yaml --tasks answers,titles --out runs/two"
+)
+@config_options
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Run directory: new, or with --resume.")
+@click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="A plan.yaml; by default one is made.")
+@click.option("--tasks", metavar="A,B", help="Train only these tasks of the config.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out.")
+def train(
+    config_path: Path, overrides: tuple[str, ...], out: Path, plan_path: Path | None, tasks: str | None, resume: bool
+) -> None:
+    """Train every task's adapter jointly on the planned replicas.
+
+    The run directory receives config, plan, cost table, metrics.jsonl, TensorBoard, checkpoints, and each task's
+    adapter as PEFT reads it.
+    """
+    from lobra_jax.config import load_config, model_config, save_config, select_tasks
+    from lobra_jax.data.load import load_tasks
+    from lobra_jax.devices import configure, run_devices
+    from lobra_jax.feeder import check_lengths
+
+    config = load_config(config_path, overrides)
+    if tasks is not None:
+        config = select_tasks(config, [name.strip() for name in tasks.split(",") if name.strip()])
+    _check_out(out, resume)
+    model = model_config(config)
+    data = load_tasks(config)
+    costs = _costs(config, model, config_path, out, plan_path, resume)
+    plan = _plan(config, data, costs, out, plan_path, resume)
+    check_lengths(data, plan)
+    configure(config.devices, cache_dir=config.data.cache_dir)
+
+    from lobra_jax.train import Inputs
+    from lobra_jax.train import train as run
+
+    devices = run_devices(config.devices)
+    _check_devices(plan, model, devices)
+    out.mkdir(parents=True, exist_ok=True)
+    save_config(config, out / CONFIG_FILE)
+    plan.save(out / PLAN_FILE)
+    costs.save(out / COSTS_FILE)
+    click.echo(f"plan: {plan}")
+    inputs = Inputs(config=config, model=model, tasks=data, plan=plan, costs=costs, devices=tuple(devices))
+    run(inputs, out, resume=resume, say=click.echo)
+    click.echo(f"{out}: adapters of {', '.join(task.name for task in config.tasks)}")
+
+
+def _check_out(out: Path, resume: bool) -> None:
+    if resume:
+        if not (out / PLAN_FILE).is_file():
+            raise UserError("nothing to resume", file=out, key="--resume", expected="a run directory of `lobra train`")
+    elif out.exists() and (not out.is_dir() or any(path.name not in MEASURED_FILES for path in out.iterdir())):
+        raise UserError("already exists", file=out, key="--out", expected="a new or empty directory, or --resume")
+
+
+def _costs(
+    config: RunConfig, model: LlamaConfig, config_path: Path, out: Path, plan_path: Path | None, resume: bool
+) -> CostTable:
+    """The run's own table when resuming, else the one beside the plan, else `planner.costs`, else measured now."""
+    from planner.cost import CostTable
+
+    path = config.planner.costs
+    if resume:
+        path = out / COSTS_FILE
+    elif plan_path is not None and beside(plan_path, "costs").is_file():
+        path = beside(plan_path, "costs")
+    if path is None:
+        path = _measure(config, config_path, out)
+    costs = CostTable.load(path)
+    if costs.model_fingerprint != model.fingerprint:
+        raise UserError(
+            "cost table of another model",
+            file=path,
+            key="model",
+            value=f"{costs.model} {costs.model_fingerprint}",
+            expected=f"{model.name} {model.fingerprint}",
+        )
+    return costs
+
+
+def _measure(config: RunConfig, config_path: Path, out: Path) -> Path:
+    """Runs `lobra profile` in a process of its own, which leaves this one's devices alone."""
+    from lobra_jax.config import save_config
+
+    click.echo(f"no cost table for {config_path}: measuring one (lobra profile)")
+    out.mkdir(parents=True, exist_ok=True)
+    save_config(config, out / CONFIG_FILE)
+    costs = out / COSTS_FILE
+    command = [sys.executable, "-m", "lobra_jax", "profile", "--config", str(out / CONFIG_FILE), "--out", str(costs)]
+    status = subprocess.run(command, check=False).returncode
+    if status != 0:
+        raise UserError(
+            f"lobra profile failed with status {status}",
+            file=config_path,
+            key="planner.costs",
+            expected="its one-line reason above, or a costs.json in planner.costs",
+        )
+    return costs
+
+
+def _plan(
+    config: RunConfig,
+    data: tuple[TaskData, ...],
+    costs: CostTable,
+    out: Path,
+    plan_path: Path | None,
+    resume: bool,
+) -> Plan:
+    from planner.plan import Plan
+
+    if resume or plan_path is not None:
+        path = plan_path if plan_path is not None else out / PLAN_FILE
+        plan = Plan.load(path)
+        if plan.model != costs.model:
+            raise UserError("plan of another model", file=path, key="model", value=plan.model, expected=costs.model)
+        known = {cost.config for cost in costs.configs}
+        for group in plan.replicas:
+            if group.config not in known:
+                raise UserError(
+                    "the cost table lacks a config of the plan",
+                    file=path,
+                    key="replicas",
+                    value=str(group.config),
+                    expected="one of " + ", ".join(str(c) for c in sorted(known)),
+                )
+        return plan
+    return _make_plan(config, data, costs)
+
+
+def _make_plan(config: RunConfig, data: tuple[TaskData, ...], costs: CostTable) -> Plan:
+    from lobra_jax.data.load import workload_of
+    from planner.planners import make_plan
+    from planner.problem import Constraints
+
+    section = config.planner
+    num_devices = config.devices.num_devices or config.devices.simulated or costs.hardware["num_devices"]
+    return make_plan(
+        section.planner,
+        workload_of(data),
+        costs,
+        num_devices,
+        buckets=section.buckets,
+        num_buckets=section.num_buckets,
+        proposal=section.proposal,
+        time_limit_s=section.solve_time_limit_s,
+        constraints=Constraints(max_tp=section.max_tp, max_pp=section.max_pp, remats=section.remats),
+    )
+
+
+def _check_devices(plan: Plan, model: LlamaConfig, devices: list[Any]) -> None:
+    """What can be said before a replica is built: enough devices, and a model that every config divides."""
+    from lobra_jax.mesh import check_model_fits, cut
+
+    cut(plan, devices)
+    for group in plan.replicas:
+        check_model_fits(model, group.config)

@@ -1,0 +1,247 @@
+"""`lobra profile`: measures parallel configs on the devices present into a cost table."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lobra_jax import __version__
+from lobra_jax.commands.options import config_options
+from planner.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lobra_jax.config import RunConfig
+    from planner.cost import ConfigCost, CostTable
+    from planner.plan import ParallelConfig
+    from profiling.measure import Setup
+    from profiling.table import Header
+
+DEFAULT_REPEATS = 3
+MAX_COMPILE_THREADS = 8
+
+
+@click.command(epilog="\b\nExample:\n  lobra profile --config run.yaml --out costs.json")
+@config_options
+@click.option("--out", metavar="FILE", type=click.Path(path_type=Path), required=True, help="The costs.json to write.")
+@click.option("--lengths", metavar="L,L,...", help="Lengths to measure at; by default a short, a middle, the longest.")
+@click.option("--max-tokens", type=click.IntRange(min=16), help="Largest micro-batch of interest, in tokens.")
+@click.option("--repeats", type=click.IntRange(min=1), default=DEFAULT_REPEATS, show_default=True, help="Readings.")
+@click.option("--num-tasks", type=click.IntRange(min=1), help="Adapters stacked; by default the config's tasks.")
+@click.option("--rank", type=click.IntRange(min=1), help="Padded rank; by default the largest of the config's tasks.")
+def profile(config_path: Path, overrides: tuple[str, ...], out: Path, **options: Any) -> None:
+    """Measure parallel configs on these devices into a cost table.
+
+    Which configs: every (tp, pp, remat) that divides the model and fits the devices, within planner.max_tp, max_pp and
+    remats. An interrupted run goes on where it stopped when it is started again.
+    """
+    from rich.console import Console
+
+    from lobra_jax.config import load_config
+    from lobra_jax.devices import configure
+
+    if not out.parent.is_dir():
+        raise UserError("no such folder", key="--out", value=str(out), expected="a file in an existing folder")
+    config = load_config(config_path, overrides, check_files=options["lengths"] is None)
+    configure(config.devices, cache_dir=config.data.cache_dir)
+    run_profile(config, out, Console(), **options)
+
+
+def run_profile(
+    config: RunConfig,
+    out: Path,
+    console: Console,
+    *,
+    lengths: str | None = None,
+    max_tokens: int | None = None,
+    repeats: int = DEFAULT_REPEATS,
+    num_tasks: int | None = None,
+    rank: int | None = None,
+) -> CostTable:
+    """Measures, saves to `out` and prints; devices have been configured. Raises `UserError`."""
+    from profiling.measure import measure_config, measure_step_overhead
+    from profiling.table import Progress, load_partial, measure_all, partial_path
+
+    started = time.perf_counter()
+    setup = _setup(config, lengths, max_tokens, repeats, num_tasks, rank)
+    configs = _configs(config, setup)
+    header = _header(config, setup)
+    partial = partial_path(out)
+    progress, differing = load_partial(partial, header)
+    if differing:
+        console.print(f"{partial} is of another set-up ({', '.join(differing)}): measuring everything anew")
+    known = [c for c in configs if c in progress]
+    progress = Progress(
+        measured={c: progress.measured[c] for c in known if c in progress.measured},
+        dropped={c: progress.dropped[c] for c in known if c in progress.dropped},
+    )
+    if known:
+        console.print(f"{len(known)} of {len(configs)} configs were measured before")
+    with _progress_bar(console, len(configs), len(known)) as advance:
+        progress = measure_all(
+            configs,
+            lambda c: measure_config(setup, c),
+            partial=partial,
+            header=header,
+            progress=progress,
+            on_config=advance,
+        )
+    if not progress.measured:
+        reason = next(iter(progress.dropped.values()))
+        raise UserError("no config fits the devices' memory", key="devices.memory_bytes", expected=f"more: {reason}")
+    costs = [progress.measured[c] for c in configs if c in progress.measured]
+    narrowest = min((cost.config for cost in costs), key=lambda c: c.num_devices)
+    overhead_s = measure_step_overhead(setup, narrowest)
+    table = header.table(costs, overhead_s)
+    table.save(out)
+    partial.unlink(missing_ok=True)
+    _print_summary(console, table, progress.dropped, out, time.perf_counter() - started)
+    return table
+
+
+def _setup(
+    config: RunConfig,
+    lengths: str | None,
+    max_tokens: int | None,
+    repeats: int,
+    num_tasks: int | None,
+    rank: int | None,
+) -> Setup:
+    import jax.numpy as jnp
+
+    from lobra_jax.config import model_config
+    from lobra_jax.data.load import task_lengths
+    from lobra_jax.devices import host_cores, memory_limit, run_devices
+    from profiling.grid import default_lengths, default_max_tokens, parse_lengths
+    from profiling.measure import Setup
+
+    devices = run_devices(config.devices)
+    limit_bytes = memory_limit(config.devices, devices[0])
+    measured = parse_lengths(lengths) if lengths is not None else default_lengths(task_lengths(config))
+    is_cpu = devices[0].platform == "cpu"
+    cores = host_cores()
+    return Setup(
+        model=model_config(config),
+        dtype=jnp.dtype(config.model.dtype),
+        num_tasks=num_tasks or len(config.tasks),
+        rank=rank or max(task.rank for task in config.tasks),
+        dropout=any(task.dropout > 0 for task in config.tasks),
+        devices=devices,
+        limit_bytes=limit_bytes,
+        lengths=measured,
+        max_tokens=max_tokens or default_max_tokens(measured[-1], devices[0].platform),
+        repeats=repeats,
+        cores=cores if is_cpu else None,
+        num_threads=min(cores, MAX_COMPILE_THREADS),
+    )
+
+
+def _configs(config: RunConfig, setup: Setup) -> tuple[ParallelConfig, ...]:
+    from profiling.grid import parallel_configs
+
+    return parallel_configs(
+        setup.model,
+        num_devices=len(setup.devices),
+        max_tp=config.planner.max_tp,
+        max_pp=config.planner.max_pp,
+        remats=config.planner.remats,
+    )
+
+
+def _header(config: RunConfig, setup: Setup) -> Header:
+    import jax
+
+    from profiling.table import Header
+
+    device = setup.devices[0]
+    hardware: dict[str, Any] = {
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "num_devices": len(setup.devices),
+        "memory_bytes": setup.limit_bytes,
+    }
+    if setup.cores is not None:
+        shares = {c.num_devices: setup.share(c) for c in _configs(config, setup)}
+        hardware["host_cores"] = setup.cores
+        hardware["host_sharing"] = {
+            "note": "devices share the host's cores: `copies` replicas ran at once, seconds are times `factor`, "
+            "as when all devices are busy; by devices of a replica",
+            "by_devices": {str(g): {"copies": s.copies, "factor": s.factor} for g, s in sorted(shares.items())},
+        }
+    return Header(
+        model=setup.model.name,
+        model_fingerprint=setup.model.fingerprint,
+        hardware=hardware,
+        provenance={
+            "command": "lobra profile",
+            "lobra_jax": __version__,
+            "jax": jax.__version__,
+            "dtype": str(setup.dtype),
+            "num_tasks": setup.num_tasks,
+            "rank": setup.rank,
+            "dropout": setup.dropout,
+            "lengths": list(setup.lengths),
+            "max_tokens": setup.max_tokens,
+            "repeats": setup.repeats,
+        },
+    )
+
+
+@contextlib.contextmanager
+def _progress_bar(
+    console: Console, total: int, done: int
+) -> Iterator[Callable[[ParallelConfig, ConfigCost | str], None]]:
+    """Call what it yields with each config's outcome: it moves the bar and prints why a config is left out."""
+    from rich import progress as rich_progress
+
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TimeRemainingColumn(),
+    )
+    with rich_progress.Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("profile", total=total, completed=done)
+
+        def advance(config: ParallelConfig, outcome: ConfigCost | str) -> None:
+            bar.update(task, advance=1, description=f"profile {config}")
+            if isinstance(outcome, str):
+                bar.console.print(f"{config} is left out: {outcome}", highlight=False)
+
+        yield advance
+
+
+def _print_summary(
+    console: Console, table: CostTable, dropped: Mapping[ParallelConfig, str], out: Path, total_s: float
+) -> None:
+    from rich.table import Table
+
+    view = Table(title=f"{table.model} on {table.hardware['num_devices']} x {table.hardware['device_kind']}")
+    view.add_column("config")
+    for name in ("capacity, tokens", "tokens/s", "fixed, ms", "shapes", "error, mean", "error, max"):
+        view.add_column(name, justify="right")
+    for cost in table.configs:
+        error = cost.fit_error
+        view.add_row(
+            str(cost.config),
+            f"{cost.capacity_tokens:,}",
+            f"{max(point.rows * point.length / point.seconds for point in cost.points):,.0f}",
+            f"{1e3 * cost.fixed_s:.1f}",
+            str(len(cost.points)),
+            "-" if error is None else f"{error.mean:.1%}",
+            "-" if error is None else f"{error.max:.1%}",
+        )
+    console.print(view)
+    left_out = f", {len(dropped)} left out" if dropped else ""
+    console.print(
+        f"{len(table.configs)} configs{left_out}; gradient sum and update {1e3 * table.step_overhead_s:.1f} ms a step; "
+        f"{total_s:.1f} s in all; written to {out}",
+        highlight=False,
+    )

@@ -1,0 +1,295 @@
+"""Measures one parallel config on devices: compiles shapes, asks for their bytes, times steps through `Replica.issue`.
+
+Values do not matter to time, so weights, adapters and tokens are cheap made-up ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from lobra_jax.data.batches import MicroBatchArrays
+from lobra_jax.lora import Adapters, TaskInputs
+from lobra_jax.mesh import make_submesh
+from lobra_jax.models.config import LlamaConfig
+from lobra_jax.models.weights import EMBEDDING_STD, weight_shapes
+from lobra_jax.optim import TaskOptimizer, step_inputs
+from lobra_jax.reduce import GradientSum
+from lobra_jax.replica import Replica, ReplicaRun, memory_bytes
+from planner.cost import ConfigCost, CostPoint
+from planner.fit import MIN_POINTS_TO_HOLD_OUT, fit_coefficients, hold_out
+from planner.plan import ParallelConfig
+from profiling.grid import HostShare, Shape, host_share, inner_shapes, middle_shape
+from profiling.memory import Capacity, find_capacity
+from profiling.timing import slots, time_steps
+
+FILLER_SIZE = 65_521
+"""Random numbers that made-up arrays repeat; a prime, so that rows of a matrix differ."""
+MOMENTS_AND_MASTER = 3
+"""Arrays of an adapter's size that live on a layer's home: the master copy and AdamW's two moments."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What is measured, and on what.
+
+    Attributes:
+      model: base model shape.
+      dtype: of weights and activations.
+      num_tasks, rank, dropout: of the stacked adapters.
+      devices: those of the run.
+      limit_bytes: memory that may be used on each.
+      lengths: ascending lengths from which shapes are made.
+      max_tokens: the largest micro-batch that is of interest.
+      repeats: readings of each shape, fewer for slow ones.
+      cores: cores that simulated devices share; None for real accelerators.
+      num_threads: compilations at a time.
+    """
+
+    model: LlamaConfig
+    dtype: Any
+    num_tasks: int
+    rank: int
+    dropout: bool
+    devices: Sequence[Any]
+    limit_bytes: int
+    lengths: tuple[int, ...]
+    max_tokens: int
+    repeats: int
+    cores: int | None
+    num_threads: int
+
+    def share(self, config: ParallelConfig) -> HostShare:
+        if self.cores is None:
+            return HostShare()
+        return host_share(config.num_devices, num_devices=len(self.devices), cores=self.cores)
+
+
+class Filler:
+    """A weight source (and maker of any array) that repeats a few random numbers; norms are one."""
+
+    def __init__(self, model: LlamaConfig, seed: int = 0) -> None:
+        self._shapes = weight_shapes(model)
+        block = np.random.default_rng(seed).standard_normal(FILLER_SIZE, np.float32)
+        self._block = block * np.float32(EMBEDDING_STD)
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        shape = self.slice_shape(self._shapes[name], index)
+        return np.ones(shape, np.float32) if name.endswith("norm") else np.resize(self._block, shape)
+
+    def like(self, spec: jax.ShapeDtypeStruct) -> jax.Array:
+        """An array of this shape, dtype and sharding."""
+        return jax.make_array_from_callback(
+            spec.shape,
+            spec.sharding,
+            lambda index: np.resize(self._block, self.slice_shape(spec.shape, index)).astype(spec.dtype),
+        )
+
+    @staticmethod
+    def slice_shape(shape: tuple[int, ...], index: tuple[slice, ...]) -> tuple[int, ...]:
+        return tuple(len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True))
+
+
+class Bench:
+    """Replicas of one config on disjoint submeshes, ready to run steps of made-up micro-batches at the same time."""
+
+    def __init__(self, setup: Setup, config: ParallelConfig, *, copies: int) -> None:
+        self.setup = setup
+        g = config.num_devices
+        self.replicas = [
+            make_replica(setup, config, index, setup.devices[index * g : (index + 1) * g]) for index in range(copies)
+        ]
+        self._adapters: list[list[Adapters]] = []
+        self._tasks: list[list[TaskInputs]] = []
+
+    def place(self) -> None:
+        """Puts weights and adapters onto the devices; needed before `step_s`, not for compiling."""
+        filler = Filler(self.setup.model)
+        tasks = TaskInputs(
+            scales=np.ones(self.setup.num_tasks, np.float32),
+            dropout_rates=np.full(self.setup.num_tasks, 0.1 if self.setup.dropout else 0.0, np.float32),
+        )
+        for replica in self.replicas:
+            replica.load(filler)
+            self._adapters.append([jax.tree.map(filler.like, layout.adapters) for layout in replica.layouts])
+            self._tasks.append(replica.place_tasks(tasks))
+
+    def compile(self, shapes: Sequence[Shape], *, copies: int) -> None:
+        """Compiles shapes for the first `copies` replicas, several at a time."""
+        with ThreadPoolExecutor(self.setup.num_threads, thread_name_prefix="compile") as executor:
+            futures = [f for replica in self.replicas[:copies] for f in replica.compile(shapes, executor)]
+            for future in futures:
+                future.result()
+
+    def bytes(self, shapes: Sequence[Shape]) -> list[int]:
+        """Bytes on the fullest device; compiles what is not compiled yet."""
+        self.compile(shapes, copies=1)
+        return [memory_bytes(self.replicas[0], shape) for shape in shapes]
+
+    def step_s(self, shape: Shape, num_micro_batches: int) -> float:
+        """Seconds of one step of equal micro-batches on all replicas at once, from issuing to the last gradient."""
+        batches = [made_up_batch(self.setup, shape)] * num_micro_batches
+        runs = [ReplicaRun(gradients=replica.zero_gradients()) for replica in self.replicas]
+        jax.block_until_ready([run.gradients for run in runs])
+        start = time.perf_counter()
+        issuing = [
+            replica.issue(run, batches, adapters, tasks)
+            for replica, run, adapters, tasks in zip(self.replicas, runs, self._adapters, self._tasks, strict=True)
+        ]
+        while issuing:
+            issuing = [actions for actions in issuing if next(actions, StopIteration) is not StopIteration]
+        jax.block_until_ready([(run.gradients, run.losses) for run in runs])
+        return time.perf_counter() - start
+
+
+def make_replica(setup: Setup, config: ParallelConfig, index: int, devices: Sequence[Any]) -> Replica:
+    return Replica(
+        index=index,
+        model=setup.model,
+        submesh=make_submesh(config, devices),
+        num_tasks=setup.num_tasks,
+        max_rank=setup.rank,
+        dropout=setup.dropout,
+        dtype=setup.dtype,
+    )
+
+
+def made_up_batch(setup: Setup, shape: Shape) -> MicroBatchArrays:
+    """Random tokens, every one of them a target, tasks in turn over the rows."""
+    rows, length = shape
+    rng = np.random.default_rng(rows * length)
+    tokens, targets = rng.integers(0, setup.model.vocab_size, (2, rows, length), dtype=np.int32)
+    return MicroBatchArrays(
+        tokens=tokens,
+        targets=targets,
+        loss_weights=np.full((rows, length), 1 / (rows * length), np.float32),
+        task_ids=(np.arange(rows) % setup.num_tasks).astype(np.int32),
+        dropout_ids=rng.integers(0, 2**32, rows, dtype=np.uint32),
+    )
+
+
+def measure_config(setup: Setup, config: ParallelConfig) -> ConfigCost:
+    """Capacity, times and fit of one config. Raises `DoesNotFitError` if it holds no micro-batch at all."""
+    share = setup.share(config)
+    bench = Bench(setup, config, copies=share.copies)
+    replica = bench.replicas[0]
+    reserve = reserve_bytes(replica, len(setup.devices))
+    capacity = find_capacity(
+        bench.bytes,
+        limit_bytes=setup.limit_bytes - reserve,
+        fixed_bytes=fixed_bytes(replica),
+        lengths=setup.lengths,
+        max_tokens=setup.max_tokens,
+    )
+    sizes, held_out = _timed_shapes(bench, capacity, setup.limit_bytes - reserve)
+    bench.compile(list(sizes), copies=share.copies)
+    bench.place()
+    times = {
+        shape: time_steps(lambda m, shape=shape: bench.step_s(shape, m), pp=config.pp, repeats=setup.repeats)
+        for shape in sorted(sizes, key=lambda shape: shape[0] * shape[1])
+    }
+    seconds, fixed = slots(times, pp=config.pp)
+    points = [
+        CostPoint(
+            rows=shape[0],
+            length=shape[1],
+            seconds=seconds[shape] * share.factor,
+            peak_bytes=sizes[shape],
+            held_out=shape == held_out,
+        )
+        for shape in seconds
+    ]
+    if len(points) >= MIN_POINTS_TO_HOLD_OUT:
+        points = list(hold_out(points))
+    coefficients, error = fit_coefficients(points)
+    return ConfigCost(
+        config=config,
+        capacity_tokens=capacity.tokens,
+        coefficients=coefficients,
+        fixed_s=fixed * share.factor,
+        points=tuple(points),
+        fit_error=error,
+    )
+
+
+def _timed_shapes(bench: Bench, capacity: Capacity, limit_bytes: int) -> tuple[dict[Shape, int], Shape | None]:
+    """(bytes by shape to be timed, the shape among them that is held out of the fit or None if there are too few)."""
+    lengths = bench.setup.lengths
+    sizes = {
+        shape: size
+        for shape, size in capacity.bytes.items()
+        if size <= limit_bytes and shape[0] * shape[1] <= capacity.tokens
+    }
+    middle = middle_shape(lengths, capacity.tokens)
+    more = [s for s in (middle, *inner_shapes(lengths, capacity.tokens)) if s not in sizes]
+    added = {shape: size for shape, size in zip(more, bench.bytes(more), strict=True) if size <= limit_bytes}
+    return sizes | added, middle if middle in added and len(sizes) > 1 else None
+
+
+def _leaf_bytes(leaves: Any) -> int:
+    """Bytes on one device of abstract arrays with shardings."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(leaves)
+    )
+
+
+def fixed_bytes(replica: Replica) -> int:
+    """Weights, adapters and gradient sums on the fullest device."""
+    return max(_leaf_bytes(layout.params) + 2 * _leaf_bytes(layout.adapters) for layout in replica.layouts)
+
+
+def reserve_bytes(replica: Replica, num_devices: int) -> int:
+    """Bytes on a device that a step needs beside its programs', whatever the micro-batch.
+
+    Its share of the master adapters and moments (layers go round the devices), and, as the next step is issued while
+    this one runs, that step's adapters and gradient sums on the fullest stage.
+    """
+    adapters = {layer: pairs for layout in replica.layouts for layer, pairs in layout.adapters.items()}
+    layer_bytes = max(
+        sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(pairs))
+        for pairs in adapters.values()
+    )
+    layers_at_home = -(-len(adapters) // min(num_devices, len(adapters)))
+    following = max(2 * _leaf_bytes(layout.adapters) for layout in replica.layouts)
+    return MOMENTS_AND_MASTER * layers_at_home * layer_bytes + following
+
+
+def measure_step_overhead(setup: Setup, config: ParallelConfig) -> float:
+    """Median seconds of gradient sum, update and new adapters, with replicas of `config` on all devices."""
+    g = config.num_devices
+    replicas = [
+        make_replica(setup, config, index, setup.devices[index * g : (index + 1) * g])
+        for index in range(len(setup.devices) // g)
+    ]
+    gradient_sum = GradientSum(replicas, setup.model.num_layers, setup.num_tasks)
+    adapters: Adapters = {}
+    for replica in replicas[:1]:
+        for layout in replica.layouts:
+            adapters.update(jax.tree.map(lambda leaf: np.full(leaf.shape, 0.01, np.float32), layout.adapters))
+    state = gradient_sum.init(adapters)
+    task = TaskOptimizer(
+        learning_rates=np.full(1, 1e-4, np.float32),
+        weight_decay=0.0,
+        beta1=0.9,
+        beta2=0.999,
+        epsilon=1e-8,
+        clip_norm=1.0,
+    )
+    hyper = step_inputs([task] * setup.num_tasks, [0] * setup.num_tasks)
+    gradients = [replica.zero_gradients() for replica in replicas]
+    jax.block_until_ready((gradients, gradient_sum.spread(state.adapters)))
+    readings: list[float] = []
+    for _ in range(1 + setup.repeats):
+        start = time.perf_counter()
+        state, norms = gradient_sum.step(state, gradients, hyper)
+        jax.block_until_ready((norms, gradient_sum.spread(state.adapters)))
+        readings.append(time.perf_counter() - start)
+    return statistics.median(readings[1:])
+

@@ -1,0 +1,76 @@
+"""From stopwatch readings to the cost model's numbers: a slot's seconds and what a step costs on top.
+
+A step of m equal micro-batches on a pipeline of pp stages takes
+
+    T(m) = fixed + sum of the stages' slots + (m - 1) x the slowest stage's slot
+
+so the difference of two T gives the slowest slot, whatever the stages' balance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+MANY = 3
+"""Micro-batches of the longer of the two timed steps."""
+SLOW_RUN_S = 1.0
+"""A micro-batch that takes this long is timed as few times as possible: it has no noise worth the wait."""
+SHAPE_BUDGET_S = 3.0
+"""No further repeat of a shape is begun after this."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepTimes:
+    """Median seconds of a step of one and of `many` micro-batches of one shape; `many_s` is None where not timed."""
+
+    one_s: float
+    many: int = MANY
+    many_s: float | None = None
+
+
+def time_steps(run: Callable[[int], float], *, pp: int, repeats: int) -> StepTimes:
+    """Times a shape; `run(m)` runs one step of m micro-batches and returns its seconds.
+
+    The first run is not counted (buffers are allocated). Slow shapes get one reading of each; without a pipeline the
+    longer step is then left out, as it would only tell the shorter one's time again.
+    """
+    slow = run(1) >= SLOW_RUN_S
+    if slow and pp == 1:
+        return StepTimes(one_s=run(1))
+    many = 2 if slow else MANY
+    ones: list[float] = []
+    manys: list[float] = []
+    while not ones or (len(ones) < repeats and sum(ones) + sum(manys) < SHAPE_BUDGET_S):
+        ones.append(run(1))
+        manys.append(run(many))
+    return StepTimes(one_s=statistics.median(ones), many=many, many_s=statistics.median(manys))
+
+
+def slot_s(times: StepTimes, *, pp: int, fixed_s: float = 0.0) -> float:
+    """Seconds of the slowest stage's slot; without a second reading, T(1) less the known fixed time, over pp.
+
+    Never more than a whole step's share, and where noise hides the difference, the longer step's mean slot.
+    """
+    if times.many_s is None:
+        return max(times.one_s - fixed_s, times.one_s / 2) / pp
+    slope = (times.many_s - times.one_s) / (times.many - 1)
+    if slope <= 0:
+        return times.many_s / (times.many + pp - 1)
+    return min(slope, times.many_s / times.many)
+
+
+def fixed_s(times: Sequence[StepTimes], *, pp: int) -> float:
+    """Seconds a step costs besides its slots: from the quickest shape, where they weigh most; 0 if never seen."""
+    both = [t for t in times if t.many_s is not None]
+    if not both:
+        return 0.0
+    quickest = min(both, key=lambda t: t.one_s)
+    return max(quickest.one_s - pp * slot_s(quickest, pp=pp), 0.0)
+
+
+def slots(times: Mapping[tuple[int, int], StepTimes], *, pp: int) -> tuple[dict[tuple[int, int], float], float]:
+    """(slot seconds by shape, fixed seconds) of one config."""
+    fixed = fixed_s(list(times.values()), pp=pp)
+    return {shape: slot_s(t, pp=pp, fixed_s=fixed) for shape, t in times.items()}, fixed

@@ -1,0 +1,133 @@
+"""`lobra plan` from a run config and without one."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from lobra_jax.cli import main
+from lobra_jax.models.config import PRESETS
+from planner.cost import ConfigCost, CostTable
+from planner.plan import ParallelConfig, Plan
+from planner.workload import TaskLengths, Workload
+
+TINY = PRESETS["tiny"]
+NARROW, WIDE = ParallelConfig(tp=1, pp=1, remat="none"), ParallelConfig(tp=2, pp=1, remat="full")
+WORKLOAD = Workload(
+    tasks=(
+        TaskLengths(name="a", batch_size=8, lengths={20: 0.5, 30: 0.5}),
+        TaskLengths(name="b", batch_size=4, lengths={60: 0.5, 200: 0.5}),
+    )
+)
+
+
+def cost(config, capacity):
+    return ConfigCost(config=config, capacity_tokens=capacity, coefficients=(0.0, 0.0, 1e-3, 0.0, 0.0, 2e-3))
+
+
+COSTS = CostTable(
+    model=TINY.name,
+    model_fingerprint=TINY.fingerprint,
+    hardware={},
+    configs=(cost(NARROW, 64), cost(WIDE, 256)),
+)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with a config on synthetic data, its histogram and a cost table; the working folder of the test."""
+    config = {
+        "model": {"preset": "tiny", "dtype": "float32"},
+        "data": {"source": "synthetic", "lengths": "hist.json", "num_examples": 256},
+        "tasks": [
+            {"name": "a", "batch_size": 8, "steps": 1, "context_length": 256},
+            {"name": "b", "batch_size": 4, "steps": 1, "context_length": 256},
+        ],
+        "devices": {"num_devices": 4},
+        "planner": {"buckets": [32, 64, 200], "solve_time_limit_s": 20},
+    }
+    (tmp_path / "C.yaml").write_text(yaml.safe_dump(config))
+    WORKLOAD.save(tmp_path / "hist.json")
+    COSTS.save(tmp_path / "costs.json")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def lobra(*arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return stop.value.code
+
+
+def test_config_brings_lengths_devices_and_planner(folder, capsys):
+    assert lobra("plan", "--config", "C.yaml", "--costs", "costs.json", "--out", "plan.yaml") == 0
+
+    plan = Plan.load("plan.yaml")
+    assert (plan.model, plan.num_devices, plan.planner, plan.buckets) == ("tiny", 4, "exact", (32, 64, 200))
+    printed = capsys.readouterr().out
+    assert str(plan) in printed and "proven bound" in printed and "gap" in printed
+    assert {task.name for task in Workload.load("plan.lengths.json").tasks} == {"a", "b"}
+    assert lobra("explain", "plan.yaml", "--no-compare") == 0
+    assert "replica 0" in capsys.readouterr().out
+
+
+def test_flags_and_overrides_win_over_the_config(folder):
+    code = lobra(
+        *("plan", "--config", "C.yaml", "--set", "planner.costs=costs.json", "--set", "planner.planner=prune"),
+        *("--devices", 3, "--buckets", "64,256", "--remats", "full", "--out", "plan.yaml"),
+    )
+
+    assert code == 0
+    plan = Plan.load("plan.yaml")
+    assert (plan.num_devices, plan.planner, plan.buckets) == (3, "prune", (64, 256))
+    assert {group.config.remat for group in plan.replicas} == {"full"}
+
+
+@pytest.mark.parametrize("planner", ["exact", "minlp", "prune", "group"])
+def test_every_planner_plans_without_a_config(folder, planner):
+    code = lobra(
+        *("plan", "--costs", "costs.json", "--lengths", "hist.json", "--devices", 4, "--planner", planner),
+        *("--proposal", "off", "--out", "plan.yaml"),
+    )
+    assert code == 0
+    assert Plan.load("plan.yaml").planner == planner
+
+
+def test_original_files_are_planned_from_unchanged(folder, capsys):
+    (folder / "T.csv").write_text(
+        "tp,seq_len,mbs,time\n"
+        + "".join(
+            f"{t},{s},{b},{(2 + b * s / 100) / t}\n" for t in (1, 2) for s in (32, 64, 128, 256) for b in (1, 2, 4)
+        )
+    )
+    (folder / "M.csv").write_text("tp,pp,sp,max_tokens\n1,1,1,64\n2,1,1,256\n1,2,1,128\n")
+    code = lobra(
+        *("plan", "--lobra-time", "T.csv", "--lobra-memory", "M.csv", "--num-layers", 4, "--model", "seven"),
+        *("--lengths", "hist.json", "--devices", 4, "--out", "plan.yaml"),
+    )
+    assert code == 0
+    assert Plan.load("plan.yaml").model == "seven"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--costs", "costs.json", "--lengths", "hist.json"], "error: --devices: missing"),
+        (["--config", "C.yaml"], "error: C.yaml: planner.costs: missing"),
+        (["--config", "C.yaml", "--costs", "other.json"], "error: other.json: model: cost table of another model"),
+        (
+            ["--config", "C.yaml", "--costs", "costs.json", "--lengths", "hist.json"],
+            "error: --lengths: not with --config",
+        ),
+        (["--set", "a=1", "--devices", "2"], "error: --set: --set without a config"),
+        (["--config", "C.yaml", "--costs", "costs.json", "--devices", "1"], "error: num_devices: sequences of 200"),
+        (["--config", "C.yaml", "--costs", "costs.json", "--planner", "magic"], "error: "),
+    ],
+)
+def test_mistakes_are_one_line_with_status_two_and_write_nothing(folder, capsys, arguments, complaint):
+    dataclasses.replace(COSTS, model_fingerprint="another").save("other.json")
+
+    assert lobra("plan", *arguments, "--out", "plan.yaml") == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(complaint) and printed.count("\n") == 1
+    assert not (folder / "plan.yaml").exists()

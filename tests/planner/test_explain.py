@@ -1,0 +1,185 @@
+"""The explanation of a plan, as numbers, text and HTML."""
+
+import dataclasses
+import html.parser
+import io
+
+import pytest
+from rich.console import Console
+
+from planner.cost import ConfigCost, CostTable
+from planner.errors import UserError
+from planner.explain import BEST, ONE_CONFIG, explain
+from planner.explain_html import html as page
+from planner.explain_text import length_ranges, render, verdict
+from planner.plan import ParallelConfig, Plan, Prediction, ReplicaGroup
+from planner.workload import TaskLengths, Workload
+
+NARROW, WIDE = ParallelConfig(tp=1, pp=1, remat="none"), ParallelConfig(tp=2, pp=1, remat="none")
+PIPELINE = ParallelConfig(tp=1, pp=2, remat="none")
+
+
+def cost(config, capacity, per_token):
+    return ConfigCost(
+        config=config, capacity_tokens=capacity, coefficients=(0.0, 0.0, per_token, 0.0, 0.0, 2e-3), fixed_s=1e-2
+    )
+
+
+COSTS = CostTable(
+    model="m",
+    model_fingerprint="f",
+    hardware={},
+    configs=(cost(NARROW, 64, 1e-3), cost(WIDE, 256, 8e-4), cost(PIPELINE, 256, 9e-4)),
+    step_overhead_s=0.25,
+)
+WORKLOAD = Workload(
+    tasks=(
+        TaskLengths(name="short", batch_size=12, lengths={16: 1.0}),
+        TaskLengths(name="long", batch_size=6, lengths={250: 1.0}),
+    )
+)
+
+
+def plan(*groups, num_devices=4, predicted=None):
+    replicas = tuple(
+        ReplicaGroup(count=count, config=config, capacity_tokens=256 if config != NARROW else 64)
+        for count, config in groups
+    )
+    return Plan(model="m", num_devices=num_devices, replicas=replicas, buckets=(16, 64, 256), predicted=predicted)
+
+
+UNBALANCED = plan((1, WIDE), (2, NARROW))
+
+
+def text(explanation):
+    console = Console(file=io.StringIO(), width=200)
+    console.print(render(explanation))
+    return console.file.getvalue()
+
+
+class Checker(html.parser.HTMLParser):
+    """Collects text and checks that tags close in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.texts = [], []
+
+    def handle_starttag(self, tag, attrs):
+        assert not any(name in ("src", "href") for name, _ in attrs)
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_replica_times_are_the_cost_models_and_split_by_bucket():
+    explanation = explain(UNBALANCED, COSTS, WORKLOAD, compare=False)
+
+    wide = explanation.replicas[0]
+    one_long_s = 8e-4 * 256 + 2e-3
+    assert wide.by_bucket[256] == pytest.approx(6 * one_long_s)
+    assert explanation.counts == {16: 12, 256: 6}
+    for replica in explanation.replicas:
+        assert replica.seconds == pytest.approx(sum(replica.by_bucket.values()) + replica.filling_s + replica.fixed_s)
+    assert sum(sum(replica.sequences.values()) for replica in explanation.replicas) == 18
+    assert explanation.step_s == pytest.approx(wide.seconds + 0.25)
+    assert explanation.bound_s is None and explanation.alternatives == ()
+
+
+def test_sequences_that_fit_nowhere_else_are_named_as_the_limit():
+    limits = " ".join(explain(UNBALANCED, COSTS, WORKLOAD, compare=False).limits)
+
+    assert "not in balance" in limits
+    assert "replica 0 (tp2,pp1,none)" in limits
+    assert "sequences over 64 tokens, which no other kind of replica here can hold" in limits
+    assert "summing gradients" in limits
+
+
+def test_balance_pipeline_filling_and_idle_devices_are_said():
+    balanced = " ".join(explain(plan((2, WIDE), num_devices=5), COSTS, WORKLOAD, compare=False).limits)
+    assert "The work is in balance" in balanced
+    assert "1 of 5 devices hold no replica" in balanced
+
+    piped = explain(plan((1, PIPELINE)), COSTS, WORKLOAD, compare=False)
+    assert piped.replicas[0].filling_s == pytest.approx(9e-4 * 256 + 2e-3)
+    assert "Filling and draining the pipeline of replica 0 (tp1,pp2,none)" in " ".join(piped.limits)
+    assert "does all the work" in " ".join(piped.limits)
+
+
+def test_replica_without_work_is_said():
+    few = Workload(tasks=(TaskLengths(name="t", batch_size=1, lengths={250: 1.0}),))
+    limits = " ".join(explain(plan((2, WIDE)), COSTS, few, compare=False).limits)
+    assert "No sequence of this batch goes to replica" in limits
+
+
+def test_comparison_gives_bound_gap_and_runner_ups_in_order():
+    progress = []
+    explanation = explain(UNBALANCED, COSTS, WORKLOAD, time_limit_s=5, on_progress=progress.append)
+
+    changes = [other.change for other in explanation.alternatives]
+    assert set(changes) == set(progress)
+    for expected in (BEST, ONE_CONFIG, "planner minlp", "without (tp2,pp1,none)", "without (tp1,pp1,none)"):
+        assert expected in changes
+    assert changes[-1] == "one more device (5)"
+    times = [other.step_s for other in explanation.alternatives[:-1]]
+    assert times == sorted(times)
+    assert explanation.bound_s <= min(times) * (1 + 1e-9)
+    assert explanation.gap == pytest.approx(1 - explanation.bound_s / explanation.step_s)
+    assert 0 < explanation.gap < 1
+    assert "another plan could save" in verdict(explanation)
+
+
+def test_config_that_alone_holds_the_longest_bucket_cannot_be_left_out():
+    only = dataclasses.replace(COSTS, configs=COSTS.configs[:2])
+    explanation = explain(UNBALANCED, only, WORKLOAD, time_limit_s=5)
+
+    without = next(other for other in explanation.alternatives if other.change == "without (tp2,pp1,none)")
+    assert without.plan is None and without.step_s is None
+    assert "256 tokens" in without.note
+    assert "none: no other config holds 256 tokens" in text(explanation)
+
+
+def test_text_names_replicas_limits_and_what_a_replica_is():
+    predicted = Prediction(step_s=2.0, bound_s=1.5, gap=0.25, gpu_seconds=8.0, solve_s=0.1)
+    explained = dataclasses.replace(UNBALANCED, predicted=predicted, planner="prune")
+    shown = text(explain(explained, COSTS, WORKLOAD, compare=False))
+
+    for expected in (
+        "1x(tp2,pp1,none) 2x(tp1,pp1,none)",
+        "replica 2 (tp1,pp1,none)",
+        "The 4 devices hold 3 copies (replicas) of m",
+        "Planner prune expected 2.00 s a step",
+        "A step of the expected batch (18 sequences) takes",
+        "What limits the step",
+        "to 64",
+        "to 256",
+    ):
+        assert expected in shown
+
+
+def test_ranges_of_lengths_end_at_the_capacities_and_the_longest_bucket():
+    explanation = explain(UNBALANCED, COSTS, WORKLOAD, compare=False)
+    ends = length_ranges(explanation)
+    assert {64, 256} <= set(ends) and list(ends) == sorted(ends)
+    assert ends[-1] == 256
+
+
+def test_page_is_well_formed_self_contained_and_escaped():
+    named = dataclasses.replace(UNBALANCED, model="<m&m>")
+    explanation = explain(named, dataclasses.replace(COSTS, model="<m&m>"), WORKLOAD, time_limit_s=5)
+    checker = Checker()
+    checker.feed(page(explanation))
+
+    assert checker.open == []
+    shown = " ".join(checker.texts)
+    for expected in ("Plan for <m&m>", "replica 0 (tp2,pp1,none)", "What limits the step", BEST, "the same batch"):
+        assert expected in shown
+
+
+def test_costs_of_another_model_are_refused():
+    with pytest.raises(UserError, match="plan of another model"):
+        explain(UNBALANCED, dataclasses.replace(COSTS, model="n"), WORKLOAD)
