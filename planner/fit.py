@@ -16,6 +16,10 @@ HOLD_OUT_EVERY = 5
 MIN_POINTS_TO_HOLD_OUT = NUM_COEFFICIENTS + 4
 """With fewer shapes than this all of them are fitted and no held-out error is reported."""
 
+TERMS_BY_WORTH = (2, 5, 0, 4, 3, 1)
+"""Columns of `features` in the order in which few points get them: b s, 1, b s^2, b, s, s^2. Work is done row by row,
+so the terms without b matter least, and with as many terms as points they would take the place of those with b."""
+
 
 def features(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The cost model's terms [n, 6] of micro-batches of `rows` [n] sequences padded to `lengths` [n] tokens."""
@@ -40,7 +44,8 @@ def fit_coefficients(points: Sequence[CostPoint]) -> tuple[tuple[float, ...], Fi
     """Coefficients (c1..c6), none negative, that minimise the squared relative error over the points not held out.
 
     None negative: a time can then neither be negative nor fall as rows or lengths grow, inside or outside what was
-    measured. Returns the error over the held-out points too, or None where none is held out.
+    measured. With few points some terms stay zero (`num_terms`). Returns the error over the held-out points too, or
+    None where none is held out.
 
     Raises:
       ValueError: there is no point to fit or a time is not positive.
@@ -50,11 +55,18 @@ def fit_coefficients(points: Sequence[CostPoint]) -> tuple[tuple[float, ...], Fi
         raise ValueError("fit_coefficients: no point to fit")
     if any(not point.seconds > 0 for point in points):
         raise ValueError("fit_coefficients: expected positive seconds")
-    scaled = _terms(fitted) / np.array([[point.seconds] for point in fitted])
+    used = list(TERMS_BY_WORTH[: num_terms(len(fitted))])
+    scaled = _terms(fitted)[:, used] / np.array([[point.seconds] for point in fitted])
     norms = np.linalg.norm(scaled, axis=0)
     solution, _ = nnls(scaled / norms, np.ones(len(fitted)))
-    coefficients = solution / norms
+    coefficients = np.zeros(NUM_COEFFICIENTS)
+    coefficients[used] = solution / norms
     return tuple(coefficients.tolist()), _held_out_error(coefficients, [point for point in points if point.held_out])
+
+
+def num_terms(num_points: int) -> int:
+    """How many terms so many points can tell apart: three, or one fewer than the points, as far as there are."""
+    return min(num_points, max(3, num_points - 1), NUM_COEFFICIENTS)
 
 
 def _terms(points: Sequence[CostPoint]) -> np.ndarray:

@@ -98,8 +98,8 @@ def parse_lengths(text: str) -> tuple[int, ...]:
 
 
 def probe_shapes(lengths: Sequence[int], max_tokens: int) -> tuple[Shape, ...]:
-    """Single rows from which the memory of longer ones is foretold: every length but the longest."""
-    return tuple((1, length) for length in lengths[: max(len(lengths) - 1, 1)] if length <= max_tokens)
+    """Single rows between which the memory of others is interpolated; no longer than `max_tokens`."""
+    return tuple(dict.fromkeys((1, min(length, max_tokens)) for length in lengths))
 
 
 def extreme_shapes(shortest: int, capacity: int) -> tuple[Shape, ...]:

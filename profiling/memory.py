@@ -16,7 +16,7 @@ MAX_TRIES = 6
 WORTH_GROWING = 1.25
 """A capacity that fits is given up for a larger one only if that is this many times larger."""
 AIM = 0.97
-"""Share of the limit that a second and later try aims at, so that it does not miss again by a hair."""
+"""Share of the limit that a guess aims at, so that it does not miss by a hair."""
 
 
 class DoesNotFitError(Exception):
@@ -89,7 +89,7 @@ def find_capacity(
       measure_bytes: compiles shapes and tells the bytes of each on the fullest device.
       limit_bytes: what a micro-batch may use on a device.
       fixed_bytes: weights, adapters and gradients, whatever the shape.
-      lengths: ascending; single rows of all but the longest are compiled to foretell the rest.
+      lengths: ascending; single rows of these are compiled to foretell the rest.
 
     Raises:
       DoesNotFitError: one row of the shortest length is too much.
@@ -110,31 +110,28 @@ def find_capacity(
     if measured[1, shortest] > limit_bytes:
         raise DoesNotFitError(f"1 x {shortest} tokens need {measured[1, shortest]:,} bytes of {limit_bytes:,}")
 
-    fits, too_large = shortest, max_tokens + 1
-    guess = _guess(measured, None, limit_bytes, fixed_bytes, shortest, max_tokens)
+    fits = shortest
+    too_large = min((tokens for (_, tokens), size in measured.items() if size > limit_bytes), default=max_tokens + 1)
+    guess = _guess(measured, None, limit_bytes, fixed_bytes, shortest, too_large - 1)
     for _ in range(MAX_TRIES):
         if not fits < guess < too_large:
             break
         shapes = extreme_shapes(shortest, guess)
-        worst = measure(shapes)
-        if worst <= limit_bytes:
-            grown = fits > shortest
-            fits = guess
-            guess = _guess(measured, shapes, AIM * limit_bytes, fixed_bytes, shortest, too_large - 1)
-            if grown or guess < WORTH_GROWING * fits:
-                break
-        else:
+        if measure(shapes) > limit_bytes:
             too_large = guess
-            guess = _guess(measured, shapes, AIM * limit_bytes, fixed_bytes, shortest, too_large - 1)
-    if (1, fits) not in measured:
-        measure(extreme_shapes(shortest, fits))
+            guess = _guess(measured, shapes, limit_bytes, fixed_bytes, shortest, too_large - 1)
+            continue
+        grown, fits = fits > shortest, guess
+        guess = _guess(measured, shapes, limit_bytes, fixed_bytes, shortest, too_large - 1)
+        if grown or guess < WORTH_GROWING * fits:
+            break
     return Capacity(tokens=fits, bytes=measured)
 
 
 def _guess(
     measured: Mapping[Shape, int],
     nearest: Sequence[Shape] | None,
-    limit: float,
+    limit: int,
     fixed: int,
     shortest: int,
     max_tokens: int,
@@ -142,5 +139,5 @@ def _guess(
     """The fitted model's capacity, the model being scaled to pass above the `nearest` shapes' measured bytes."""
     model = fit_memory(measured, fixed)
     scale = max(((measured[s] - fixed) / max(model.bytes(*s) - fixed, 1) for s in nearest or ()), default=1.0)
-    free = (limit - fixed) / max(scale, 1e-9)
+    free = (AIM * limit - fixed) / max(scale, 1e-9)
     return align_capacity(min(model.max_tokens(fixed + free, shortest), max_tokens))

@@ -15,9 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 MANY = 3
 """Micro-batches of the longer of the two timed steps."""
-SLOW_RUN_S = 1.0
-"""A micro-batch that takes this long is timed as few times as possible: it has no noise worth the wait."""
-SHAPE_BUDGET_S = 3.0
+QUICK_RUN_S = 0.05
+MANY_OF_QUICK = 12
+"""As `MANY` for micro-batches quicker than `QUICK_RUN_S`, whose difference would drown in noise."""
+SLOW_RUN_S = 0.25
+"""Without a pipeline, one micro-batch this slow tells its slot alone: what a step costs besides is noise to it."""
+SHAPE_BUDGET_S = 1.5
 """No further repeat of a shape is begun after this."""
 
 
@@ -26,25 +29,25 @@ class StepTimes:
     """Median seconds of a step of one and of `many` micro-batches of one shape; `many_s` is None where not timed."""
 
     one_s: float
-    many: int = MANY
+    many: int = 1
     many_s: float | None = None
 
 
 def time_steps(run: Callable[[int], float], *, pp: int, repeats: int) -> StepTimes:
     """Times a shape; `run(m)` runs one step of m micro-batches and returns its seconds.
 
-    The first run is not counted (buffers are allocated). Slow shapes get one reading of each; without a pipeline the
-    longer step is then left out, as it would only tell the shorter one's time again.
+    The first run is not counted (buffers are allocated). There are fewer repeats where they take long.
     """
-    slow = run(1) >= SLOW_RUN_S
-    if slow and pp == 1:
-        return StepTimes(one_s=run(1))
-    many = 2 if slow else MANY
-    ones: list[float] = []
-    manys: list[float] = []
-    while not ones or (len(ones) < repeats and sum(ones) + sum(manys) < SHAPE_BUDGET_S):
+    run(1)
+    ones = [run(1)]
+    many = MANY_OF_QUICK if ones[0] < QUICK_RUN_S else MANY
+    manys = [] if pp == 1 and ones[0] >= SLOW_RUN_S else [run(many)]
+    while len(ones) < repeats and sum(ones) + sum(manys) < SHAPE_BUDGET_S:
         ones.append(run(1))
-        manys.append(run(many))
+        if manys:
+            manys.append(run(many))
+    if not manys:
+        return StepTimes(one_s=statistics.median(ones))
     return StepTimes(one_s=statistics.median(ones), many=many, many_s=statistics.median(manys))
 
 

@@ -52,11 +52,21 @@ CLIP_NORM = 1.0
 EMBED_STD = 0.5
 """Of the initial embedding: AdamW's few hundred steps would be spent on growing a smaller one."""
 
-TOKEN_IDS = {
+MAX_POSITIONS = 8192
+CONFIG_JSON = {
     "bos_token_id": SPECIAL_TOKENS.index(BOS),
     "eos_token_id": SPECIAL_TOKENS.index(EOS),
     "pad_token_id": SPECIAL_TOKENS.index(PAD),
+    "max_position_embeddings": MAX_POSITIONS,
 }
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": BOS,
+    "eos_token": EOS,
+    "pad_token": PAD,
+    "model_max_length": MAX_POSITIONS,
+}
+"""What a model folder says beside shapes and weights."""
 
 Params = dict[str, jax.Array]
 
@@ -84,7 +94,7 @@ def pretrain(
     """Next-token training on windows of one token stream [n].
 
     The learning rate warms up and falls to zero over `steps`, or over `seconds` if they pass sooner (then the result
-    depends on the machine). `loss` is the mean of the last tenth of the steps, nats a token.
+    depends on the machine; one step is always done). `loss` is the mean of the last tenth of the steps, nats a token.
     """
     started = time.perf_counter()
     stage = abstract_stage(config, range(config.num_layers), jnp.float32)
@@ -99,9 +109,9 @@ def pretrain(
     update = jax.jit(functools.partial(_update, stage, optimiser), donate_argnums=(0, 1))
     losses: list[jax.Array] = []
     num_tokens = 0
-    for step, (rows, length) in enumerate(_shapes(steps)):
+    for step, (rows, length) in enumerate(window_shapes(steps)):
         progress = step / steps
-        if seconds is not None:
+        if seconds is not None and step > 0:
             progress = max(progress, (time.perf_counter() - started) / seconds)
         if progress >= 1:
             break
@@ -122,7 +132,7 @@ def pretrain(
     )
 
 
-def _shapes(steps: int) -> Iterator[tuple[int, int]]:
+def window_shapes(steps: int) -> Iterator[tuple[int, int]]:
     """(rows, length) of each step."""
     ends = np.cumsum([share for share, _, _ in PHASES]) * steps
     for step in range(steps):
@@ -158,7 +168,8 @@ def _update(
     lr: jax.Array,
 ) -> tuple[Params, Any, jax.Array]:
     loss, grads = jax.value_and_grad(functools.partial(mean_loss, stage))(params, batch)
-    direction, state = optimiser.update(grads, state, params)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the integer power of its step count
+        direction, state = optimiser.update(grads, state, params)
     return jax.tree.map(lambda p, d: p - lr * d, params, direction), state, loss
 
 
@@ -183,11 +194,13 @@ def write_base(
     seconds: float | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Pretrained:
-    """Pre-trains `BASE` and writes config.json, model.safetensors, tokenizer.json as `transformers` loads them."""
+    """Pre-trains `BASE` and writes the folder OUT as `transformers` loads it: config, weights, tokenizer."""
     tokens = token_stream(corpus, tokenizer)
     result = pretrain(BASE, tokens, steps=steps, seconds=seconds, on_step=on_step)
-    save_hf(out, BASE, ArrayWeights(result.params), extra=TOKEN_IDS)
+    save_hf(out, BASE, ArrayWeights(result.params), extra=CONFIG_JSON)
     shutil.copyfile(tokenizer, Path(out) / "tokenizer.json")
+    settings = json.dumps(TOKENIZER_CONFIG, indent=2) + "\n"
+    (Path(out) / "tokenizer_config.json").write_text(settings, encoding="utf-8")
     return result
 
 

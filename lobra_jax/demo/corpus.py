@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +57,15 @@ class Corpus:
     base_file: Path
 
 
-def write_corpus(folder: str | Path) -> Corpus:
-    """Writes FOLDER/NAME.train.jsonl and NAME.eval.jsonl of every task of `TASKS` and FOLDER/base.jsonl.
+def write_corpus(folder: str | Path, specs: Sequence[TaskSpec] | None = None) -> Corpus:
+    """Writes FOLDER/NAME.train.jsonl and NAME.eval.jsonl of every task (of `TASKS` by default) and FOLDER/base.jsonl.
 
     Raises UserError when the Python installation lacks something or yields too few examples of a task.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     library = sources.read_library(sources.TASK_MODULES)
-    tasks = tuple(_write_task(folder, spec, library) for spec in TASKS)
+    tasks = tuple(_write_task(folder, spec, library) for spec in (TASKS if specs is None else specs))
     base_file = folder / "base.jsonl"
     _write_jsonl(base_file, base_examples())
     return Corpus(tasks=tasks, base_file=base_file)
@@ -148,16 +148,20 @@ def body_examples(library: Library) -> Iterator[Example]:
 
 
 def class_examples(library: Library) -> Iterator[Example]:
-    """Chat of several turns about one class: what it is, then its methods one by one."""
+    """Chat of several turns about one class: what it derives from, its methods, what it is, what each method does."""
     for found in library.classes:
         if not found.doc:
             continue
-        turns = [("user", f"What is {found.name}?"), ("assistant", found.doc)]
+        turns = []
         if found.bases:
-            turns += [("user", "What does it derive from?"), ("assistant", ", ".join(found.bases))]
+            turns += [("user", f"What does {found.name} derive from?"), ("assistant", ", ".join(found.bases))]
+        if found.methods:
+            signatures = "\n".join(method.signature for method in found.methods)
+            turns += [("user", f"Which methods does {found.name} have?"), ("assistant", signatures)]
+        turns += [("user", f"What is {found.name}?"), ("assistant", found.doc)]
         for method in found.methods:
             if method.doc:
-                turns += [("user", f"And {method.node.name}?"), ("assistant", f"{method.signature}\n{method.doc}")]
+                turns += [("user", f"And {method.node.name}?"), ("assistant", method.doc)]
         if sum(len(text) for _, text in turns) <= LONGEST_CHARS:
             yield {"messages": [{"role": role, "content": text} for role, text in turns]}
 

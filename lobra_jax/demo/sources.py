@@ -103,7 +103,7 @@ def read_library(names: Sequence[str]) -> Library:
     functions: list[Function] = []
     classes: list[Class] = []
     for module in modules:
-        functions += _functions_in(module.tree, module.name, module.text.splitlines())
+        functions += public_functions(module)
         found = list(_classes(module))
         functions += (method for one in found for method in one.methods)
         classes += found
@@ -150,6 +150,11 @@ def read_licence() -> str:
     if not path.is_file():
         raise UserError("Python's licence text is missing", file=path, expected=EXPECTED)
     return path.read_text(encoding="utf-8")
+
+
+def public_functions(module: Module) -> Iterator[Function]:
+    """The public functions of a module's top level, in source order."""
+    yield from _functions_in(module.tree, module.name, module.text.splitlines())
 
 
 def _classes(module: Module) -> Iterator[Class]:

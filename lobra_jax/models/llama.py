@@ -21,6 +21,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from lobra_jax.lora import Adapters, RowInputs, low_rank_deltas
+from lobra_jax.models.attention import attention
 from lobra_jax.models.config import LlamaConfig, RopeScaling
 from lobra_jax.sharding import TARGET_AXES
 
@@ -208,8 +209,3 @@ def apply_rope(x_BLNH: Array, rope: tuple[Array, Array]) -> Array:
     x1, x2 = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BLNH.dtype)
 
-
-def attention(q_BLNH: Array, k_BLKH: Array, v_BLKH: Array) -> Array:
-    """Causal attention. Rows are padded on the right, so the causal mask alone hides the padding from real tokens."""
-    kernel = "cudnn" if jax.default_backend() == "gpu" and q_BLNH.dtype != jnp.float32 else "xla"
-    return jax.nn.dot_product_attention(q_BLNH, k_BLKH, v_BLKH, is_causal=True, implementation=kernel)

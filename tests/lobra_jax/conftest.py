@@ -43,7 +43,9 @@ class Task:
     seed: int
 
 
-def make_task(name: str, *, batch_size: int, spec: LoraSpec, steps: int, seed: int, clip: float, **schedule: Any) -> Task:
+def make_task(
+    name: str, *, batch_size: int, spec: LoraSpec, steps: int, seed: int, clip: float, **schedule: Any
+) -> Task:
     rng = np.random.default_rng(seed)
     lengths = np.minimum(rng.geometric(0.12, 23) + 2, MAX_LENGTH)
     offsets = np.concatenate([[0], np.cumsum(lengths + 1)])
@@ -111,7 +113,7 @@ def make_plan(*configs: tuple[int, int, str], buckets: tuple[int, ...] = (MAX_LE
 
 
 def any_dispatch(batch: GlobalBatch, plan: Plan, seed: int, *, idle: Sequence[int] = ()) -> list[list[Any]]:
-    """[replica][micro-batch] arrays of a random dispatch: each sequence once, in its bucket, replicas in `idle` empty."""
+    """[replica][micro-batch] of a random dispatch: each sequence once, in its bucket, replicas in `idle` empty."""
     from planner.dispatch import MicroBatch
 
     rng = np.random.default_rng(seed)

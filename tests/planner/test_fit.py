@@ -59,6 +59,31 @@ def test_extremes_are_never_held_out_and_few_points_are_all_fitted():
     assert fit_coefficients(hold_out(points()[:9]))[1] is None
 
 
+def test_few_points_foretell_other_rows_at_the_same_work():
+    def cost(rows, length):
+        seconds = 1e-3 + rows * (2e-6 * length + 5e-9 * length**2)
+        return CostPoint(rows=rows, length=length, seconds=seconds, peak_bytes=0)
+
+    coefficients, _ = fit_coefficients([cost(1, 64), cost(1, 512), cost(1, 4096), cost(64, 64)])
+
+    middle = cost(8, 512)
+    c1, c2, c3, c4, c5, c6 = coefficients
+    predicted = (c1 * 8 + c2) * 512**2 + (c3 * 8 + c4) * 512 + c5 * 8 + c6
+    assert predicted == pytest.approx(middle.seconds, rel=1e-6)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_every_number_of_points_gives_a_fit_through_them(number):
+    few = [CostPoint(rows=1, length=16 * 2**i, seconds=1e-3 * 2**i, peak_bytes=0) for i in range(number)]
+
+    coefficients, _ = fit_coefficients(few)
+
+    for p in few:
+        c1, c2, c3, c4, c5, c6 = coefficients
+        predicted = (c1 + c2) * p.length**2 + (c3 + c4) * p.length + c5 + c6
+        assert predicted == pytest.approx(p.seconds, rel=1e-6)
+
+
 def test_nothing_to_fit_is_refused():
     with pytest.raises(ValueError, match="no point"):
         fit_coefficients([])

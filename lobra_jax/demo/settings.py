@@ -1,0 +1,79 @@
+"""The demo's run config: seven tasks that differ in everything a task may differ in."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from lobra_jax.config import RunConfig
+from lobra_jax.demo.corpus import Corpus
+
+NUM_DEVICES = 8
+
+SHORT, MEDIUM, LONG = 256, 2048, 5120
+"""Context lengths; none cuts an example of the demo's corpus."""
+
+TASK_SETTINGS: dict[str, dict[str, Any]] = {
+    "signatures": {"context_length": SHORT, "batch_size": 32, "rank": 8, "share_of_steps": 0.7, "lr": 1e-2},
+    "names": {
+        "context_length": SHORT,
+        "batch_size": 32,
+        "rank": 8,
+        "share_of_steps": 0.7,
+        "lr": 1e-2,
+        "dropout": 0.05,
+        "schedule": {"kind": "linear", "warmup_steps": 2, "final_fraction": 0.1},
+    },
+    "errors": {"context_length": SHORT, "batch_size": 16, "rank": 8, "share_of_steps": 0.7, "lr": 5e-3},
+    "bodies": {"context_length": MEDIUM, "batch_size": 12, "rank": 16, "lr": 1e-2},
+    "classes": {"context_length": LONG, "batch_size": 10, "rank": 16, "lr": 1e-2},
+    "topics": {"context_length": LONG, "batch_size": 6, "rank": 16, "lr": 1e-2, "rslora": True, "alpha": 8.0},
+    "modules": {"context_length": LONG, "batch_size": 5, "rank": 16, "lr": 1e-2, "weight_decay": 0.01},
+}
+"""What each task sets apart from `COMMON`; `share_of_steps` of the run's steps, after which the task is done."""
+
+COMMON: dict[str, Any] = {
+    "share_of_steps": 1.0,
+    "schedule": {"kind": "cosine", "warmup_steps": 3, "final_fraction": 0.1},
+}
+ALPHA_OVER_RANK = 2.0
+
+
+def run_config(
+    corpus: Corpus,
+    base: str | Path,
+    *,
+    steps: int,
+    memory_bytes: int | None,
+    cache_dir: str | Path,
+    num_devices: int = NUM_DEVICES,
+) -> RunConfig:
+    """The run over `corpus` with the model folder `base`, fp32, on simulated devices that hold `memory_bytes` each.
+
+    Every task is evaluated before its first and after its last step. All paths become absolute.
+    """
+    raw = {
+        "model": {"path": str(Path(base).resolve()), "dtype": "float32"},
+        "data": {"cache_dir": str(Path(cache_dir).resolve())},
+        "tasks": [
+            {
+                "name": files.name,
+                "files": [str(files.train_file.resolve())],
+                "eval_files": [str(files.eval_file.resolve())],
+                **_task_settings(files.name, steps),
+            }
+            for files in corpus.tasks
+        ],
+        "devices": {"num_devices": num_devices, "simulated": num_devices, "memory_bytes": memory_bytes},
+    }
+    return RunConfig.model_validate(raw)
+
+
+def _task_settings(name: str, steps: int) -> dict[str, Any]:
+    settings = {**COMMON, **TASK_SETTINGS[name]}
+    settings["steps"] = max(1, math.ceil(steps * settings.pop("share_of_steps")))
+    settings.setdefault("alpha", ALPHA_OVER_RANK * settings["rank"])
+    warmup = min(settings["schedule"]["warmup_steps"], settings["steps"])
+    settings["schedule"] = {**settings["schedule"], "warmup_steps": warmup}
+    return settings

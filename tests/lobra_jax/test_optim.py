@@ -1,0 +1,110 @@
+"""The vectorised optimiser against optax, one task at a time."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lobra_jax import optim
+from lobra_jax.optim import TaskOptimizer, TaskState, learning_rates, step_inputs
+
+
+def task_optimizer(lr, clip=math.inf, **rest):
+    values = {"weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8} | rest
+    return TaskOptimizer(learning_rates=np.full(9, lr, np.float32), clip_norm=clip, **values)
+
+
+def state_of(parameters):
+    moments = {layer: optim.init_state(tree, 3) for layer, tree in parameters.items()}
+    return TaskState(adapters=parameters, last_good=parameters, moments=moments)
+
+
+@pytest.fixture
+def parameters():
+    rng = np.random.default_rng(0)
+    return {"0": {"w": jnp.asarray(rng.normal(size=(3, 4, 2)), jnp.float32)}, "1": {"w": jnp.ones((3, 5), jnp.float32)}}
+
+
+def run(state, gradients, optimizers, task_steps, alive=None):
+    alive = jnp.ones(3, bool) if alive is None else alive
+    hyper = jax.tree.map(jnp.asarray, step_inputs(optimizers, task_steps))
+    return jax.jit(optim.update)(state, gradients, hyper, optim.squared_norms(gradients), alive)
+
+
+def test_every_task_follows_its_own_adamw(parameters):
+    optimizers = [
+        task_optimizer(1e-2, weight_decay=0.1),
+        task_optimizer(3e-3, clip=0.5, beta1=0.8),
+        task_optimizer(1e-1, beta2=0.9, epsilon=1e-3),
+    ]
+    state, rng = state_of(parameters), np.random.default_rng(1)
+    expected = [jax.tree.map(lambda x, t=t: x[t], parameters) for t in range(3)]
+    chains = [
+        optax.adamw(float(o.learning_rates[0]), b1=o.beta1, b2=o.beta2, eps=o.epsilon, weight_decay=o.weight_decay)
+        for o in optimizers
+    ]
+    states = [chain.init(tree) for chain, tree in zip(chains, expected, strict=True)]
+    for step in range(4):
+        gradients = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), parameters)
+        state, norm, _ = run(state, gradients, optimizers, [step] * 3)
+        for t, chain in enumerate(chains):
+            own = jax.tree.map(lambda x, t=t: x[t], gradients)
+            whole = float(optax.global_norm(own))
+            assert float(norm[t]) == pytest.approx(whole, rel=1e-5)
+            factor = min(1.0, optimizers[t].clip_norm / whole)
+            with jax.numpy_dtype_promotion("standard"):
+                updates, states[t] = chain.update(jax.tree.map(lambda g, f=factor: g * f, own), states[t], expected[t])
+            expected[t] = optax.apply_updates(expected[t], updates)
+    for t in range(3):
+        for found, wanted in zip(jax.tree.leaves(state.adapters), jax.tree.leaves(expected[t]), strict=True):
+            np.testing.assert_allclose(found[t], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_an_inactive_task_keeps_adapters_moments_and_count(parameters):
+    gradients = jax.tree.map(jnp.ones_like, parameters)
+    before, _, _ = run(state_of(parameters), gradients, [task_optimizer(1e-2)] * 3, [0, 0, 0])
+    after, _, alive = run(before, gradients, [task_optimizer(1e-2)] * 3, [1, None, 1])
+    assert alive.all()
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(old[1], new[1])
+        assert not np.array_equal(old[0], new[0])
+
+
+def test_a_gradient_that_is_not_finite_stops_that_task_alone_at_its_last_good_adapter(parameters):
+    optimizers = [task_optimizer(1e-2)] * 3
+    gradients = jax.tree.map(jnp.ones_like, parameters)
+    first, _, _ = run(state_of(parameters), gradients, optimizers, [0, 0, 0])
+    bad = jax.tree.map(lambda g: g.at[1].set(jnp.nan), gradients)
+    second, _, alive = run(first, bad, optimizers, [1, 1, 1])
+    assert alive.tolist() == [True, False, True]
+    third, _, alive = run(second, gradients, optimizers, [2, 2, 2], alive)
+    assert alive.tolist() == [True, False, True]
+    for start, stopped, moved in zip(*map(jax.tree.leaves, (parameters, third.adapters, second.adapters)), strict=True):
+        np.testing.assert_array_equal(stopped[1], start[1])  # the step from `start` led to the bad gradient
+        assert np.isfinite(stopped).all()
+        assert not np.array_equal(stopped[0], moved[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.775, 0.55, 0.325]),
+        (
+            "cosine",
+            [0.5, 1, 1, 0.1 + 0.45 * (1 + math.cos(math.pi / 4)), 0.55, 0.1 + 0.45 * (1 - math.cos(math.pi / 4))],
+        ),
+    ],
+)
+def test_schedules_warm_up_and_fall_to_the_final_fraction(kind, expected):
+    rates = learning_rates(kind, 1.0, steps=6, warmup_steps=2, final_fraction=0.1)
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
+def test_a_finished_task_has_no_rate():
+    hyper = step_inputs([task_optimizer(1e-2)] * 2, [3, None])
+    assert hyper.active.tolist() == [True, False]
+    assert hyper.learning_rate.tolist() == [np.float32(1e-2), 0]
