@@ -112,6 +112,13 @@ class Checkpoints:
                 f"no readable checkpoint of step {step}: {error}", file=self.folder, expected=f"one of {self.steps()}"
             ) from error
 
+    def check(self, expected: CheckpointMetadata) -> None:
+        """Raises UserError unless there is a checkpoint and the newest is of the run that `expected` describes."""
+        step = self.latest_step()
+        if step is None:
+            raise UserError("no checkpoint to resume from", file=self.folder, expected="a run that reached one")
+        _require_same_run(self.metadata(step), expected, self.folder / str(step))
+
     def restore(self, step: int, target: Any, expected: CheckpointMetadata) -> tuple[Any, Mapping[str, Any]]:
         """The state saved at `step` and its position, bitwise as saved.
 

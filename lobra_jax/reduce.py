@@ -97,7 +97,11 @@ class GradientSum:
     def init(self, adapters: Adapters) -> AdapterState:
         """Places fresh adapters (NumPy or arrays) on their homes, with zero moments."""
         placed = {layer: jax.device_put(pairs, self.home_of(layer).sharding) for layer, pairs in adapters.items()}
-        moments = {layer: _init_moments(pairs, self.num_tasks) for layer, pairs in placed.items()}
+        # Zeros depend on no argument's values, so XLA would leave them on the default device.
+        moments = {
+            layer: jax.device_put(_init_moments(pairs, self.num_tasks), self.home_of(layer).sharding)
+            for layer, pairs in placed.items()
+        }
         return AdapterState(
             tasks=TaskState(adapters=placed, last_good=placed, moments=moments),
             alive=jax.device_put(np.ones(self.num_tasks, bool), self.homes[0].sharding),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,15 +102,6 @@ class Trainer:
         self.stopped: dict[str, int] = {}
         self._evaluation_cache: dict[tuple[str, ...], list[EvaluationChunk]] = {}
 
-    @property
-    def _metadata(self) -> CheckpointMetadata:
-        return CheckpointMetadata(
-            model=self.inputs.model.name,
-            model_fingerprint=self.inputs.model.fingerprint,
-            tasks={task.name: lora_spec(task) for task in self.task_configs},
-            position={"stopped": self.stopped},
-        )
-
     def prepare(self, checkpoints: Checkpoints, *, resume: bool) -> int:
         """Weights, adapters and compiled programs onto the devices; returns the steps already done."""
         started = time.perf_counter()
@@ -135,9 +126,10 @@ class Trainer:
 
     def _restore(self, checkpoints: Checkpoints) -> int:
         done = checkpoints.latest_step()
-        if done is None:
-            raise UserError("no checkpoint to resume from", file=self.out, key="--resume", expected="a run with one")
-        tree, position = checkpoints.restore(done, _to_tree(self.engine.state), self._metadata)
+        assert done is not None, "the command checked that there is one"
+        tree, position = checkpoints.restore(
+            done, _to_tree(self.engine.state), run_metadata(self.config, self.inputs.model, self.stopped)
+        )
         self.engine.set_state(_from_tree(tree, self.engine.state))
         self.stopped = dict(position["stopped"])
         self.say(f"resumed after step {done}")
@@ -282,7 +274,7 @@ class Trainer:
             metrics.write(EventRecord(step=done, event="checkpoint"))
 
     def _save(self, done: int, checkpoints: Checkpoints) -> None:
-        checkpoints.save(done, _to_tree(self.engine.state), self._metadata)
+        checkpoints.save(done, _to_tree(self.engine.state), run_metadata(self.config, self.inputs.model, self.stopped))
         adapters = jax.tree.map(np.asarray, self.engine.state.adapters)
         base = base_model_name(self.config.model.preset, self.config.model.path)
         for index, task in enumerate(self.task_configs):
@@ -308,6 +300,16 @@ class Trainer:
                 loss = float(totals[index] / tokens[index])
                 record = EvalRecord(step=done, task=task.name, task_step=done, loss=loss, tokens=int(tokens[index]))
                 metrics.write(record)
+
+
+def run_metadata(config: RunConfig, model: LlamaConfig, stopped: Mapping[str, int]) -> CheckpointMetadata:
+    """What a run's checkpoints say they belong to."""
+    return CheckpointMetadata(
+        model=model.name,
+        model_fingerprint=model.fingerprint,
+        tasks={task.name: lora_spec(task) for task in config.tasks},
+        position={"stopped": dict(stopped)},
+    )
 
 
 def train(inputs: Inputs, out: Path, *, resume: bool, say: Callable[[str], None]) -> None:

@@ -146,6 +146,9 @@ def _build(
         model.addCons(
             quicksum(c.num_devices * p for c, p in zip(configs, replicas, strict=True)) <= problem.num_devices
         )
+        # The longest length has to fit even where none is expected in a batch.
+        longest = len(problem.buckets) - 1
+        model.addCons(quicksum(p for c, p in zip(configs, replicas, strict=True) if c.fits(longest)) >= 1)
     for bucket, total in enumerate(problem.counts):
         model.addCons(quicksum(row[bucket] for row in served if row[bucket] is not None) == total)
     device_seconds = quicksum(

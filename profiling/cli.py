@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ MAX_COMPILE_THREADS = 8
 @click.command(epilog="\b\nExample:\n  lobra profile --config run.yaml --out costs.json")
 @config_options
 @click.option("--out", metavar="FILE", type=click.Path(path_type=Path), required=True, help="The costs.json to write.")
+@click.option("--configs", metavar="TPxPP,...", help="Measure only these, such as 1x1,2x1; by default all.")
 @click.option("--lengths", metavar="L,L,...", help="Lengths to measure at; by default a short, a middle, the longest.")
 @click.option("--max-tokens", type=click.IntRange(min=16), help="Largest micro-batch of interest, in tokens.")
 @click.option("--repeats", type=click.IntRange(min=1), default=DEFAULT_REPEATS, show_default=True, help="Readings.")
@@ -58,6 +59,7 @@ def run_profile(
     out: Path,
     console: Console,
     *,
+    configs: str | None = None,
     lengths: str | None = None,
     max_tokens: int | None = None,
     repeats: int = DEFAULT_REPEATS,
@@ -66,42 +68,39 @@ def run_profile(
 ) -> CostTable:
     """Measures, saves to `out` and prints; devices have been configured. Raises `UserError`."""
     from profiling.measure import measure_config, measure_step_overhead
-    from profiling.table import Progress, load_partial, measure_all, partial_path
+    from profiling.table import load_partial, measure_all, partial_path
 
     started = time.perf_counter()
     setup = _setup(config, lengths, max_tokens, repeats, num_tasks, rank)
-    configs = _configs(config, setup)
-    header = _header(config, setup)
+    wanted = _configs(config, setup, configs)
+    header = _header(setup, _configs(config, setup, None))
     partial = partial_path(out)
     progress, differing = load_partial(partial, header)
     if differing:
         console.print(f"{partial} is of another set-up ({', '.join(differing)}): measuring everything anew")
-    known = [c for c in configs if c in progress]
-    progress = Progress(
-        measured={c: progress.measured[c] for c in known if c in progress.measured},
-        dropped={c: progress.dropped[c] for c in known if c in progress.dropped},
-    )
+    known = [c for c in wanted if c in progress]
     if known:
-        console.print(f"{len(known)} of {len(configs)} configs were measured before")
-    with _progress_bar(console, len(configs), len(known)) as advance:
+        console.print(f"{len(known)} of {len(wanted)} configs were measured before")
+    with _progress_bar(console, len(wanted), len(known)) as advance:
         progress = measure_all(
-            configs,
+            wanted,
             lambda c: measure_config(setup, c),
             partial=partial,
             header=header,
             progress=progress,
             on_config=advance,
         )
-    if not progress.measured:
-        reason = next(iter(progress.dropped.values()))
-        raise UserError("no config fits the devices' memory", key="devices.memory_bytes", expected=f"more: {reason}")
-    costs = [progress.measured[c] for c in configs if c in progress.measured]
+    costs = [progress.measured[c] for c in wanted if c in progress.measured]
+    dropped = {c: progress.dropped[c] for c in wanted if c in progress.dropped}
+    if not costs:
+        reason = f"more: of {wanted[-1]} {dropped[wanted[-1]]}"
+        raise UserError("no config fits the devices' memory", key="devices.memory_bytes", expected=reason)
     narrowest = min((cost.config for cost in costs), key=lambda c: c.num_devices)
     overhead_s = measure_step_overhead(setup, narrowest)
     table = header.table(costs, overhead_s)
     table.save(out)
     partial.unlink(missing_ok=True)
-    _print_summary(console, table, progress.dropped, out, time.perf_counter() - started)
+    _print_summary(console, table, dropped, out, time.perf_counter() - started)
     return table
 
 
@@ -142,19 +141,20 @@ def _setup(
     )
 
 
-def _configs(config: RunConfig, setup: Setup) -> tuple[ParallelConfig, ...]:
-    from profiling.grid import parallel_configs
+def _configs(config: RunConfig, setup: Setup, names: str | None) -> tuple[ParallelConfig, ...]:
+    from profiling.grid import parallel_configs, parse_configs
 
-    return parallel_configs(
+    configs = parallel_configs(
         setup.model,
         num_devices=len(setup.devices),
         max_tp=config.planner.max_tp,
         max_pp=config.planner.max_pp,
         remats=config.planner.remats,
     )
+    return configs if names is None else parse_configs(names, configs)
 
 
-def _header(config: RunConfig, setup: Setup) -> Header:
+def _header(setup: Setup, configs: Sequence[ParallelConfig]) -> Header:
     import jax
 
     from profiling.table import Header
@@ -167,7 +167,7 @@ def _header(config: RunConfig, setup: Setup) -> Header:
         "memory_bytes": setup.limit_bytes,
     }
     if setup.cores is not None:
-        shares = {c.num_devices: setup.share(c) for c in _configs(config, setup)}
+        shares = {c.num_devices: setup.share(c) for c in configs}
         hardware["host_cores"] = setup.cores
         hardware["host_sharing"] = {
             "note": "devices share the host's cores: `copies` replicas ran at once, seconds are times `factor`, "

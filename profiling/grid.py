@@ -97,6 +97,17 @@ def parse_lengths(text: str) -> tuple[int, ...]:
     return lengths
 
 
+def parse_configs(text: str, configs: Sequence[ParallelConfig]) -> tuple[ParallelConfig, ...]:
+    """Those of `configs` that "1x1,2x1" (tp x pp each) names; raises `UserError` for one that is not among them."""
+    known = dict.fromkeys(f"{config.tp}x{config.pp}" for config in configs)
+    wanted = text.replace(" ", "").split(",")
+    for name in wanted:
+        if name not in known:
+            expected = f"TPxPP of {', '.join(known)}"
+            raise UserError("no such config here", key="--configs", value=name, expected=expected)
+    return tuple(config for config in configs if f"{config.tp}x{config.pp}" in wanted)
+
+
 def probe_shapes(lengths: Sequence[int], max_tokens: int) -> tuple[Shape, ...]:
     """Single rows between which the memory of others is interpolated; no longer than `max_tokens`."""
     return tuple(dict.fromkeys((1, min(length, max_tokens)) for length in lengths))

@@ -15,14 +15,15 @@ from planner.inputs import beside
 
 if TYPE_CHECKING:
     from lobra_jax.config import RunConfig
-    from lobra_jax.data.batches import TaskData
     from lobra_jax.models.config import LlamaConfig
     from planner.cost import CostTable
     from planner.plan import Plan
+    from planner.workload import Workload
 
 CONFIG_FILE = "config.yaml"
 PLAN_FILE = "plan.yaml"
 COSTS_FILE = "costs.json"
+LENGTHS_FILE = "lengths.json"
 MEASURED_FILES = (CONFIG_FILE, COSTS_FILE, f"{COSTS_FILE}.partial")
 """What a run leaves that was stopped while it measured; the next one may go on from it."""
 
@@ -46,7 +47,7 @@ def train(
     adapter as PEFT reads it.
     """
     from lobra_jax.config import load_config, model_config, save_config, select_tasks
-    from lobra_jax.data.load import load_tasks
+    from lobra_jax.data.load import load_tasks, workload_of
     from lobra_jax.devices import configure, run_devices
     from lobra_jax.feeder import check_lengths
 
@@ -57,7 +58,8 @@ def train(
     model = model_config(config)
     data = load_tasks(config)
     costs = _costs(config, model, config_path, out, plan_path, resume)
-    plan = _plan(config, data, costs, out, plan_path, resume)
+    workload = workload_of(data)
+    plan = _plan(config, workload, costs, out, plan_path, resume)
     check_lengths(data, plan)
     configure(config.devices, cache_dir=config.data.cache_dir)
 
@@ -65,11 +67,14 @@ def train(
     from lobra_jax.train import train as run
 
     devices = run_devices(config.devices)
+    if resume:
+        _check_checkpoint(config, model, out)
     _check_devices(plan, model, devices)
     out.mkdir(parents=True, exist_ok=True)
     save_config(config, out / CONFIG_FILE)
     plan.save(out / PLAN_FILE)
     costs.save(out / COSTS_FILE)
+    workload.save(out / LENGTHS_FILE)
     click.echo(f"plan: {plan}")
     inputs = Inputs(config=config, model=model, tasks=data, plan=plan, costs=costs, devices=tuple(devices))
     run(inputs, out, resume=resume, say=click.echo)
@@ -131,17 +136,17 @@ def _measure(config: RunConfig, config_path: Path, out: Path) -> Path:
 
 def _plan(
     config: RunConfig,
-    data: tuple[TaskData, ...],
+    workload: Workload,
     costs: CostTable,
     out: Path,
     plan_path: Path | None,
     resume: bool,
 ) -> Plan:
-    from planner.plan import Plan
-
     if resume or plan_path is not None:
+        from planner.inputs import load_plan
+
         path = plan_path if plan_path is not None else out / PLAN_FILE
-        plan = Plan.load(path)
+        plan = load_plan(path, None, costs=costs, workload=workload)
         if plan.model != costs.model:
             raise UserError("plan of another model", file=path, key="model", value=plan.model, expected=costs.model)
         known = {cost.config for cost in costs.configs}
@@ -155,11 +160,10 @@ def _plan(
                     expected="one of " + ", ".join(str(c) for c in sorted(known)),
                 )
         return plan
-    return _make_plan(config, data, costs)
+    return _make_plan(config, workload, costs)
 
 
-def _make_plan(config: RunConfig, data: tuple[TaskData, ...], costs: CostTable) -> Plan:
-    from lobra_jax.data.load import workload_of
+def _make_plan(config: RunConfig, workload: Workload, costs: CostTable) -> Plan:
     from planner.planners import make_plan
     from planner.problem import Constraints
 
@@ -167,7 +171,7 @@ def _make_plan(config: RunConfig, data: tuple[TaskData, ...], costs: CostTable) 
     num_devices = config.devices.num_devices or config.devices.simulated or costs.hardware["num_devices"]
     return make_plan(
         section.planner,
-        workload_of(data),
+        workload,
         costs,
         num_devices,
         buckets=section.buckets,
@@ -185,3 +189,11 @@ def _check_devices(plan: Plan, model: LlamaConfig, devices: list[Any]) -> None:
     cut(plan, devices)
     for group in plan.replicas:
         check_model_fits(model, group.config)
+
+
+def _check_checkpoint(config: RunConfig, model: LlamaConfig, out: Path) -> None:
+    from lobra_jax.checkpoint import Checkpoints
+    from lobra_jax.train import CHECKPOINTS_FOLDER, run_metadata
+
+    with Checkpoints(out / CHECKPOINTS_FOLDER, keep=config.training.keep_checkpoints) as checkpoints:
+        checkpoints.check(run_metadata(config, model, {}))

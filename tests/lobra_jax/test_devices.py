@@ -1,0 +1,63 @@
+"""Devices of a run: simulated ones in a fresh process, limits, mistakes."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from lobra_jax.config import DevicesConfig
+from lobra_jax.devices import configure, memory_limit, run_devices
+from planner.errors import UserError
+
+FRESH = """
+import sys
+from pathlib import Path
+from lobra_jax.config import DevicesConfig
+from lobra_jax.devices import configure
+configure(DevicesConfig(simulated=3), cache_dir=Path(sys.argv[1]))
+import jax
+print(len(jax.devices()), jax.devices()[0].platform, jax.config.jax_compilation_cache_dir)
+"""
+
+
+def test_fresh_process_gets_simulated_devices_and_a_compilation_cache(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, tmp_path], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["3", "cpu", str(tmp_path / "xla")]
+
+
+def test_a_process_on_other_devices_refuses_and_is_left_as_it_was(tmp_path):
+    number = len(jax.devices())
+    flags = os.environ["XLA_FLAGS"]
+    configure(DevicesConfig(simulated=number), cache_dir=tmp_path)
+    with pytest.raises(UserError, match=f"devices.simulated: JAX already runs on {number} cpu devices"):
+        configure(DevicesConfig(simulated=number + 1), cache_dir=tmp_path)
+    assert os.environ["XLA_FLAGS"].split() == flags.split()
+
+
+def test_the_first_devices_are_used_and_there_must_be_enough():
+    assert run_devices(DevicesConfig(num_devices=2)) == jax.devices()[:2]
+    assert run_devices(DevicesConfig()) == jax.devices()
+    with pytest.raises(UserError, match="devices.num_devices: .*got 99.*at most"):
+        run_devices(DevicesConfig(num_devices=99))
+
+
+def test_memory_limit_is_the_configs_else_the_devices():
+    class Device:
+        platform = "gpu"
+
+        def __init__(self, stats):
+            self.stats = stats
+
+        def memory_stats(self):
+            return self.stats
+
+    assert memory_limit(DevicesConfig(memory_bytes=5), Device({"bytes_limit": 7})) == 5
+    assert memory_limit(DevicesConfig(), Device({"bytes_limit": 7})) == 7
+    for stats in (None, {}):
+        with pytest.raises(UserError, match="devices.memory_bytes.*4GiB"):
+            memory_limit(DevicesConfig(), Device(stats))

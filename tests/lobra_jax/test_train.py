@@ -1,0 +1,280 @@
+"""`lobra train` from files to adapters: resume, solo against joint, stopping a task, refusing to overwrite."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from lobra_jax.cli import main
+from lobra_jax.metrics import read_metrics
+from lobra_jax.models.config import LlamaConfig
+from lobra_jax.models.hf import save_hf
+from lobra_jax.models.weights import RandomWeights
+from lobra_jax.peft_folder import read_peft_adapter
+from lobra_jax.train import Trainer
+from planner.cost import ConfigCost, CostTable
+from planner.plan import ParallelConfig, Plan, ReplicaGroup
+
+MODEL = LlamaConfig(
+    name="base",
+    vocab_size=300,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=8,
+)
+STEPS = 6
+CONFIGS = [(1, 1, "none", 128), (1, 2, "none", 128), (2, 1, "full", 128)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with base, tokenizer, two tasks' data, config, cost table and two plans."""
+    folder = tmp_path_factory.mktemp("world")
+    rng = np.random.default_rng(0)
+    words = [f"w{i:02d}" for i in range(40)]
+
+    def text(count):
+        return " ".join(rng.choice(words, count))
+
+    short = [{"prompt": text(3) + " ", "completion": text(int(rng.integers(2, 5)))} for _ in range(30)]
+    long = [{"text": text(int(rng.integers(8, 16)))} for _ in range(30)]
+    for name, records in (("short", short), ("long", long)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([" ".join(words)], trainer)
+    save_hf(folder / "base", MODEL, RandomWeights(MODEL, 0))
+    tokenizer.save(str(folder / "base" / "tokenizer.json"))
+    config = {
+        "model": {"path": "base", "dtype": "float32"},
+        "data": {"cache_dir": "cache"},
+        "devices": {"simulated": 8},
+        "planner": {"costs": "costs.json"},
+        "training": {"checkpoint_interval": 2, "eval_batch_size": 8},
+        "tasks": [
+            {"name": "short", "files": ["short.jsonl"], "batch_size": 5, "steps": STEPS, "rank": 2, "alpha": 4,
+             "lr": 3e-3, "dropout": 0.1, "eval_fraction": 0.2, "eval_interval": 4, "epsilon": 1e-6},
+            {"name": "long", "files": ["long.jsonl"], "batch_size": 3, "steps": STEPS - 1, "rank": 4, "alpha": 8,
+             "targets": ["q", "v", "up"], "lr": 2e-3, "epsilon": 1e-6},
+        ],
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    costs = tuple(
+        ConfigCost(
+            config=ParallelConfig(tp=tp, pp=pp, remat=remat),
+            capacity_tokens=capacity,
+            coefficients=(0.0, 0.0, 1e-5 / tp, 0.0, 0.0, 1e-3),
+        )
+        for tp, pp, remat, capacity in CONFIGS
+    )
+    CostTable(model="base", model_fingerprint=MODEL.fingerprint, hardware={"num_devices": 8}, configs=costs).save(
+        folder / "costs.json"
+    )
+    for name, chosen in (("one", [0]), ("many", [0, 1, 2])):
+        groups = tuple(
+            ReplicaGroup(count=1, config=costs[i].config, capacity_tokens=costs[i].capacity_tokens) for i in chosen
+        )
+        Plan(model="base", num_devices=8, replicas=groups, buckets=(64,)).save(folder / f"{name}.yaml")
+    return folder
+
+
+def lobra(*arguments: object):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def train(world: Path, out: Path, *arguments: object, plan: str = "one"):
+    return lobra("train", "--config", world / "config.yaml", "--plan", world / f"{plan}.yaml", "--out", out, *arguments)
+
+
+def adapter(run: Path, task: str) -> dict[str, np.ndarray]:
+    _, layers = read_peft_adapter(run / "adapters" / task)
+    return {
+        f"{layer}.{target}.{factor}": array
+        for layer, targets in layers.items()
+        for target, pair in targets.items()
+        for factor, array in pair.items()
+    }
+
+
+def difference(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    """|found - expected| / |expected| over a whole adapter."""
+    assert found.keys() == expected.keys()
+    squares = [(np.sum((found[k] - expected[k]) ** 2), np.sum(expected[k] ** 2)) for k in expected]
+    above, below = np.sum(squares, axis=0, dtype=np.float64)
+    return float(np.sqrt(above / below))
+
+
+@pytest.fixture(scope="module")
+def finished(world):
+    """An uninterrupted joint run on three unlike replicas."""
+    out = world / "finished"
+    result = train(world, out, plan="many")
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_a_run_leaves_everything_it_promises(world, finished):
+    steps = read_metrics(finished / "metrics.jsonl", "step")
+    assert [r["step"] for r in steps] == list(range(1, STEPS + 1))
+    assert all(len(r["measured_s"]) == len(r["predicted_s"]) == 3 for r in steps)
+    tasks = read_metrics(finished / "metrics.jsonl", "task")
+    assert [r["task_step"] for r in tasks if r["task"] == "long"] == list(range(1, STEPS))
+    assert tasks[-1]["loss"] < tasks[0]["loss"]
+    evals = [(r["task"], r["step"]) for r in read_metrics(finished / "metrics.jsonl", "eval")]
+    assert evals == [("short", 0), ("short", 4), ("short", STEPS)]
+    for name in ("config.yaml", "plan.yaml", "costs.json", "lengths.json", "timeline.json", "tensorboard"):
+        assert (finished / name).exists()
+    spec, _ = read_peft_adapter(finished / "adapters" / "long")
+    assert (spec.rank, spec.targets) == (4, ("q", "v", "up"))
+    timeline = json.loads((finished / "timeline.json").read_text())
+    drawn = [item for r in timeline["replicas"] for stage in r["stages"] for item in stage]
+    assert drawn and all(0 <= item["start_s"] <= item["end_s"] <= timeline["step_s"] for item in drawn)
+
+
+def test_nothing_is_compiled_after_warm_up(finished):
+    assert [r["compilations"] for r in read_metrics(finished / "metrics.jsonl", "step")] == [0] * STEPS
+
+
+@pytest.mark.parametrize("name", ["short", "long"])
+def test_a_task_trained_alone_gives_the_adapter_of_the_joint_run(world, finished, tmp_path, name):
+    result = train(world, tmp_path / "solo", "--tasks", name)
+    assert result.exit_code == 0, result.output
+    assert [p.name for p in (tmp_path / "solo" / "adapters").iterdir()] == [name]
+    assert difference(adapter(tmp_path / "solo", name), adapter(finished, name)) < 1e-5
+
+
+def test_a_killed_run_resumes_bitwise(world, finished, tmp_path, monkeypatch):
+    out, issue = tmp_path / "killed", Trainer._issue
+
+    def killed(self, step, task_steps, feeder):
+        if step == 5:
+            raise KeyboardInterrupt
+        return issue(self, step, task_steps, feeder)
+
+    monkeypatch.setattr(Trainer, "_issue", killed)
+    assert train(world, out, plan="many").exit_code == 130
+    monkeypatch.undo()
+    result = train(world, out, "--resume", plan="many")
+    assert result.exit_code == 0, result.output
+    assert "resumed after step 4" in result.output
+    for name in ("short", "long"):
+        whole, resumed = adapter(finished, name), adapter(out, name)
+        for key, array in whole.items():
+            np.testing.assert_array_equal(array, resumed[key])
+    assert [r["step"] for r in read_metrics(out / "metrics.jsonl", "step")] == list(range(1, STEPS + 1))
+    losses = [
+        [r["loss"] for r in read_metrics(run / "metrics.jsonl", "task") if r["task"] == "short"]
+        for run in (finished, out)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_resume_on_another_plan_goes_on_from_the_same_state(world, finished, tmp_path, monkeypatch):
+    out, issue = tmp_path / "moved", Trainer._issue
+
+    def killed(self, step, task_steps, feeder):
+        if step == 3:
+            raise KeyboardInterrupt
+        return issue(self, step, task_steps, feeder)
+
+    monkeypatch.setattr(Trainer, "_issue", killed)
+    train(world, out, plan="many")
+    monkeypatch.undo()
+    result = train(world, out, "--resume", plan="one")
+    assert result.exit_code == 0, result.output
+    assert difference(adapter(out, "short"), adapter(finished, "short")) < 1e-5
+
+
+def test_a_task_whose_loss_is_not_finite_stops_alone(world, finished, tmp_path):
+    out = tmp_path / "broken"
+    result = train(world, out, "--set", "tasks.long.lr=1e38")
+    assert result.exit_code == 2
+    assert "task 'long' at step 2" in result.output.splitlines()[-1]
+    assert all(np.isfinite(array).all() for array in adapter(out, "long").values())
+    assert not any(array.any() for key, array in adapter(out, "long").items() if key.endswith(".b"))
+    assert difference(adapter(out, "short"), adapter(finished, "short")) < 1e-5
+    events = [r["task"] for r in read_metrics(out / "metrics.jsonl", "event") if r["event"] == "nan"]
+    assert events == ["long"]
+
+
+def test_a_run_directory_is_never_overwritten(world, finished):
+    before = (finished / "metrics.jsonl").read_bytes()
+    result = train(world, finished)
+    assert result.exit_code == 2 and "already exists" in result.output
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--set", "tasks.long.rank=8"], r"tasks.long.rank.*got 4.*expected 8"),
+        (["--tasks", "short"], r"tasks.*got 'short, long'.*expected short"),
+        (["--set", "tasks.0.name=other"], r"tasks.*'short, long'.*other, long"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(world, finished, arguments, complaint):
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in finished.iterdir() if p.is_file())
+    result = train(world, finished, "--resume", *arguments)
+    assert result.exit_code == 2
+    line = result.output.strip().splitlines()[-1]
+    assert re.search(complaint, line), line
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in finished.iterdir() if p.is_file()) == before
+
+
+def write_plan(world: Path, folder: Path, **changes: object) -> Path:
+    raw = yaml.safe_load((world / "one.yaml").read_text()) | changes
+    (folder / "plan.yaml").write_text(yaml.safe_dump(raw))
+    return folder / "plan.yaml"
+
+
+REPLICA = {"count": 1, "tp": 1, "pp": 1, "remat": "none", "capacity_tokens": 128}
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"num_devices": 99, "replicas": [{**REPLICA, "count": 99}]}, "the plan needs more devices than there are"),
+        ({"buckets": [16]}, "has a sequence longer than any replica of the plan takes"),
+        ({"replicas": [{**REPLICA, "tp": 4}]}, "the cost table lacks a config of the plan"),
+        ({"model": "other"}, "plan of another model"),
+        ({"replicas": [{**REPLICA, "remat": "some"}]}, "expected one of none, dots, full"),
+        ({"replicas": [{**REPLICA, "speed": 1}]}, "unknown key 'speed'"),
+    ],
+)
+def test_a_plan_that_cannot_run_is_one_line_and_leaves_nothing(world, tmp_path, changes, complaint):
+    plan = write_plan(world, tmp_path, **changes)
+    out = tmp_path / "run"
+    result = lobra("train", "--config", world / "config.yaml", "--plan", plan, "--out", out)
+    assert result.exit_code == 2, result.output
+    assert complaint in result.output and result.output.strip().count("\n") == 0
+    assert not out.exists()
+
+
+def test_a_cost_table_of_another_model_is_refused(world, tmp_path):
+    raw = json.loads((world / "costs.json").read_text()) | {"model_fingerprint": "0" * 16}
+    (tmp_path / "costs.json").write_text(json.dumps(raw))
+    result = train(world, tmp_path / "run", "--set", f"planner.costs={tmp_path / 'costs.json'}")
+    assert result.exit_code == 2 and "cost table of another model" in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_plan_one_is_made_from_the_cost_table(world, tmp_path):
+    out = tmp_path / "planned"
+    result = lobra(
+        "train", "--config", world / "config.yaml", "--out", out, "--tasks", "short",
+        "--set", "devices.num_devices=1", "--set", "tasks.short.steps=1", "--set", "planner.num_buckets=1",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert Plan.load(out / "plan.yaml").planner == "exact"

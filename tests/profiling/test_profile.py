@@ -1,0 +1,165 @@
+"""`lobra profile` on simulated devices: the table, capacities under a memory limit, resuming, mistakes."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from lobra_jax.cli import main
+from lobra_jax.config import load_config, model_config
+from lobra_jax.replica import memory_bytes
+from planner.cost import CostTable
+from planner.plan import ParallelConfig
+from profiling.measure import Bench, Setup, reserve_bytes
+from profiling.table import partial_path
+
+MODEL = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+LIMIT = 1_500_000
+SMALLER_LIMIT = 800_000
+SHAPES = ("--lengths", "16,128", "--repeats", "1", "--max-tokens", "256")
+WHOLE = ParallelConfig(tp=1, pp=1, remat="none")
+WIDE = ParallelConfig(tp=2, pp=1, remat="none")
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("profile")
+    (folder / "config.json").write_text(json.dumps(MODEL))
+    task = {"files": "none.jsonl", "batch_size": 2, "steps": 1}
+    content = {
+        "model": {"path": ".", "dtype": "float32"},
+        "devices": {"simulated": 8, "memory_bytes": LIMIT},
+        "planner": {"remats": ["none"]},
+        "tasks": [{"name": "a", "rank": 2, **task}, {"name": "b", "rank": 4, **task}],
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def profile(*args):
+    return CliRunner().invoke(main, ["profile", *map(str, args)])
+
+
+@pytest.fixture(scope="module")
+def profiled(config_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "costs.json"
+    result = profile("--config", config_file, "--out", out, *SHAPES, "--configs", "1x1,1x2,2x1")
+    assert result.exit_code == 0, result.output
+    return CostTable.load(out), out, result.output
+
+
+def setup_of(config_file, limit=LIMIT):
+    return Setup(
+        model=model_config(load_config(config_file, check_files=False)),
+        dtype=jnp.float32,
+        num_tasks=2,
+        rank=4,
+        dropout=False,
+        devices=jax.devices(),
+        limit_bytes=limit,
+        lengths=(16, 128),
+        max_tokens=256,
+        repeats=1,
+        cores=2,
+        num_threads=2,
+    )
+
+
+def test_table_has_every_config_with_times_and_a_held_out_error(profiled, config_file):
+    table, _, output = profiled
+    assert {(c.config.tp, c.config.pp) for c in table.configs} == {(1, 1), (1, 2), (2, 1)}
+    assert table.model_fingerprint == model_config(load_config(config_file, check_files=False)).fingerprint
+    assert table.step_overhead_s > 0
+    for cost in table.configs:
+        assert cost.fit_error is not None and cost.fit_error.num_held_out == sum(p.held_out for p in cost.points) == 1
+        assert all(p.seconds > 0 and 0 < p.peak_bytes <= LIMIT for p in cost.points)
+        assert all(p.rows * p.length <= cost.capacity_tokens for p in cost.points)
+        assert cost.micro_batch_s(1, cost.capacity_tokens) > cost.micro_batch_s(1, 16) >= 0
+        assert str(cost.capacity_tokens) in output
+
+
+def test_table_says_how_it_was_measured(profiled):
+    table, _, _ = profiled
+    assert table.hardware["platform"] == "cpu" and table.hardware["num_devices"] == 8
+    assert table.hardware["memory_bytes"] == LIMIT
+    assert set(table.hardware["host_sharing"]["by_devices"]) >= {"1", "2"}
+    assert (table.provenance["num_tasks"], table.provenance["rank"]) == (2, 4)
+
+
+@pytest.mark.parametrize("config", [WHOLE, WIDE], ids=str)
+def test_capacity_is_within_the_limit_by_the_compilers_count(profiled, config_file, config):
+    setup = setup_of(config_file)
+    bench = Bench(setup, config, copies=1)
+    shape = (1, profiled[0][config].capacity_tokens)
+    bench.compile([shape], copies=1)
+    assert memory_bytes(bench.replicas[0], shape) + reserve_bytes(bench.replicas[0], 8) <= LIMIT
+
+
+def test_capacity_grows_with_width_and_shrinks_with_memory(profiled, config_file, tmp_path):
+    table, _, _ = profiled
+    assert table[WIDE].capacity_tokens > table[WHOLE].capacity_tokens
+    out = tmp_path / "costs.json"
+    smaller = f"devices.memory_bytes={SMALLER_LIMIT}"
+    result = profile("--config", config_file, "--out", out, *SHAPES, "--configs", "1x1", "--set", smaller)
+    assert result.exit_code == 0, result.output
+    assert CostTable.load(out)[WHOLE].capacity_tokens < table[WHOLE].capacity_tokens
+
+
+def test_resume_measures_only_what_is_missing(profiled, config_file, tmp_path):
+    table, out, _ = profiled
+    assert not partial_path(out).exists()
+    again = tmp_path / "costs.json"
+    header = {key: getattr(table, key) for key in ("model", "model_fingerprint", "hardware", "provenance")}
+    partial = {"header": header, "table": table.to_dict(), "dropped": []}
+    partial_path(again).write_text(json.dumps(partial))
+
+    result = profile("--config", config_file, "--out", again, *SHAPES, "--configs", "1x1,1x2,2x1")
+
+    assert result.exit_code == 0, result.output
+    assert "3 of 3 configs were measured before" in result.output
+    assert CostTable.load(again).configs == table.configs
+    assert not partial_path(again).exists()
+
+
+def test_user_mistakes_are_one_line(config_file, tmp_path):
+    good = ("--config", config_file, "--out", tmp_path / "costs.json", *SHAPES)
+    for args, words in [
+        ((*good, "--set", "devices.memory_bytes=null"), ["devices.memory_bytes", "4GiB"]),
+        ((*good, "--set", "devices.memory_bytes=1KiB"), ["devices.memory_bytes", "weights and adapters"]),
+        ((*good, "--set", "devices.simulated=3"), ["devices.simulated", "8 cpu devices"]),
+        ((*good, "--set", "devices.simulated=null", "--set", "devices.num_devices=9"), ["num_devices", "at most 8"]),
+        ((*good, "--configs", "4x1"), ["--configs", "4x1", "1x1"]),
+        ((*good, "--lengths", "20"), ["--lengths", "multiples of 16"]),
+        (("--config", config_file, "--out", tmp_path / "no" / "costs.json"), ["--out", "existing folder"]),
+        (("--config", config_file, "--out", tmp_path / "costs.json"), ["files", "existing JSONL file"]),
+    ]:
+        result = profile(*args)
+        assert result.exit_code == 2, (args, result.output)
+        error = result.output.strip().splitlines()[-1]
+        assert error.startswith("error: ") and all(word in error for word in words), error
+        assert not (tmp_path / "costs.json").exists()
+
+
+def test_damaged_partial_file_is_named(config_file, tmp_path):
+    out = tmp_path / "costs.json"
+    partial_path(out).write_text("{")
+    result = profile("--config", config_file, "--out", out, *SHAPES)
+    assert result.exit_code == 2 and partial_path(out).name in result.output.replace("\n", "")
