@@ -60,7 +60,7 @@ class ConfigCost:
     def __post_init__(self) -> None:
         if len(self.coefficients) != NUM_COEFFICIENTS:
             raise ValueError(
-                f"ConfigCost.coefficients of {self.config}: {len(self.coefficients)} values, expected {NUM_COEFFICIENTS}"
+                f"ConfigCost.coefficients of {self.config}: {len(self.coefficients)}, expected {NUM_COEFFICIENTS}"
             )
         if self.capacity_tokens < 1:
             raise ValueError(f"ConfigCost.capacity_tokens of {self.config} = {self.capacity_tokens}: expected >= 1")
@@ -144,7 +144,9 @@ class CostTable:
         except KeyError as error:
             raise UserError(f"missing key {error}", file=file, expected="a cost table of `lobra profile`") from error
         except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"bad cost table: {error}", file=file, expected="a cost table of `lobra profile`") from error
+            raise UserError(
+                f"bad cost table: {error}", file=file, expected="a cost table of `lobra profile`"
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> CostTable:

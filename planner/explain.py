@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from planner import task_fused
 from planner.cost import ConfigCost, CostTable
 from planner.dispatch import MicroBatch, dispatch
-from planner.equal_share import best_homogeneous
 from planner.errors import UserError
 from planner.plan import Plan
 from planner.planners import PLANNERS, solver
@@ -271,7 +271,7 @@ def _alternatives(
         (f"without {group.config}", lambda group=group: solver("exact")(_without(problem, group.config)))
         for group in plan.replicas
     ]
-    tries.append((ONE_CONFIG, lambda: _homogeneous(problem)))
+    tries.append((ONE_CONFIG, lambda: task_fused.solve(problem)))
     more = problem.num_devices + 1
     one_more = f"one more device ({more})"
     tries.append((one_more, lambda: solver("exact")(_on_devices(problem, workload, more))))
@@ -303,9 +303,3 @@ def _on_devices(problem: PlanningProblem, workload: Workload, num_devices: int) 
     return build_problem(
         workload, problem.costs, num_devices, buckets=problem.buckets, time_limit_s=problem.time_limit_s
     )
-
-
-def _homogeneous(problem: PlanningProblem) -> Plan:
-    share = best_homogeneous(problem, range(len(problem.configs)))
-    step_s = share.step_s + problem.costs.step_overhead_s
-    return problem.make_plan(share.counts, step_s=step_s, bound_s=0.0, planner="homogeneous", solve_s=0.0)

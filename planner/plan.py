@@ -109,7 +109,7 @@ class Plan:
             raise ValueError(f"Plan.buckets = {list(self.buckets)}: expected ascending positive lengths")
         if self.buckets[-1] > self.max_capacity_tokens:
             raise ValueError(
-                f"Plan.buckets: {self.buckets[-1]} exceeds every replica's capacity (largest {self.max_capacity_tokens})"
+                f"Plan.buckets: {self.buckets[-1]} exceeds every replica's capacity, at most {self.max_capacity_tokens}"
             )
 
     @property
@@ -166,7 +166,11 @@ class Plan:
         _reject_unknown(raw, known, file, None)
         if raw.get("version") != PLAN_VERSION:
             raise UserError(
-                "unsupported plan version", file=file, key="version", value=raw.get("version"), expected=str(PLAN_VERSION)
+                "unsupported plan version",
+                file=file,
+                key="version",
+                value=raw.get("version"),
+                expected=str(PLAN_VERSION),
             )
         groups = []
         replicas = _field(raw, "replicas", list, file, None)
@@ -235,9 +239,7 @@ def _require_mapping(raw: Any, file: object, key: str | None) -> Mapping[str, An
 def _reject_unknown(raw: Mapping[str, Any], known: set[str], file: object, key: str | None) -> None:
     for name in raw:
         if name not in known:
-            raise UserError(
-                f"unknown key {name!r}", file=file, key=key, expected="one of " + ", ".join(sorted(known))
-            )
+            raise UserError(f"unknown key {name!r}", file=file, key=key, expected="one of " + ", ".join(sorted(known)))
 
 
 def _field(raw: Mapping[str, Any], name: str, kind: type, file: object, key: str | None) -> Any:

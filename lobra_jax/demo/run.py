@@ -1,0 +1,155 @@
+"""The demo: every command on built-in tasks and simulated devices, then a table and a report.
+
+Each stage is the very command that a user would run, in a process of its own; this module only strings them together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from lobra_jax.config import RunConfig, save_config
+from lobra_jax.demo.corpus import Corpus, write_corpus
+from lobra_jax.demo.settings import run_config
+from lobra_jax.demo.tokenizer import train_tokenizer
+from planner.errors import UserError
+from planner.inputs import beside
+
+BASE_SECONDS = 50
+MEMORY_BYTES = 96 * 1024**2
+"""Of each simulated device: the longest sequences fit none alone."""
+
+FUSED_STEPS = 3
+"""Steps that the baseline is run for; the run's first steps have the same batches."""
+
+PROFILE_OPTIONS = ("--repeats", "2")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DemoFolder:
+    """Where everything lies."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def costs(self) -> Path:
+        return self.root / "costs.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.yaml"
+
+    @property
+    def fused_plan(self) -> Path:
+        return self.root / "task_fused.yaml"
+
+    @property
+    def run(self) -> Path:
+        return self.root / "run"
+
+    @property
+    def fused_run(self) -> Path:
+        return self.root / "task_fused_run"
+
+    @property
+    def adapters(self) -> Path:
+        return self.root / "adapters"
+
+
+def run_demo(out: Path, *, steps: int, say: Callable[[str], None]) -> None:
+    """Runs the whole demo into the new folder `out`.
+
+    Raises:
+      UserError: `out` is not empty, or a command failed (it has printed its own line).
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError("already exists", file=out, key="--out", expected="a new or empty folder")
+    started = time.perf_counter()
+
+    def stage(number: int, text: str) -> None:
+        say(f"[{time.perf_counter() - started:5.0f} s] {number}/7 {text}")
+
+    folder = DemoFolder(root=out)
+    out.mkdir(parents=True, exist_ok=True)
+    stage(1, "seven tasks and a tokenizer out of the text that Python ships")
+    config = _make_inputs(folder, steps, stage)
+    _lobra("tokenize", "--config", folder.config)
+    stage(3, f"a cost table of {config.devices.simulated} simulated devices")
+    _lobra("profile", "--config", folder.config, "--out", folder.costs, *PROFILE_OPTIONS)
+    stage(4, "a plan")
+    _lobra("plan", "--config", folder.config, "--costs", folder.costs, "--out", folder.plan)
+    _plan_task_fused(folder, config)
+    stage(5, "training every task jointly on the planned replicas")
+    _lobra("train", "--config", folder.config, "--plan", folder.plan, "--out", folder.run)
+    stage(6, f"the baseline Task-Fused on the same devices, {FUSED_STEPS} steps")
+    few = min(FUSED_STEPS, steps)
+    _lobra(
+        "train", "--config", folder.config, "--plan", folder.fused_plan, "--out", folder.fused_run,
+        "--set", f"tasks.*.steps={few}", "--set", "tasks.*.eval_files=[]",
+        "--set", "tasks.*.schedule.warmup_steps=0",
+    )  # fmt: skip
+    stage(7, "adapters and report")
+    for task in config.tasks:
+        _lobra("export", "--run", folder.run, "--task", task.name, "--out", folder.adapters / task.name)
+    _finish(folder, say)
+    say(f"[{time.perf_counter() - started:5.0f} s] done")
+
+
+def _make_inputs(folder: DemoFolder, steps: int, stage: Callable[[int, str], None]) -> RunConfig:
+    corpus: Corpus = write_corpus(folder.root / "data")
+    tokenizer = folder.root / "tokenizer.json"
+    train_tokenizer([corpus.base_file, *(task.train_file for task in corpus.tasks)], tokenizer)
+    stage(2, f"a small Llama base, pre-trained for {BASE_SECONDS} s")
+    base = folder.root / "base"
+    command = [sys.executable, "-m", "lobra_jax.demo.base", "--corpus", str(corpus.base_file)]
+    _run([*command, "--tokenizer", str(tokenizer), "--out", str(base), "--seconds", str(BASE_SECONDS)])
+    config = run_config(corpus, base, steps=steps, memory_bytes=MEMORY_BYTES, cache_dir=folder.root / "cache")
+    save_config(config, folder.config)
+    return config
+
+
+def _plan_task_fused(folder: DemoFolder, config: RunConfig) -> None:
+    """The best plan of one kind of replica, from the same costs, lengths and buckets."""
+    from planner.cost import CostTable
+    from planner.plan import Plan
+    from planner.problem import build_problem
+    from planner.task_fused import solve
+    from planner.workload import Workload
+
+    plan = Plan.load(folder.plan)
+    costs = CostTable.load(beside(folder.plan, "costs"))
+    lengths = Workload.load(beside(folder.plan, "lengths"))
+    solve(build_problem(lengths, costs, plan.num_devices, buckets=plan.buckets)).save(folder.fused_plan)
+    costs.save(beside(folder.fused_plan, "costs"))
+
+
+def _finish(folder: DemoFolder, say: Callable[[str], None]) -> None:
+    from rich.console import Console
+
+    from lobra_jax.demo.summary import demo_summary, print_summary
+    from lobra_jax.report import write_report
+
+    summary = demo_summary(folder.run, folder.fused_run)
+    report = write_report(folder.run, summary=summary)
+    print_summary(summary, Console())
+    say(f"adapters (PEFT): {folder.adapters}")
+    say(f"report: {report} (pictures beside it)")
+
+
+def _lobra(*arguments: object) -> None:
+    _run([sys.executable, "-m", "lobra_jax", *map(str, arguments)])
+
+
+def _run(command: list[str]) -> None:
+    status = subprocess.run(command, check=False).returncode
+    if status != 0:
+        name = " ".join(command[2:4])
+        raise UserError(f"{name} failed with status {status}", expected="its one-line reason above")
