@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -28,6 +28,8 @@ LARGE_CAPACITY_TOKENS = 1024
 MIN_MAX_TOKENS = {"cpu": 1024}
 """Least largest micro-batch by platform, unless the user says otherwise: a few rows pay even for short sequences."""
 MIN_MAX_TOKENS_OTHERWISE = 4096
+MIN_SHAPES_TO_TEST = 3
+"""With fewer measured shapes all are fitted and none tests the fit."""
 SHORT_QUANTILE = 0.1
 """The shortest measured length covers this share of the sequences."""
 
@@ -113,23 +115,30 @@ def probe_shapes(lengths: Sequence[int], max_tokens: int) -> tuple[Shape, ...]:
     return tuple(dict.fromkeys((1, min(length, max_tokens)) for length in lengths))
 
 
-def extreme_shapes(shortest: int, capacity: int) -> tuple[Shape, ...]:
-    """The micro-batches of `capacity` tokens that need the most memory: one long row, and as many short ones as fit.
-
-    Bytes grow with rows x length, rows x length^2 and rows; at a fixed product their sum is convex in the length.
-    """
-    return tuple(dict.fromkeys(((1, capacity), (capacity // shortest, shortest))))
+def extreme_shapes(lengths: Sequence[int], capacity: int) -> tuple[Shape, ...]:
+    """The micro-batches of `capacity` tokens with the longest row there can be and with the most rows."""
+    return tuple(dict.fromkeys(((1, capacity), (capacity // lengths[0], lengths[0]))))
 
 
-def middle_shape(lengths: Sequence[int], capacity: int) -> Shape:
-    """A micro-batch of about `capacity` tokens between the extremes: what the fit is tested on."""
+def between_shapes(lengths: Sequence[int], capacity: int) -> tuple[Shape, ...]:
+    """Full micro-batches between the extremes: of the inner lengths, or of a length midway if none has two rows."""
+    inner = tuple((capacity // length, length) for length in lengths[1:-1] if 2 * length <= capacity)
+    if inner:
+        return inner
     length = min(align_up(math.sqrt(lengths[0] * capacity)), capacity)
-    return capacity // length, length
+    return ((capacity // length, length),)
 
 
-def inner_shapes(lengths: Sequence[int], capacity: int) -> tuple[Shape, ...]:
-    """Full micro-batches of the lengths beyond the usual three."""
-    return tuple((capacity // length, length) for length in lengths[2:-1] if length <= capacity)
+def full_shapes(lengths: Sequence[int], capacity: int) -> tuple[Shape, ...]:
+    """What a capacity is confirmed on. Not the extremes alone: other lengths may run other code (attention does)."""
+    return tuple(dict.fromkeys((*extreme_shapes(lengths, capacity), *between_shapes(lengths, capacity))))
+
+
+def held_out_shape(lengths: Sequence[int], capacity: int, measured: Collection[Shape]) -> Shape | None:
+    """The measured shape that the fit is tested on instead of made from; None if it would leave too few."""
+    extremes = extreme_shapes(lengths, capacity)
+    candidates = [s for s in between_shapes(lengths, capacity) if s in measured and s not in extremes]
+    return candidates[0] if candidates and len(measured) >= MIN_SHAPES_TO_TEST else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,8 @@ from lobra_jax.replica import Replica, ReplicaRun, memory_bytes
 from planner.cost import ConfigCost, CostPoint
 from planner.fit import MIN_POINTS_TO_HOLD_OUT, fit_coefficients, hold_out
 from planner.plan import ParallelConfig
-from profiling.grid import HostShare, Shape, host_share, inner_shapes, middle_shape
-from profiling.memory import Capacity, find_capacity
+from profiling.grid import HostShare, Shape, held_out_shape, host_share
+from profiling.memory import find_capacity
 from profiling.timing import slots, time_steps
 
 FILLER_SIZE = 65_521
@@ -190,7 +190,11 @@ def measure_config(setup: Setup, config: ParallelConfig) -> ConfigCost:
         lengths=setup.lengths,
         max_tokens=setup.max_tokens,
     )
-    sizes, held_out = _timed_shapes(bench, capacity, setup.limit_bytes - reserve)
+    sizes = {
+        shape: size
+        for shape, size in capacity.bytes.items()
+        if size <= setup.limit_bytes - reserve and shape[0] * shape[1] <= capacity.tokens
+    }
     bench.compile(list(sizes), copies=share.copies)
     bench.place()
     times = {
@@ -198,6 +202,7 @@ def measure_config(setup: Setup, config: ParallelConfig) -> ConfigCost:
         for shape in sorted(sizes, key=lambda shape: shape[0] * shape[1])
     }
     seconds, fixed = slots(times, pp=config.pp)
+    held_out = held_out_shape(setup.lengths, capacity.tokens, sizes)
     points = [
         CostPoint(
             rows=shape[0],
@@ -219,20 +224,6 @@ def measure_config(setup: Setup, config: ParallelConfig) -> ConfigCost:
         points=tuple(points),
         fit_error=error,
     )
-
-
-def _timed_shapes(bench: Bench, capacity: Capacity, limit_bytes: int) -> tuple[dict[Shape, int], Shape | None]:
-    """(bytes by shape to be timed, the shape among them that is held out of the fit or None if there are too few)."""
-    lengths = bench.setup.lengths
-    sizes = {
-        shape: size
-        for shape, size in capacity.bytes.items()
-        if size <= limit_bytes and shape[0] * shape[1] <= capacity.tokens
-    }
-    middle = middle_shape(lengths, capacity.tokens)
-    more = [s for s in (middle, *inner_shapes(lengths, capacity.tokens)) if s not in sizes]
-    added = {shape: size for shape, size in zip(more, bench.bytes(more), strict=True) if size <= limit_bytes}
-    return sizes | added, middle if middle in added and len(sizes) > 1 else None
 
 
 def _leaf_bytes(leaves: Any) -> int:
@@ -294,4 +285,3 @@ def measure_step_overhead(setup: Setup, config: ParallelConfig) -> float:
         jax.block_until_ready((norms, gradient_sum.spread(state.adapters)))
         readings.append(time.perf_counter() - start)
     return statistics.median(readings[NUM_WARM_UPS:])
-

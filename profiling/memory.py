@@ -7,9 +7,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from scipy.optimize import nnls
 
-from profiling.grid import Shape, align_capacity, extreme_shapes, probe_shapes
+from profiling.grid import Shape, align_capacity, full_shapes, probe_shapes
 
 MAX_TRIES = 6
 """Capacities that are tried at most; each costs a compilation or two."""
@@ -17,54 +16,12 @@ WORTH_GROWING = 1.25
 """A capacity that fits is given up for a larger one only if that is this many times larger."""
 AIM = 0.97
 """Share of the limit that a guess aims at, so that it does not miss by a hair."""
+WORST_EXPONENT = 2.0
+"""How bytes grow with the length of a row where nothing else is known: attention's scores."""
 
 
 class DoesNotFitError(Exception):
     """A config that cannot hold even the smallest micro-batch; the text says why."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MemoryModel:
-    """Bytes of a micro-batch: fixed + per_token x B L + per_pair x B L^2 + per_row x B."""
-
-    fixed: float
-    per_token: float
-    per_pair: float
-    per_row: float
-
-    def bytes(self, rows: int, length: int) -> float:
-        return (
-            self.fixed + self.per_token * rows * length + self.per_pair * rows * length * length + self.per_row * rows
-        )
-
-    def max_tokens(self, limit: float, shortest: int) -> float:
-        """The largest C for which 1 x C and (C / shortest) x shortest stay within `limit` bytes; may be infinite."""
-        free = limit - self.fixed
-        return min(
-            _positive_root(self.per_pair, self.per_token, self.per_row - free),
-            _positive_root(0.0, self.per_token + self.per_pair * shortest + self.per_row / shortest, -free),
-        )
-
-
-def _positive_root(a: float, b: float, c: float) -> float:
-    """x >= 0 with a x^2 + b x + c = 0 for a, b >= 0: 0 if c > 0, infinite if nothing grows."""
-    if c >= 0:
-        return 0.0
-    if a == 0:
-        return math.inf if b == 0 else -c / b
-    return 2 * -c / (b + math.sqrt(b * b - 4 * a * c))
-
-
-def fit_memory(measured: Mapping[Shape, int], fixed: float) -> MemoryModel:
-    """Least squares on relative error, no term negative; `fixed` (weights, adapters, gradients) is known."""
-    shapes = np.array(list(measured), dtype=np.float64)
-    total = np.array(list(measured.values()), dtype=np.float64)
-    rows, lengths = shapes[:, 0], shapes[:, 1]
-    terms = np.stack([rows * lengths, rows * lengths**2, rows], axis=1) / total[:, None]
-    norms = np.linalg.norm(terms, axis=0)
-    solution, _ = nnls(terms / norms, np.maximum(total - fixed, 0) / total)
-    per_token, per_pair, per_row = (solution / norms).tolist()
-    return MemoryModel(fixed=fixed, per_token=per_token, per_pair=per_pair, per_row=per_row)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +40,7 @@ def find_capacity(
     lengths: Sequence[int],
     max_tokens: int,
 ) -> Capacity:
-    """The largest capacity, at most `max_tokens`, whose extreme micro-batches were compiled and fit.
+    """The largest capacity found, at most `max_tokens`, whose full micro-batches were compiled and fit.
 
     Args:
       measure_bytes: compiles shapes and tells the bytes of each on the fullest device.
@@ -112,32 +69,41 @@ def find_capacity(
 
     fits = shortest
     too_large = min((tokens for (_, tokens), size in measured.items() if size > limit_bytes), default=max_tokens + 1)
-    guess = _guess(measured, None, limit_bytes, fixed_bytes, shortest, too_large - 1)
     for _ in range(MAX_TRIES):
-        if not fits < guess < too_large:
+        guess = align_capacity(min(foretold_tokens(measured, AIM * limit_bytes, fixed_bytes), too_large - 1))
+        confirmed = fits > shortest
+        if guess <= fits or (confirmed and guess < WORTH_GROWING * fits):
             break
-        shapes = extreme_shapes(shortest, guess)
-        if measure(shapes) > limit_bytes:
+        if measure(full_shapes(lengths, guess)) <= limit_bytes:
+            fits = guess
+        else:
             too_large = guess
-            guess = _guess(measured, shapes, limit_bytes, fixed_bytes, shortest, too_large - 1)
-            continue
-        grown, fits = fits > shortest, guess
-        guess = _guess(measured, shapes, limit_bytes, fixed_bytes, shortest, too_large - 1)
-        if grown or guess < WORTH_GROWING * fits:
-            break
     return Capacity(tokens=fits, bytes=measured)
 
 
-def _guess(
-    measured: Mapping[Shape, int],
-    nearest: Sequence[Shape] | None,
-    limit: int,
-    fixed: int,
-    shortest: int,
-    max_tokens: int,
-) -> int:
-    """The fitted model's capacity, the model being scaled to pass above the `nearest` shapes' measured bytes."""
-    model = fit_memory(measured, fixed)
-    scale = max(((measured[s] - fixed) / max(model.bytes(*s) - fixed, 1) for s in nearest or ()), default=1.0)
-    free = (AIM * limit - fixed) / max(scale, 1e-9)
-    return align_capacity(min(model.max_tokens(fixed + free, shortest), max_tokens))
+def foretold_tokens(measured: Mapping[Shape, int], limit: float, fixed: float) -> float:
+    """How many tokens should fit into `limit` bytes, as far as the `measured` shapes tell.
+
+    Bytes beyond `fixed` (weights, adapters, gradients) follow a power of the length for single rows, interpolated
+    between those measured, and the number of rows for each measured length.
+    """
+    free = limit - fixed
+    singles = {length: size - fixed for (rows, length), size in measured.items() if rows == 1}
+    bounds = [_inverse_power_law(singles, free)]
+    for length in singles.keys() | {length for _, length in measured}:
+        rows, size = max((rows, size) for (rows, its), size in measured.items() if its == length)
+        rows_that_fit = math.floor(free * rows / max(size - fixed, 1))
+        bounds.append((rows_that_fit + 1) * length - 1)
+    return min(bounds)
+
+
+def _inverse_power_law(points: Mapping[int, float], value: float) -> float:
+    """x for which y = `value`, y being a power of x between neighbouring points (x, y) and on beyond the last two."""
+    x = np.log(sorted(points))
+    y = np.log(np.maximum(np.maximum.accumulate([points[key] for key in sorted(points)]), 1))
+    target = math.log(max(value, 1))
+    if target <= y[-1]:
+        last = int(np.searchsorted(y, target, side="left"))
+        return float(np.exp(np.interp(target, y[: last + 1], x[: last + 1])))
+    exponent = WORST_EXPONENT if len(x) == 1 else max((y[-1] - y[-2]) / (x[-1] - x[-2]), 1.0)
+    return float(np.exp(x[-1] + (target - y[-1]) / exponent))

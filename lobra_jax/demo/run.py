@@ -17,16 +17,18 @@ from lobra_jax.demo.corpus import Corpus, write_corpus
 from lobra_jax.demo.settings import run_config
 from lobra_jax.demo.tokenizer import train_tokenizer
 from planner.errors import UserError
+from planner.bucketing import DEFAULT_ALIGN
 from planner.inputs import beside
 
-BASE_SECONDS = 50
-MEMORY_BYTES = 96 * 1024**2
+BASE_STEPS = 350
+MEMORY_BYTES = 128 * 1024**2
 """Of each simulated device: the longest sequences fit none alone."""
 
 FUSED_STEPS = 3
 """Steps that the baseline is run for; the run's first steps have the same batches."""
 
-PROFILE_OPTIONS = ("--repeats", "2")
+PROFILED_CONFIGS = "1x1,1x2,2x1,4x1"
+SHORTEST_PROFILED_TOKENS = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +85,10 @@ def run_demo(out: Path, *, steps: int, say: Callable[[str], None]) -> None:
     config = _make_inputs(folder, steps, stage)
     _lobra("tokenize", "--config", folder.config)
     stage(3, f"a cost table of {config.devices.simulated} simulated devices")
-    _lobra("profile", "--config", folder.config, "--out", folder.costs, *PROFILE_OPTIONS)
+    _lobra(
+        "profile", "--config", folder.config, "--out", folder.costs, "--configs", PROFILED_CONFIGS,
+        "--lengths", _profiled_lengths(config), "--repeats", "1",
+    )  # fmt: skip
     stage(4, "a plan")
     _lobra("plan", "--config", folder.config, "--costs", folder.costs, "--out", folder.plan)
     _plan_task_fused(folder, config)
@@ -107,13 +112,21 @@ def _make_inputs(folder: DemoFolder, steps: int, stage: Callable[[int, str], Non
     corpus: Corpus = write_corpus(folder.root / "data")
     tokenizer = folder.root / "tokenizer.json"
     train_tokenizer([corpus.base_file, *(task.train_file for task in corpus.tasks)], tokenizer)
-    stage(2, f"a small Llama base, pre-trained for {BASE_SECONDS} s")
+    stage(2, f"a small Llama base, pre-trained for {BASE_STEPS} steps")
     base = folder.root / "base"
     command = [sys.executable, "-m", "lobra_jax.demo.base", "--corpus", str(corpus.base_file)]
-    _run([*command, "--tokenizer", str(tokenizer), "--out", str(base), "--seconds", str(BASE_SECONDS)])
+    _run([*command, "--tokenizer", str(tokenizer), "--out", str(base), "--steps", str(BASE_STEPS)])
     config = run_config(corpus, base, steps=steps, memory_bytes=MEMORY_BYTES, cache_dir=folder.root / "cache")
     save_config(config, folder.config)
     return config
+
+
+def _profiled_lengths(config: RunConfig) -> str:
+    """The shortest and the longest: two lengths and a held-out shape between them are enough for so small a model."""
+    from lobra_jax.data.load import task_lengths
+
+    longest = -(-task_lengths(config).max_length // DEFAULT_ALIGN) * DEFAULT_ALIGN
+    return f"{SHORTEST_PROFILED_TOKENS},{longest}"
 
 
 def _plan_task_fused(folder: DemoFolder, config: RunConfig) -> None:

@@ -27,8 +27,8 @@ def demo_summary(run: Path, fused_run: Path) -> Summary:
     return Summary(
         title="lobra demo",
         lines=(
-            f"{len(steps)} joint steps of {len({r['task'] for r in _tasks(run)})} tasks on {plan.num_devices} simulated "
-            f"devices. Padding share {padding:.1%}, idle share {idle:.1%} (means over steps).",
+            f"{len(steps)} joint steps of {len({r['task'] for r in _tasks(run)})} tasks on {plan.num_devices} simulated"
+            f" devices. Padding share {padding:.1%}, idle share {idle:.1%} (means over steps).",
             "Simulated devices share the host's cores: times compare with each other, not with real devices.",
         ),
         tables=(

@@ -63,13 +63,19 @@ def test_capacity_is_rounded_down_finer_when_small():
 
 @pytest.mark.parametrize("capacity", [16, 48, 1000, 4608])
 def test_shapes_of_a_capacity_never_exceed_it(capacity):
-    lengths = (16, 48, 160, 480, 4608)
-    shapes = [
-        *grid.extreme_shapes(lengths[0], capacity),
-        grid.middle_shape(lengths, capacity),
-        *grid.inner_shapes(lengths, capacity),
-    ]
-    assert all(rows >= 1 and rows * length <= capacity for rows, length in shapes)
+    for lengths in ((16,), (16, 4608), (16, 48, 160, 480, 4608)):
+        shapes = grid.full_shapes(lengths, capacity)
+        assert all(rows >= 1 and rows * length <= capacity for rows, length in shapes)
+        assert (1, capacity) in shapes and (capacity // 16, 16) in shapes
+
+
+def test_fit_is_tested_between_the_extremes():
+    lengths = (16, 160, 4608)
+    shapes = grid.full_shapes(lengths, 1600)
+    assert grid.held_out_shape(lengths, 1600, shapes) == (10, 160)
+    assert grid.held_out_shape(lengths, 1600, shapes[:2]) is None  # it was not measured
+    assert grid.held_out_shape((16, 4608), 1600, grid.full_shapes((16, 4608), 1600)) == (10, 160)
+    assert grid.held_out_shape(lengths, 16, grid.full_shapes(lengths, 16)) is None
 
 
 def test_simulated_devices_fill_the_cores_and_are_charged_for_the_rest():
