@@ -1,21 +1,21 @@
 """The shape lattice: which (rows, length) micro-batches are compiled for a parallel config, and how rows fill them.
 
 A config of capacity C tokens runs bucket s with b = C // s full rows, or with a few smaller row counts kept for the
-remainder, so that the number of compiled programs stays small: (b, b/2, b/4, b/8), rounded up, without repeats.
+remainder, so that the number of compiled programs stays small: (b, b/2, b/4), rounded up, without repeats.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-MAX_ROW_OPTIONS = 4
-"""Row counts compiled for one bucket on one config: the full one and at most three halvings."""
+MAX_ROW_OPTIONS = 3
+"""Row counts compiled for one bucket on one config: the full one and at most two halvings."""
 
 
 def row_options(length: int, capacity_tokens: int) -> tuple[int, ...]:
     """Row counts compiled for padded `length` on a config of `capacity_tokens`, ascending; empty if it does not fit.
 
-    The last is b = capacity_tokens // length, the others its halvings rounded up, down to 1, four in all.
+    The last is b = capacity_tokens // length, the others its halvings rounded up, down to 1, three in all.
     """
     if length < 1:
         raise ValueError(f"row_options: length = {length}, expected >= 1")

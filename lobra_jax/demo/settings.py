@@ -27,9 +27,9 @@ TASK_SETTINGS: dict[str, dict[str, Any]] = {
     },
     "errors": {"context_length": SHORT, "batch_size": 16, "rank": 8, "share_of_steps": 0.7, "lr": 5e-3},
     "bodies": {"context_length": MEDIUM, "batch_size": 10, "rank": 32, "lr": 1e-2},
-    "classes": {"context_length": LONG, "batch_size": 6, "rank": 16, "lr": 1e-2},
-    "topics": {"context_length": LONG, "batch_size": 4, "rank": 32, "lr": 1e-2, "rslora": True, "alpha": 16.0},
-    "modules": {"context_length": LONG, "batch_size": 3, "rank": 16, "lr": 1e-2, "weight_decay": 0.01},
+    "classes": {"context_length": LONG, "batch_size": 5, "rank": 16, "lr": 1e-2},
+    "topics": {"context_length": LONG, "batch_size": 3, "rank": 32, "lr": 1e-2, "rslora": True, "alpha": 16.0},
+    "modules": {"context_length": LONG, "batch_size": 2, "rank": 16, "lr": 1e-2, "weight_decay": 0.01},
 }
 """What each task sets apart from `COMMON`; `share_of_steps` of the run's steps, after which the task is done."""
 
@@ -41,7 +41,7 @@ PLANNER_SETTINGS: dict[str, Any] = {
     "remats": ["none"],  # XLA on CPU merges recomputed values with the first ones: remat saves no memory there
     "max_tp": 4,
     "max_pp": 2,
-    "num_buckets": 5,
+    "num_buckets": 4,
 }
 """Kept small: most of the demo's time goes into compiling."""
 

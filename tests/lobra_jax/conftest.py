@@ -29,6 +29,7 @@ MODEL = LlamaConfig(
     head_dim=4,
 )
 MAX_LENGTH = 24
+DEFAULT_SPEC = LoraSpec(rank=4, alpha=8)
 ROWS = 4
 
 
@@ -44,7 +45,7 @@ class Task:
 
 
 def make_task(
-    name: str, *, batch_size: int, spec: LoraSpec, steps: int, seed: int, clip: float, **schedule: Any
+    name: str, *, batch_size: int, steps: int, seed: int, clip: float, spec: LoraSpec = DEFAULT_SPEC, **schedule: Any
 ) -> Task:
     rng = np.random.default_rng(seed)
     lengths = np.minimum(rng.geometric(0.12, 23) + 2, MAX_LENGTH)
@@ -67,7 +68,7 @@ def make_task(
             learning_rates=learning_rates(steps=steps, **schedule),
             weight_decay=0.01 * seed,
             beta1=0.9,
-            beta2=0.99 + 0.001 * seed,
+            beta2=min(0.99 + 0.001 * seed, 0.999),
             # Where a gradient element cancels to rounding noise Adam moves it by noise / (noise + epsilon): with the
             # usual 1e-8 one such element decides a comparison to 1e-5.
             epsilon=1e-6,
@@ -103,9 +104,7 @@ def make_plan(*configs: tuple[int, int, str], buckets: tuple[int, ...] = (MAX_LE
         model=MODEL.name,
         num_devices=num_devices,
         replicas=tuple(
-            ReplicaGroup(
-                count=1, config=ParallelConfig(tp=tp, pp=pp, remat=remat), capacity_tokens=ROWS * buckets[-1]
-            )
+            ReplicaGroup(count=1, config=ParallelConfig(tp=tp, pp=pp, remat=remat), capacity_tokens=ROWS * buckets[-1])
             for tp, pp, remat in configs
         ),
         buckets=buckets,
@@ -213,6 +212,7 @@ class World:
     plan: Callable[..., Plan]
     engine: Callable[..., Any]
     dispatch: Callable[..., list[list[Any]]]
+    make_task: Callable[..., Task]
     train: Callable[..., Any]
     gradients: Callable[..., dict[str, Any]]
     difference: Callable[[Any, Any], float]
@@ -228,6 +228,7 @@ def world() -> World:
         plan=make_plan,
         engine=make_engine,
         dispatch=any_dispatch,
+        make_task=make_task,
         train=train_steps,
         gradients=step_gradients,
         difference=relative_difference,

@@ -1,13 +1,19 @@
 """The project's central promise: a task's training is the same under any plan, dispatch, buckets and co-tenants."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from lobra_jax.lora import LoraSpec
+
 TOLERANCE = 1e-5
 NUM_STEPS = 20
+CONSTANT = {"kind": "constant", "peak": 1e-3, "warmup_steps": 0, "final_fraction": 1.0}
 
 PLANS = {
     "tensor parallel": [(2, 1, "none")],
+    "eight devices to a layer": [(8, 1, "none")],
     "two stages": [(1, 2, "none")],
     "tensor and pipeline, dots": [(2, 2, "dots")],
     "three stages of four layers, full": [(1, 3, "full")],
@@ -79,3 +85,18 @@ def test_rank_padding_and_untargeted_linears_have_no_gradient(world, reference):
                 assert not pair["a"][index, :, rank:].any()
                 assert not pair["b"][index, rank:].any()
                 assert rank == 0 or pair["a"][index, :, :rank].any()
+
+
+def test_thirty_two_tasks_of_mixed_ranks_share_a_step(world):
+    """Each has the gradient it has alone."""
+    tasks = [
+        dataclasses.replace(
+            world.make_task(f"t{i}", batch_size=1, steps=1, seed=i, clip=1.0, **CONSTANT),
+            spec=LoraSpec(rank=1 + i % 5, alpha=4.0, targets=("q", "down") if i % 3 else ("v",)),
+        )
+        for i in range(32)
+    ]
+    together = world.gradients(world.engine(world.plan((1, 1, "none")), tasks), tasks)
+    for task in (tasks[0], tasks[31]):
+        alone = world.gradients(world.engine(world.plan((1, 1, "none")), [task]), [task])
+        assert world.difference(together[task.data.name], alone[task.data.name]) < TOLERANCE
