@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 
 from lobra_jax.data.batches import MicroBatchArrays
-from lobra_jax.lora import Adapters, LoraSpec, TaskInputs, init_adapters
+from lobra_jax.lora import Adapters, LoraSpec, TaskInputs, adapted_targets, init_adapters
 from lobra_jax.mesh import cut
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.weights import WeightSource
@@ -109,6 +109,7 @@ class Engine:
                 submesh=submesh,
                 num_tasks=len(specs),
                 max_rank=max(spec.rank for spec in specs),
+                targets=adapted_targets(specs),
                 dropout=any(spec.dropout > 0 for spec in specs),
                 dtype=dtype,
             )

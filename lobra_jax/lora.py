@@ -88,6 +88,11 @@ class RowInputs:
     keep_rates: Array | None
 
 
+def adapted_targets(specs: Sequence[LoraSpec]) -> tuple[str, ...]:
+    """The linears that any task adapts, in the model's order; the others have no adapters at all."""
+    return tuple(target for target in TARGETS if any(target in spec.targets for spec in specs))
+
+
 def init_adapters(config: LlamaConfig, specs: Sequence[LoraSpec], seeds: Sequence[int]) -> Adapters:
     """Fresh adapters as NumPy arrays: a ~ U(-1/sqrt(in), 1/sqrt(in)) (PEFT's Kaiming with slope sqrt 5), b = 0.
 
@@ -97,7 +102,8 @@ def init_adapters(config: LlamaConfig, specs: Sequence[LoraSpec], seeds: Sequenc
     adapters: Adapters = {}
     for layer in range(config.num_layers):
         adapters[str(layer)] = {}
-        for target, (fan_in, fan_out) in config.target_shapes.items():
+        for target in adapted_targets(specs):
+            fan_in, fan_out = config.target_shapes[target]
             a = np.zeros((len(specs), fan_in, max_rank), np.float32)
             b = np.zeros((len(specs), max_rank, fan_out), np.float32)
             for task, (spec, seed) in enumerate(zip(specs, seeds, strict=True)):

@@ -1,26 +1,31 @@
 """The only traffic between replicas: gradients in, new adapters out.
 
 Each layer's adapters and moments have one home device (layers go round the plan's devices). A step ends with: every
-replica sends its gradient of a layer to the layer's home; the home sums; squared norms of all homes are added up, so
-that clipping sees a task's whole gradient; each home updates its layers; new adapters go back to every replica.
+replica sends its gradients to their layers' homes; the home sums; squared norms of all homes are added up, so that
+clipping sees a task's whole gradient; each home updates its layers; new adapters go back to every replica.
+
+What travels between a stage and a home is one flat array, packed and unpacked by jitted functions: a transfer for each
+of the hundreds of small factors would cost the host more time than the devices.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from lobra_jax import optim
 from lobra_jax.lora import Adapters
 from lobra_jax.optim import HyperInputs, TaskState
 from lobra_jax.replica import Replica
+from lobra_jax.stage import StageLayout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +52,20 @@ class Home:
         return SingleDeviceSharding(self.device)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Route:
+    """A stage's exchange with the homes of its layers, one flat array each way and home.
+
+    `collect` packs the stage's gradients, whole on each of its devices; `distribute` unpacks and cuts new adapters.
+    """
+
+    homes: tuple[Home, ...]
+    layers: tuple[Layers, ...]
+    whole: NamedSharding
+    collect: Callable[[Adapters], list[Array]]
+    distribute: Callable[[list[Array]], Adapters]
+
+
 def assign_homes(num_layers: int, devices: Sequence[Any]) -> tuple[Home, ...]:
     """Layers round the devices; at most one home a layer."""
     used = devices[: min(len(devices), num_layers)]
@@ -56,11 +75,29 @@ def assign_homes(num_layers: int, devices: Sequence[Any]) -> tuple[Home, ...]:
     )
 
 
-@jax.jit
-def _sum_gradients(contributions: list[Any]) -> tuple[Any, Array]:
-    total = contributions[0]
-    for other in contributions[1:]:
-        total = jax.tree.map(jnp.add, total, other)
+Layers = tuple[str, ...]
+
+
+def pack(tree: Adapters, layers: Layers) -> Array:
+    """The adapters (or gradients) of these layers as one flat float32 array."""
+    return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves([tree[layer] for layer in layers])])
+
+
+def unpack(flat: Array, like: Adapters, layers: Layers) -> Adapters:
+    """Undoes `pack`; `like` has the layers' shapes."""
+    leaves, tree = jax.tree.flatten([like[layer] for layer in layers])
+    ends = np.cumsum([leaf.size for leaf in leaves])[:-1].tolist()
+    parts = [part.reshape(leaf.shape) for part, leaf in zip(jnp.split(flat, ends), leaves, strict=True)]
+    return dict(zip(layers, jax.tree.unflatten(tree, parts), strict=True))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _sum_gradients(contributions: list[Array], like: Adapters, layers: tuple[Layers, ...]) -> tuple[Adapters, Array]:
+    """(sum, squared norms [T]) of flat contributions, the i-th holding `layers[i]`, in their order."""
+    total: Adapters = {}
+    for flat, own in zip(contributions, layers, strict=True):
+        for layer, pairs in unpack(flat, like, own).items():
+            total[layer] = pairs if layer not in total else jax.tree.map(jnp.add, total[layer], pairs)
     return total, optim.squared_norms(total)
 
 
@@ -70,6 +107,7 @@ def _add_up(norms: list[Array]) -> Array:
 
 
 _update = jax.jit(optim.update)
+_pack_some = jax.jit(pack, static_argnums=1)
 _init_moments = jax.jit(optim.init_state, static_argnums=1)
 
 
@@ -80,16 +118,35 @@ class GradientSum:
         self.replicas = replicas
         self.num_tasks = num_tasks
         self.homes = assign_homes(num_layers, [d for replica in replicas for d in replica.submesh.devices])
-        self._gather = {}
-        self._scatter = {}
-        for replica in replicas:
-            for stage, layout in enumerate(replica.layouts):
-                if replica.parallel.tp > 1:
-                    placement = jax.tree.map(lambda leaf: leaf.sharding, layout.adapters)
-                    whole = layout.functions.sharding.replicated
-                    key = replica.index, stage
-                    self._gather[key] = jax.jit(lambda tree: tree, out_shardings=whole)
-                    self._scatter[key] = jax.jit(lambda tree: tree, out_shardings=placement)
+        self._routes = {
+            (replica.index, stage): self._route(layout, layers)
+            for replica in replicas
+            for stage, (layout, layers) in enumerate(zip(replica.layouts, replica.stage_layers, strict=True))
+        }
+
+    def _route(self, layout: StageLayout, stage_layers: Sequence[int]) -> _Route:
+        """What a stage exchanges with each home that has layers of it."""
+        names = {str(layer) for layer in stage_layers}
+        shared = [(home, tuple(x for x in home.layers if x in names)) for home in self.homes]
+        shared = [(home, layers) for home, layers in shared if layers]
+        layers = tuple(own for _, own in shared)
+        placement = jax.tree.map(lambda leaf: leaf.sharding, layout.adapters)
+        whole = layout.functions.sharding.replicated
+
+        def collect(tree: Adapters) -> list[Array]:
+            return [pack(tree, own) for own in layers]
+
+        def distribute(flats: list[Array]) -> Adapters:
+            parts = [unpack(flat, layout.adapters, own) for flat, own in zip(flats, layers, strict=True)]
+            return {layer: pairs for part in parts for layer, pairs in part.items()}
+
+        return _Route(
+            homes=tuple(home for home, _ in shared),
+            layers=layers,
+            whole=whole,
+            collect=jax.jit(collect, out_shardings=whole),
+            distribute=jax.jit(distribute, out_shardings=placement),
+        )
 
     def home_of(self, layer: str) -> Home:
         return self.homes[int(layer) % len(self.homes)]
@@ -108,32 +165,34 @@ class GradientSum:
         )
 
     def spread(self, adapters: Adapters) -> list[list[Adapters]]:
-        """The adapters on every replica, [replica][stage]: whole to each device, then cut where the stage shards."""
-        spread = []
-        for replica in self.replicas:
-            stages = []
-            for stage, (layers, layout) in enumerate(zip(replica.stage_layers, replica.layouts, strict=True)):
-                whole = {str(layer): adapters[str(layer)] for layer in layers}
-                placed = jax.device_put(whole, layout.functions.sharding.replicated)
-                cut = self._scatter.get((replica.index, stage))
-                stages.append(placed if cut is None else cut(placed))
-            spread.append(stages)
-        return spread
+        """The adapters on every replica, [replica][stage], placed as the stage's layout says."""
+        packed: dict[Layers, Array] = {}
+        for route in self._routes.values():
+            for layers in route.layers:
+                if layers not in packed:
+                    packed[layers] = _pack_some({layer: adapters[layer] for layer in layers}, layers)
+        return [
+            [self._receive(self._routes[replica.index, stage], packed) for stage in range(replica.parallel.pp)]
+            for replica in self.replicas
+        ]
+
+    def _receive(self, route: _Route, packed: Mapping[Layers, Array]) -> Adapters:
+        return route.distribute([jax.device_put(packed[layers], route.whole) for layers in route.layers])
 
     def step(
         self, state: AdapterState, gradients: Sequence[Sequence[Adapters]], hyper: HyperInputs
     ) -> tuple[AdapterState, Array]:
         """Sums [replica][stage] gradients and updates; returns the new state and gradient norms [T]."""
-        by_layer: dict[str, list[Any]] = {layer: [] for layer in state.adapters}
+        arrived: dict[Home, list[tuple[Layers, Array]]] = {home: [] for home in self.homes}
         for replica, stages in zip(self.replicas, gradients, strict=True):
             for stage, tree in enumerate(stages):
-                gather = self._gather.get((replica.index, stage))
-                for layer, pairs in (tree if gather is None else gather(tree)).items():
-                    by_layer[layer].append(jax.device_put(pairs, self.home_of(layer).sharding))
+                route = self._routes[replica.index, stage]
+                for home, layers, flat in zip(route.homes, route.layers, route.collect(tree), strict=True):
+                    arrived[home].append((layers, jax.device_put(flat, home.sharding)))
         sums, norms = [], []
-        for home in self.homes:
-            contributions = [{layer: by_layer[layer][i] for layer in home.layers} for i in range(len(self.replicas))]
-            total, norm = _sum_gradients(contributions)
+        for home, parts in arrived.items():
+            like = {layer: state.adapters[layer] for layer in home.layers}
+            total, norm = _sum_gradients([flat for _, flat in parts], like, tuple(layers for layers, _ in parts))
             sums.append(total)
             norms.append(jax.device_put(norm, self.homes[0].sharding))
         squared_norm = _add_up(norms)

@@ -64,6 +64,7 @@ class Replica:
       submesh: its devices.
       num_tasks: tasks stacked in the adapters.
       max_rank: padded rank of the adapters.
+      targets: linears that have adapters.
       dropout: whether any task uses LoRA dropout.
       dtype: of the base weights and activations.
     """
@@ -76,6 +77,7 @@ class Replica:
         submesh: Submesh,
         num_tasks: int,
         max_rank: int,
+        targets: Sequence[str],
         dropout: bool,
         dtype: Any,
     ) -> None:
@@ -94,6 +96,7 @@ class Replica:
                     num_tasks=num_tasks,
                 ),
                 max_rank,
+                targets,
             )
             for layers, sharding in zip(self.stage_layers, submesh.stages, strict=True)
         )

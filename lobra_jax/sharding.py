@@ -19,8 +19,6 @@ import jax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lobra_jax.models.config import LlamaConfig
-
 TENSOR = "tensor"
 
 RULES: dict[str, str | None] = {
@@ -80,10 +78,12 @@ class StageSharding:
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def adapters(self, config: LlamaConfig, layers: Sequence[int]) -> dict[str, dict[str, dict[str, NamedSharding]]]:
-        """Shardings of the adapters (and of their gradients) of these layers."""
+    def adapters(
+        self, layers: Sequence[int], targets: Sequence[str]
+    ) -> dict[str, dict[str, dict[str, NamedSharding]]]:
+        """Shardings of the adapters (and of their gradients) of these layers and linears."""
         pair = {
             target: {"a": self.named(("task", fan_in, "rank")), "b": self.named(("task", "rank", fan_out))}
-            for target, (fan_in, fan_out) in TARGET_AXES.items()
+            for target, (fan_in, fan_out) in ((target, TARGET_AXES[target]) for target in targets)
         }
         return {str(layer): pair for layer in layers}

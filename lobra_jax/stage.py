@@ -181,7 +181,7 @@ class StageLayout:
         return jax.ShapeDtypeStruct(shape, self.dtype, sharding=f.sharding.named(("batch", "length", "hidden"), shape))
 
 
-def stage_layout(functions: StageFunctions, max_rank: int) -> StageLayout:
+def stage_layout(functions: StageFunctions, max_rank: int, targets: Sequence[str]) -> StageLayout:
     abstract, sharding = functions.abstract, functions.sharding
     params = {
         name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding.named(spec.axes, spec.shape))
@@ -190,8 +190,9 @@ def stage_layout(functions: StageFunctions, max_rank: int) -> StageLayout:
     shapes = {
         target: {"a": (functions.num_tasks, fan_in, max_rank), "b": (functions.num_tasks, max_rank, fan_out)}
         for target, (fan_in, fan_out) in abstract.config.target_shapes.items()
+        if target in targets
     }
-    placements = sharding.adapters(abstract.config, abstract.layers)
+    placements = sharding.adapters(abstract.layers, targets)
     adapters = {
         layer: {
             target: {

@@ -117,6 +117,8 @@ def _setup(
     from lobra_jax.config import model_config
     from lobra_jax.data.load import task_lengths
     from lobra_jax.devices import host_cores, memory_limit, run_devices
+    from lobra_jax.lora import adapted_targets
+    from lobra_jax.tasks import lora_spec
     from profiling.grid import default_lengths, default_max_tokens, parse_lengths
     from profiling.measure import Setup
 
@@ -130,6 +132,7 @@ def _setup(
         dtype=jnp.dtype(config.model.dtype),
         num_tasks=num_tasks or len(config.tasks),
         rank=rank or max(task.rank for task in config.tasks),
+        targets=adapted_targets([lora_spec(task) for task in config.tasks]),
         dropout=any(task.dropout > 0 for task in config.tasks),
         devices=devices,
         limit_bytes=limit_bytes,
@@ -185,6 +188,7 @@ def _header(setup: Setup, configs: Sequence[ParallelConfig]) -> Header:
             "dtype": str(setup.dtype),
             "num_tasks": setup.num_tasks,
             "rank": setup.rank,
+            "targets": list(setup.targets),
             "dropout": setup.dropout,
             "lengths": list(setup.lengths),
             "max_tokens": setup.max_tokens,

@@ -45,7 +45,7 @@ class Setup:
     Attributes:
       model: base model shape.
       dtype: of weights and activations.
-      num_tasks, rank, dropout: of the stacked adapters.
+      num_tasks, rank, targets, dropout: of the stacked adapters.
       devices: those of the run.
       limit_bytes: memory that may be used on each.
       lengths: ascending lengths from which shapes are made.
@@ -59,6 +59,7 @@ class Setup:
     dtype: Any
     num_tasks: int
     rank: int
+    targets: tuple[str, ...]
     dropout: bool
     devices: Sequence[Any]
     limit_bytes: int
@@ -158,6 +159,7 @@ def make_replica(setup: Setup, config: ParallelConfig, index: int, devices: Sequ
         submesh=make_submesh(config, devices),
         num_tasks=setup.num_tasks,
         max_rank=setup.rank,
+        targets=setup.targets,
         dropout=setup.dropout,
         dtype=setup.dtype,
     )

@@ -68,8 +68,11 @@ class Layer(nnx.Module):
             outs.append(out)
         if rows is None:
             return outs
-        deltas = low_rank_deltas(x, adapters, targets, rows, self.index)
-        return [out + delta for out, delta in zip(outs, deltas, strict=True)]
+        adapted = [target for target in targets if target in adapters]
+        if not adapted:
+            return outs
+        deltas = dict(zip(adapted, low_rank_deltas(x, adapters, adapted, rows, self.index), strict=True))
+        return [out + deltas[target] if target in deltas else out for target, out in zip(targets, outs, strict=True)]
 
     def __call__(
         self, x_BLD: Array, adapters: Mapping, rows: RowInputs | None, rope: tuple[Array, Array], shard: Shard

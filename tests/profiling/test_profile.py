@@ -72,6 +72,7 @@ def setup_of(config_file, limit=LIMIT):
         dtype=jnp.float32,
         num_tasks=2,
         rank=4,
+        targets=("q", "down"),
         dropout=False,
         devices=jax.devices(),
         limit_bytes=limit,
