@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-DEFAULT_STEPS = 28
+DEFAULT_STEPS = 24
 
 
 @click.command(epilog="\b\nExample:\n  lobra demo --out demo_out\n  lobra demo --out longer --steps 40")

@@ -15,7 +15,14 @@ SHORT, MEDIUM, LONG = 256, 2048, 5120
 """Context lengths; none cuts an example of the demo's corpus."""
 
 TASK_SETTINGS: dict[str, dict[str, Any]] = {
-    "signatures": {"context_length": SHORT, "batch_size": 32, "rank": 8, "share_of_steps": 0.7, "lr": 1e-2},
+    "signatures": {
+        "context_length": SHORT,
+        "batch_size": 32,
+        "rank": 8,
+        "targets": ["q", "v"],
+        "share_of_steps": 0.7,
+        "lr": 1e-2,
+    },
     "names": {
         "context_length": SHORT,
         "batch_size": 32,
@@ -35,6 +42,7 @@ TASK_SETTINGS: dict[str, dict[str, Any]] = {
 
 COMMON: dict[str, Any] = {
     "share_of_steps": 1.0,
+    "targets": ["q", "v", "up", "down"],
     "schedule": {"kind": "cosine", "warmup_steps": 3, "final_fraction": 0.1},
 }
 PLANNER_SETTINGS: dict[str, Any] = {
