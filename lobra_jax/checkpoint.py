@@ -27,12 +27,14 @@ class CheckpointMetadata:
     Attributes:
       model, model_fingerprint: of the base (`LlamaConfig.name` and `.fingerprint`).
       tasks: name -> adapter spec, in the order of the adapters' task axis.
-      position: whatever the run needs to go on, as JSON: each task's step, finished tasks, seeds.
+      settings: dotted key -> value of whatever else decides what the next step computes (seeds, data, optimisers).
+      position: what the run needs to go on beside the step: the tasks that were stopped.
     """
 
     model: str
     model_fingerprint: str
     tasks: Mapping[str, LoraSpec]
+    settings: Mapping[str, Any]
     position: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -40,6 +42,7 @@ class CheckpointMetadata:
             "model": self.model,
             "model_fingerprint": self.model_fingerprint,
             "tasks": [{"name": name, **dataclasses.asdict(spec)} for name, spec in self.tasks.items()],
+            "settings": dict(self.settings),
             "position": dict(self.position),
         }
 
@@ -50,7 +53,11 @@ class CheckpointMetadata:
             fields = {key: value for key, value in item.items() if key != "name"}
             tasks[item["name"]] = LoraSpec(**{**fields, "targets": tuple(fields["targets"])})
         return cls(
-            model=raw["model"], model_fingerprint=raw["model_fingerprint"], tasks=tasks, position=raw["position"]
+            model=raw["model"],
+            model_fingerprint=raw["model_fingerprint"],
+            tasks=tasks,
+            settings=raw["settings"],
+            position=raw["position"],
         )
 
 
@@ -63,7 +70,7 @@ class Checkpoints:
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
-                enable_async_checkpointing=False,  # the next step donates the very buffers that are being written
+                enable_async_checkpointing=False,  # a step that is reported saved is on disk
                 cleanup_tmp_directories=True,
             ),
             item_handlers={"state": ocp.StandardCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()},
@@ -113,11 +120,10 @@ class Checkpoints:
             ) from error
 
     def check(self, expected: CheckpointMetadata) -> None:
-        """Raises UserError unless there is a checkpoint and the newest is of the run that `expected` describes."""
+        """Raises UserError if there is a checkpoint and the newest is not of the run that `expected` describes."""
         step = self.latest_step()
-        if step is None:
-            raise UserError("no checkpoint to resume from", file=self.folder, expected="a run that reached one")
-        _require_same_run(self.metadata(step), expected, self.folder / str(step))
+        if step is not None:
+            _require_same_run(self.metadata(step), expected, self.folder / str(step))
 
     def restore(self, step: int, target: Any, expected: CheckpointMetadata) -> tuple[Any, Mapping[str, Any]]:
         """The state saved at `step` and its position, bitwise as saved.
@@ -161,6 +167,12 @@ def _require_same_run(found: CheckpointMetadata, expected: CheckpointMetadata, f
                     value=saved,
                     expected=f"{wanted!r}, as this run has it",
                 )
+    for key in sorted(found.settings.keys() | expected.settings.keys()):
+        saved, wanted = found.settings.get(key), expected.settings.get(key)
+        if saved != wanted:
+            raise UserError(
+                "the checkpoint is of another run", file=file, key=key, value=saved, expected=f"{wanted!r}, as now"
+            )
 
 
 def _unscalar(leaf: Any) -> Any:

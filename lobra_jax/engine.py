@@ -50,10 +50,12 @@ class StepResult:
       losses: float64 [T], mean loss over the task's target tokens; 0 for a task that took no part.
       gradient_norms: [T], before clipping.
       alive: [T] bool, false for good once a task's gradient was not finite.
-      replica_s: by replica, from the step's start to the end of its last micro-batch; 0 without work.
-      execute_s: the slowest replica's.
+      replica_s: by replica, from the step's issue to the end of its last micro-batch; 0 without work.
+      busy_s: by replica, device-seconds in which its stages worked; pipeline bubbles do not count.
+      host_wait_s: the devices waited for the host (dispatch, data) before this step, after the one before it.
+      execute_s: from the step's start on the devices to the end of the slowest replica's last micro-batch.
       sum_update_s: from there to the new adapters on every replica.
-      total_s: their sum, the step.
+      total_s: the step, host_wait_s + execute_s + sum_update_s.
       actions: [replica][action], measured.
     """
 
@@ -61,6 +63,8 @@ class StepResult:
     gradient_norms: np.ndarray
     alive: np.ndarray
     replica_s: tuple[float, ...]
+    busy_s: tuple[float, ...]
+    host_wait_s: float
     execute_s: float
     sum_update_s: float
     total_s: float
@@ -168,6 +172,7 @@ class Engine:
             **{f.name: off if f.name != "active" else off.astype(bool) for f in dataclasses.fields(HyperInputs)}
         )
         self.finish(self.issue([()] * len(self.replicas), hyper))
+        self.pause()
 
     def issue(self, batches: ReplicaBatches, hyper: HyperInputs) -> IssuedStep:
         """Hands one step to the devices, all replicas interleaved; returns at once."""
@@ -202,9 +207,11 @@ class Engine:
 
     def finish(self, step: IssuedStep) -> StepResult:
         """Waits for a step; losses, norms and times."""
-        start = step.issued_at
+        start, host_wait_s = step.issued_at, 0.0
         if self._previous_ready is not None:
-            start = max(start, self._previous_ready.result())
+            before = self._previous_ready.result()
+            host_wait_s = max(0.0, step.issued_at - before)
+            start = max(step.issued_at, before)
         self._previous_ready = step.adapters_ready
         losses = np.zeros(len(self.specs), np.float64)
         for run in step.runs:
@@ -215,18 +222,27 @@ class Engine:
             for replica, run, ends in zip(self.replicas, step.runs, step.ends, strict=True)
         )
         replica_s = tuple(max((a.end_s for a in own), default=0.0) for own in actions)
-        total_s = step.adapters_ready.result() - start
+        work_s = step.adapters_ready.result() - start
         execute_s = max(replica_s)
         return StepResult(
             losses=losses,
             gradient_norms=np.asarray(step.gradient_norms),
             alive=np.asarray(step.alive),
             replica_s=replica_s,
+            busy_s=tuple(
+                sum(a.end_s - a.start_s for a in own) * replica.parallel.tp
+                for replica, own in zip(self.replicas, actions, strict=True)
+            ),
+            host_wait_s=host_wait_s,
             execute_s=execute_s,
-            sum_update_s=total_s - execute_s,
-            total_s=total_s,
+            sum_update_s=work_s - execute_s,
+            total_s=host_wait_s + work_s,
             actions=actions,
         )
+
+    def pause(self) -> None:
+        """Says that the host now does something else (evaluation, a checkpoint): the gap belongs to no step."""
+        self._previous_ready = None
 
     def evaluate(self, batches: ReplicaBatches) -> np.ndarray:
         """float64 [T]: each task's weighted token losses over [replica][micro-batch], without dropout."""

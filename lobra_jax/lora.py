@@ -162,7 +162,8 @@ def low_rank_deltas(
     """scale * dropout(x) a_t b_t for linears that read the same `x`, one [B, L, O] each; one input matmul for all."""
     x_BLI = drop(x_BLI, rows, layer, DROPOUT_SITES[targets[0]])
     a_BIR = jnp.concatenate([pairs[t]["a"].astype(x_BLI.dtype)[rows.task_ids] for t in targets], axis=-1)
-    h_BLR = jnp.einsum("bli,bir->blr", x_BLI, a_BIR) * rows.scales.astype(x_BLI.dtype)[:, None, None]
+    h_BLR = jnp.einsum("bli,bir->blr", x_BLI, a_BIR, preferred_element_type=jnp.float32)
+    h_BLR = (h_BLR * rows.scales[:, None, None]).astype(x_BLI.dtype)  # alpha / rank is not rounded to bf16
     ranks = np.cumsum([pairs[t]["a"].shape[-1] for t in targets])[:-1].tolist()
     return [
         jnp.einsum("blr,bro->blo", h, pairs[t]["b"].astype(x_BLI.dtype)[rows.task_ids])

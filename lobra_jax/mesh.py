@@ -73,7 +73,7 @@ def split_layers(config: LlamaConfig, num_stages: int) -> tuple[range, ...]:
     """Consecutive layers for each stage, at least one each, so that the heaviest stage is as light as can be.
 
     The vocabulary projection counts on the last stage; embedding is a lookup and counts nothing. Among equally good
-    splits the earlier stages get fewer layers, as they hold more micro-batches in flight.
+    splits the last stage gets the most layers, as earlier ones hold more micro-batches in flight.
     """
     if not 1 <= num_stages <= config.num_layers:
         raise UserError(
@@ -93,7 +93,7 @@ def split_layers(config: LlamaConfig, num_stages: int) -> tuple[range, ...]:
         else:
             heaviest = -(-others // (num_stages - 1))
         load = max(heaviest * layer, on_last * layer + head)
-        if best is None or load < best[0]:
+        if best is None or load <= best[0]:
             best = (load, on_last)
     assert best is not None, "the loop covers every feasible split"
     on_last = best[1]

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from planner.errors import UserError
@@ -33,13 +32,15 @@ class PhaseSeconds:
     Attributes:
       wait_dispatch: the host waited for the step's dispatch and arrays, which are made ahead.
       issue: the host handed the step to the devices, which work meanwhile.
-      execute: from the devices' start to the end of the slowest replica's last micro-batch.
+      host_wait: the devices waited for the host between the step before and this one.
+      execute: from there to the end of the slowest replica's last micro-batch.
       sum_update: from there to the new adapters on every replica.
-      total: the devices' step, execute + sum_update.
+      total: the step as the devices see it, host_wait + execute + sum_update.
     """
 
     wait_dispatch: float
     issue: float
+    host_wait: float
     execute: float
     sum_update: float
     total: float
@@ -134,6 +135,8 @@ class MetricsWriter:
         os.replace(partial, path)
         self._file = path.open("a", encoding="utf-8")
         purge_step = None if resume_step is None else resume_step + 1
+        from tensorboardX import SummaryWriter  # it loads torch where that is installed
+
         self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=purge_step)
 
     def __enter__(self) -> MetricsWriter:

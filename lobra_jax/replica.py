@@ -39,7 +39,7 @@ Shape = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Issued:
-    """An action handed to the devices; `done` is an output that is ready when the action is."""
+    """An action handed to the devices; `done` is a small output that is ready when the action is."""
 
     action: Action
     shape: Shape
@@ -209,17 +209,16 @@ class Replica:
             fixed = (self.params[stage], adapters[stage], tasks[stage])
             if action.phase == BACKWARD:
                 dy = cotangents.pop((stage, m))
-                run.gradients[stage], dx = program.backward(
+                run.gradients[stage], dx, done = program.backward(
                     run.gradients[stage], *fixed, batch, residuals.pop((stage, m)), dy
                 )
                 self._send_back(cotangents, stage, m, shape, dx)
-                done = dx
             else:
                 x = batch.tokens if stage == 0 else inputs.pop((stage, m))
                 if action.phase == FORWARD:
-                    done, residuals[stage, m] = program.forward(*fixed, x, batch)
+                    y, residuals[stage, m], done = program.forward(*fixed, x, batch)
                     following = self.layouts[stage + 1].hidden(*shape).sharding
-                    inputs[stage + 1, m] = jax.device_put(done, following)
+                    inputs[stage + 1, m] = jax.device_put(y, following)
                 else:
                     run.gradients[stage], dx, done = program.fused(run.gradients[stage], *fixed, x, batch)
                     run.losses.append(done)

@@ -62,6 +62,8 @@ class Residuals:
         """Takes a `jax.vjp` function apart; `inputs` is the pytree that `restore` will get again."""
         slots = {id(leaf): slot for slot, leaf in enumerate(jax.tree.leaves(inputs))}
         leaves, tree = jax.tree.flatten(vjp)
+        # Were JAX to hand out other objects for its inputs, every micro-batch in flight would hold the weights.
+        assert any(id(leaf) in slots for leaf in leaves), "no residual is an input: the weights would be carried along"
         input_slots = tuple(slots.get(id(leaf)) for leaf in leaves)
         arrays = tuple(leaf for leaf, slot in zip(leaves, input_slots, strict=True) if slot is None)
         return cls(arrays, tree, input_slots)
@@ -115,9 +117,10 @@ class StageFunctions:
 
     def forward(
         self, params: Params, adapters: Adapters, tasks: TaskInputs, x: Array, batch: BatchInputs
-    ) -> tuple[Array, Residuals]:
+    ) -> tuple[Array, Residuals, Array]:
+        """(hidden [B, L, D], residuals, done): `done` is a scalar by which the end can be awaited."""
         y, vjp = self._differentiated(lambda a, x: self._hidden(params, a, tasks, x, batch), adapters, x)
-        return y, Residuals.of(vjp, (params, adapters, tasks, batch))
+        return y, Residuals.of(vjp, (params, adapters, tasks, batch)), _done()
 
     def backward(
         self,
@@ -128,14 +131,15 @@ class StageFunctions:
         batch: BatchInputs,
         residuals: Residuals,
         dy: Array,
-    ) -> tuple[Adapters, Array]:
-        """(gradients, dx); the first stage gives a scalar in dx's place, by which its end can be awaited."""
+    ) -> tuple[Adapters, Array | None, Array]:
+        """(gradients, dx or None on the first stage, done)."""
         d_adapters, *dx = residuals.restore((params, adapters, tasks, batch))(dy)
-        return jax.tree.map(jnp.add, gradients, d_adapters), dx[0] if dx else jnp.zeros((), jnp.int32)
+        return jax.tree.map(jnp.add, gradients, d_adapters), dx[0] if dx else None, _done()
 
     def fused(
         self, gradients: Adapters, params: Params, adapters: Adapters, tasks: TaskInputs, x: Array, batch: BatchInputs
     ) -> tuple[Adapters, Array | None, Array]:
+        """(gradients, dx or None on the first stage, losses [T]): forward, loss and backward at once."""
         row_losses, vjp = self._differentiated(lambda a, x: self._row_losses(params, a, tasks, x, batch), adapters, x)
         d_adapters, *dx = vjp(jnp.ones_like(row_losses))
         losses_T = jax.ops.segment_sum(row_losses, batch.task_ids, num_segments=self.num_tasks)
@@ -148,6 +152,11 @@ class StageFunctions:
             return quiet._hidden(params, adapters, tasks, x, batch)
         row_losses = quiet._row_losses(params, adapters, tasks, x, batch)
         return jax.ops.segment_sum(row_losses, batch.task_ids, num_segments=self.num_tasks)
+
+
+def _done() -> Array:
+    """An output that keeps no memory and is ready when the program's other outputs are."""
+    return jnp.zeros((), jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,7 +239,8 @@ def compile_training(layout: StageLayout, rows: int, length: int) -> StageProgra
         fused = jax.jit(f.fused, donate_argnums=0, out_shardings=(gradients, dx, f.sharding.replicated))
         lowered = fused.lower(layout.adapters, layout.params, layout.adapters, layout.tasks, x, batch)
         return StageProgram(fused=lowered.compile())
-    lowered = jax.jit(f.forward, out_shardings=(hidden.sharding, None)).lower(
+    done = f.sharding.replicated
+    lowered = jax.jit(f.forward, out_shardings=(hidden.sharding, None, done)).lower(
         layout.params, layout.adapters, layout.tasks, x, batch
     )
     forward = lowered.compile()
@@ -239,8 +249,7 @@ def compile_training(layout: StageLayout, rows: int, length: int) -> StageProgra
         lowered.out_info[1],
         forward.output_shardings[1],
     )
-    done = f.sharding.replicated if f.is_first else hidden.sharding
-    backward = jax.jit(f.backward, donate_argnums=0, out_shardings=(gradients, done)).lower(
+    backward = jax.jit(f.backward, donate_argnums=0, out_shardings=(gradients, dx, done)).lower(
         layout.adapters, layout.params, layout.adapters, layout.tasks, batch, residuals, hidden
     )
     return StageProgram(forward=forward, backward=backward.compile())

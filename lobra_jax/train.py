@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from lobra_jax.config import RunConfig, TaskConfig
 from lobra_jax.data.batches import TaskData
 from lobra_jax.engine import Engine, IssuedStep, StepResult
 from lobra_jax.export import base_model_name
-from lobra_jax.feeder import EvaluationChunk, Feeder, PreparedStep, evaluation_shapes
+from lobra_jax.feeder import Feeder, PreparedStep, evaluation_shapes
 from lobra_jax.lora import task_adapter
 from lobra_jax.metrics import (
     EvalRecord,
@@ -48,6 +49,11 @@ from planner.plan import Plan
 CHECKPOINTS_FOLDER = "checkpoints"
 ADAPTERS_FOLDER = "adapters"
 TIMELINE_FILE = "timeline.json"
+NOT_COMPARED = (
+    "name", "files", "eval_files", "eval_fraction", "eval_interval", "steps",
+    "rank", "alpha", "rslora", "targets", "dropout",
+)  # fmt: skip
+"""Keys of a task that a resumed run may change, and those that its adapter spec compares already."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +77,6 @@ class _Pending:
     issued: IssuedStep
     wait_s: float
     issue_s: float
-    compilations: int
 
 
 class Trainer:
@@ -100,7 +105,8 @@ class Trainer:
         )
         self.num_steps = max(task.steps for task in self.task_configs)
         self.stopped: dict[str, int] = {}
-        self._evaluation_cache: dict[tuple[str, ...], list[EvaluationChunk]] = {}
+        self._compiled = 0
+        self._timeline: dict[str, Any] | None = None
 
     def prepare(self, checkpoints: Checkpoints, *, resume: bool) -> int:
         """Weights, adapters and compiled programs onto the devices; returns the steps already done."""
@@ -122,18 +128,26 @@ class Trainer:
         self.engine.warm_up()
         compile_s = time.perf_counter() - started
         self.say(f"weights placed in {weights_s:.1f} s, {programs} programs compiled in {compile_s:.1f} s")
+        self._compiled = self.compilations.total
         return done
 
     def _restore(self, checkpoints: Checkpoints) -> int:
         done = checkpoints.latest_step()
-        assert done is not None, "the command checked that there is one"
+        if done is None:
+            self.say("no checkpoint yet: starting from the beginning")
+            return 0
         tree, position = checkpoints.restore(
-            done, _to_tree(self.engine.state), run_metadata(self.config, self.inputs.model, self.stopped)
+            done,
+            _to_tree(self.engine.state),
+            self._metadata(),
         )
         self.engine.set_state(_from_tree(tree, self.engine.state))
         self.stopped = dict(position["stopped"])
         self.say(f"resumed after step {done}")
         return done
+
+    def _metadata(self) -> CheckpointMetadata:
+        return run_metadata(self.config, self.inputs.model, self.inputs.tasks, self.stopped)
 
     def run(self, feeder: Feeder, checkpoints: Checkpoints, metrics: MetricsWriter, *, done: int) -> None:
         """Trains from step `done` to the end.
@@ -178,7 +192,6 @@ class Trainer:
         }
 
     def _issue(self, step: int, task_steps: dict[str, int | None], feeder: Feeder) -> _Pending:
-        compiled = self.compilations.total
         started = time.perf_counter()
         prepared = feeder.take(task_steps)
         taken = time.perf_counter()
@@ -190,7 +203,6 @@ class Trainer:
             issued=issued,
             wait_s=taken - started,
             issue_s=time.perf_counter() - taken,
-            compilations=self.compilations.total - compiled,
         )
 
     def _record(self, pending: _Pending, metrics: MetricsWriter) -> StepRecord:
@@ -198,6 +210,12 @@ class Trainer:
         done = pending.step + 1
         record = self._step_record(pending, result)
         metrics.write(record)
+        if pending.prepared.dispatch.stopped_early:
+            limit = self.config.planner.dispatch_time_limit_s
+            message = (
+                f"dispatch hit planner.dispatch_time_limit_s = {limit:g} s: a repeat may differ in rounding"
+            )
+            metrics.write(EventRecord(step=done, event="dispatch_cut", message=message))
         counts = pending.prepared.batch.num_sequences
         for index, (name, task_step) in enumerate(pending.prepared.task_steps.items()):
             if task_step is None or name in self.stopped:
@@ -217,26 +235,28 @@ class Trainer:
             if not result.alive[index]:
                 self._stop(name, done, metrics)
         if all(k is not None or name in self.stopped for name, k in pending.prepared.task_steps.items()):
-            timeline = step_timeline(done, result, pending.prepared.dispatch, self.engine.replicas, self.inputs.costs)
-            save_timeline(timeline, self.out / TIMELINE_FILE)
+            self._timeline = step_timeline(
+                done, result, pending.prepared.dispatch, self.engine.replicas, self.inputs.costs
+            )
+        if not sys.stderr.isatty() and done % self.config.training.log_interval == 0:
+            self.say(_progress_line(record, self.num_steps))
         return record
 
     def _step_record(self, pending: _Pending, result: StepResult) -> StepRecord:
         prepared = pending.prepared
         plan = self.inputs.plan
-        devices = [group.config.num_devices for group in plan.expanded()]
-        busy = sum(s * d for s, d in zip(result.replica_s, devices, strict=True))
         device_seconds = plan.used_devices * result.total_s
         return StepRecord(
             step=pending.step + 1,
             tokens=prepared.batch.num_tokens,
             padded_tokens=prepared.padded_tokens,
             padding_share=1 - prepared.batch.num_tokens / prepared.padded_tokens,
-            idle_share=1 - busy / device_seconds,
+            idle_share=1 - sum(result.busy_s) / device_seconds,
             gpu_seconds=device_seconds,
             seconds=PhaseSeconds(
                 wait_dispatch=pending.wait_s,
                 issue=pending.issue_s,
+                host_wait=result.host_wait_s,
                 execute=result.execute_s,
                 sum_update=result.sum_update_s,
                 total=result.total_s,
@@ -246,8 +266,13 @@ class Trainer:
             measured_s=result.replica_s,
             predicted_step_s=max(prepared.dispatch.predicted_s) + self.inputs.costs.step_overhead_s,
             num_micro_batches=tuple(len(own) for own in prepared.dispatch.replicas),
-            compilations=pending.compilations,
+            compilations=self._newly_compiled(),
         )
+
+    def _newly_compiled(self) -> int:
+        """Programs compiled since the last record, whatever for."""
+        before, self._compiled = self._compiled, self.compilations.total
+        return self._compiled - before
 
     def _stop(self, name: str, done: int, metrics: MetricsWriter) -> None:
         self.stopped[name] = done
@@ -264,6 +289,8 @@ class Trainer:
         )
 
     def _milestones(self, done: int, feeder: Feeder, checkpoints: Checkpoints, metrics: MetricsWriter) -> None:
+        if self._timeline is not None:
+            save_timeline(self._timeline, self.out / TIMELINE_FILE)
         running = [task for task in self.task_configs if task.name not in self.stopped and done <= task.steps]
         self._evaluate(done, [task for task in running if _evaluates(task, done)], feeder, metrics)
         for task in running:
@@ -272,9 +299,14 @@ class Trainer:
         if done == self.num_steps or done % self.config.training.checkpoint_interval == 0:
             self._save(done, checkpoints)
             metrics.write(EventRecord(step=done, event="checkpoint"))
+        self.engine.pause()
 
     def _save(self, done: int, checkpoints: Checkpoints) -> None:
-        checkpoints.save(done, _to_tree(self.engine.state), run_metadata(self.config, self.inputs.model, self.stopped))
+        checkpoints.save(
+            done,
+            _to_tree(self.engine.state),
+            self._metadata(),
+        )
         adapters = jax.tree.map(np.asarray, self.engine.state.adapters)
         base = base_model_name(self.config.model.preset, self.config.model.path)
         for index, task in enumerate(self.task_configs):
@@ -286,12 +318,9 @@ class Trainer:
         names = tuple(task.name for task in tasks if task.has_evaluation)
         if not names:
             return
-        if names not in self._evaluation_cache:
-            chunks = list(feeder.evaluation(names, self.config.training.eval_batch_size))
-            self._evaluation_cache[names] = chunks
         totals = np.zeros(len(self.task_configs))
         tokens = np.zeros(len(self.task_configs), np.int64)
-        for chunk in self._evaluation_cache[names]:
+        for chunk in feeder.evaluation(names, self.config.training.eval_batch_size):
             targets = chunk.batch.num_target_tokens
             totals += self.engine.evaluate(chunk.arrays) * targets
             tokens += targets
@@ -302,13 +331,35 @@ class Trainer:
                 metrics.write(record)
 
 
-def run_metadata(config: RunConfig, model: LlamaConfig, stopped: Mapping[str, int]) -> CheckpointMetadata:
-    """What a run's checkpoints say they belong to."""
+def run_metadata(
+    config: RunConfig, model: LlamaConfig, tasks: Sequence[TaskData], stopped: Mapping[str, int]
+) -> CheckpointMetadata:
+    """What a run's checkpoints say they belong to: all that decides what the next step computes.
+
+    A longer `steps`, other evaluation and other paths to the same data are no other run.
+    """
+    settings: dict[str, Any] = {"training.seed": config.training.seed, "model.dtype": config.model.dtype}
+    if config.model.preset is not None:
+        settings["model.init_seed"] = config.model.init_seed
+    for task, data in zip(config.tasks, tasks, strict=True):
+        for name, value in task.model_dump(mode="json").items():
+            if name not in NOT_COMPARED:
+                settings[f"tasks.{task.name}.{name}"] = value
+        settings[f"tasks.{task.name}.examples"] = len(data.train)
+        settings[f"tasks.{task.name}.tokens"] = int(data.train.lengths.sum())
     return CheckpointMetadata(
         model=model.name,
         model_fingerprint=model.fingerprint,
         tasks={task.name: lora_spec(task) for task in config.tasks},
+        settings=settings,
         position={"stopped": dict(stopped)},
+    )
+
+
+def _progress_line(record: StepRecord, num_steps: int) -> str:
+    return (
+        f"step {record.step}/{num_steps}: {record.tokens / record.seconds.total:,.0f} tokens/s, "
+        f"{record.seconds.total:.2f} s (predicted {record.predicted_step_s:.2f}), idle {record.idle_share:.0%}"
     )
 
 

@@ -29,6 +29,10 @@ IMPROVEMENT = 1e-9
 MAX_CHUNKS = 8
 """Sizes of pieces that local search tries to move, for each bucket of the slowest replica."""
 
+MAX_ROUNDS = 500
+"""Moves and swaps after which local search ends: far more than it usually finds, and a limit that does not depend on
+the machine's speed."""
+
 SWAP_PARTNERS = 8
 """Least loaded replicas that local search tries to swap pieces with."""
 
@@ -112,7 +116,7 @@ def _bucket_table(usable: UsableConfig, bucket: int, count: int) -> tuple[np.nda
 
 
 def heuristic(table: Tables, counts: Sequence[int], *, time_limit_s: float = math.inf) -> Share:
-    """A valid share-out; every bucket with counts[j] > 0 must fit some replica. Local search ends at `time_limit_s`."""
+    """A valid share-out; every bucket with counts[j] > 0 must fit some replica. `time_limit_s` as in `improve`."""
     return improve(table, list_schedule(table, counts), time_limit_s=time_limit_s)
 
 
@@ -142,11 +146,16 @@ def list_schedule(table: Tables, counts: Sequence[int]) -> np.ndarray:
 
 
 def improve(table: Tables, loads: np.ndarray, *, time_limit_s: float = math.inf) -> Share:
-    """Moves, then swaps, pieces of the slowest replica's load while that makes it faster."""
+    """Moves, then swaps, pieces of the slowest replica's load while that makes it faster, at most MAX_ROUNDS times.
+
+    The result depends on the machine's speed only where `time_limit_s` cuts in.
+    """
     deadline = time.perf_counter() + time_limit_s
     loads = loads.copy()
     replica_s = table.replica_s(loads)
-    while time.perf_counter() < deadline:
+    for _ in range(MAX_ROUNDS):
+        if time.perf_counter() >= deadline:
+            break
         slowest = int(replica_s.argmax())
         change = _best_move(table, loads, replica_s, slowest) or _best_swap(table, loads, replica_s, slowest)
         if change is None:

@@ -17,6 +17,7 @@ out to the replicas longest first and repaired by local search.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -49,8 +50,19 @@ def refine(
     *,
     time_limit_s: float,
     gap_limit: float,
+    node_limit: int = scip.NO_NODE_LIMIT,
 ) -> tuple[Share, float]:
-    """(the best share-out found, never slower than `start`; a proven bound on the least max seconds, 0 if none)."""
+    """Looks for better share-outs with SCIP and local search.
+
+    Args:
+      time_limit_s: wall seconds for all of it.
+      gap_limit: relative gap at which SCIP stops.
+      node_limit: as in `scip.solve`. Given, the model is taken to be solved often and quickly: see `scip.light`.
+
+    Returns:
+      (the best share-out found, never slower than `start`; a proven bound on the least max seconds, 0 if none).
+    """
+    deadline = time.perf_counter() + time_limit_s
     model = scip.new_model("balance")
     longest = model.addVar(lb=0, name="T")
     units = [_add_unit(model, replicas[who[0]], who, counts, longest) for who in _members(replicas, counts)]
@@ -65,12 +77,15 @@ def refine(
             model.addCons(quicksum(served) >= int(count))  # (1)
     model.setObjective(longest)
     _warm_start(model, units, longest, start)
-    outcome = scip.solve(model, time_limit_s=time_limit_s, gap_limit=gap_limit)
+    if node_limit != scip.NO_NODE_LIMIT:
+        scip.light(model)
+    left_s = deadline - time.perf_counter()
+    outcome = scip.solve(model, time_limit_s=left_s, gap_limit=gap_limit, node_limit=node_limit)
     bound_s = min(max(outcome.bound, 0.0), start.max_s)
     best = start
     if outcome.has_solution:
         loads = _trim(_deal(model, units, counts, len(replicas)), counts)
-        found = balance.improve(table, loads, time_limit_s=time_limit_s)
+        found = balance.improve(table, loads, time_limit_s=deadline - time.perf_counter())
         best = min(start, found, key=lambda share: share.max_s)
     return best, min(bound_s, best.max_s)
 

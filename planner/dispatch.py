@@ -4,9 +4,12 @@ Sequences are padded to a few of the plan's buckets (`planner.bucketing`), count
 replicas by a method, and dealt out to them task by task:
 
     balance   least time of the slowest replica: a heuristic that is always valid (`planner.balance`), then SCIP from
-              there within the time limit (`planner.balance_model`)
+              there (`planner.balance_model`)
     group     each bucket to the replicas of the smallest capacity that fits it (LobRA's length-based dispatch)
     uniform   each bucket in equal numbers to all replicas that fit it, whatever their speed
+
+A resumed run must dispatch its steps as the first run did, so what ends the search is counted, not timed: rounds of
+local search, nodes of SCIP, the gap. The time limit is a safety net over these; a dispatch that it cut says so.
 """
 
 from __future__ import annotations
@@ -31,8 +34,8 @@ METHODS = ("balance", "group", "uniform")
 GAP_LIMIT = 0.01
 """Balance stops when the slowest replica is within this share of the proven bound."""
 
-HEURISTIC_SHARE = 0.25
-"""Part of the time limit that local search may take before SCIP."""
+NODE_LIMIT = 200
+"""Branch-and-bound nodes of SCIP for one dispatch."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,7 @@ class Dispatch:
       bound_s: proven least seconds of the slowest replica for this step's buckets, whatever the dispatch.
       method: the method asked for.
       solve_s: seconds that making this took.
+      stopped_early: the time limit ran out while sharing out, so the same inputs may give another dispatch next time.
     """
 
     replicas: tuple[tuple[MicroBatch, ...], ...]
@@ -61,6 +65,7 @@ class Dispatch:
     bound_s: float
     method: str
     solve_s: float
+    stopped_early: bool
 
 
 def dispatch(
@@ -80,7 +85,9 @@ def dispatch(
       task_ids: [n] task of each sequence.
       method: one of METHODS.
       max_buckets: most padded lengths in use this step.
-      time_limit_s: for the heuristic's local search and SCIP; the first valid share-out does not wait for it.
+      time_limit_s: a safety net for local search and SCIP, which should end well before; the first valid share-out
+        does not wait for it. The same inputs give the same dispatch on a slow machine as on a quick one, and under
+        any limit, as long as `stopped_early` is false.
 
     Raises:
       UserError: an unknown method; a sequence longer than every replica's capacity, or than the plan's largest bucket;
@@ -97,7 +104,7 @@ def dispatch(
     replicas = _replicas(plan, costs, buckets)
     bucket_ids = np.searchsorted(np.asarray(buckets, dtype=np.int64), lengths)
     counts = np.bincount(bucket_ids, minlength=len(buckets)).tolist()
-    loads, bound_s = _share(method, replicas, counts, time_limit_s)
+    loads, bound_s, stopped_early = _share(method, replicas, counts, time_limit_s)
     owner = _deal(loads, bucket_ids, task_ids)
     work = [
         _micro_batches(usable, buckets, np.flatnonzero(owner == replica), bucket_ids, task_ids)
@@ -112,6 +119,7 @@ def dispatch(
         bound_s=bound_s,
         method=method,
         solve_s=time.perf_counter() - started,
+        stopped_early=stopped_early,
     )
 
 
@@ -147,25 +155,27 @@ def _replicas(plan: Plan, costs: CostTable, buckets: Sequence[int]) -> list[Usab
 
 def _share(
     method: str, replicas: Sequence[UsableConfig], counts: Sequence[int], time_limit_s: float
-) -> tuple[np.ndarray, float]:
-    """(loads [R, J], proven bound on the least seconds of the slowest replica)."""
+) -> tuple[np.ndarray, float, bool]:
+    """(loads [R, J], proven bound on the least seconds of the slowest replica, whether the time limit ran out)."""
     if not counts:
-        return np.zeros((len(replicas), 0), dtype=np.int64), 0.0
+        return np.zeros((len(replicas), 0), dtype=np.int64), 0.0, False
     table = balance.tables(replicas, counts)
     bound_s = balance.quick_bound_s(replicas, counts)
     if method == "uniform":
-        return _uniform(table, counts), bound_s
+        return _uniform(table, counts), bound_s, False
     if method == "group":
-        return balance.list_schedule(_smallest_only(table, replicas), counts), bound_s
-    started = time.perf_counter()
-    share = balance.heuristic(table, counts, time_limit_s=time_limit_s * HEURISTIC_SHARE)
-    left_s = time_limit_s - (time.perf_counter() - started)
+        return balance.list_schedule(_smallest_only(table, replicas), counts), bound_s, False
+    deadline = time.perf_counter() + time_limit_s
+    share = balance.heuristic(table, counts, time_limit_s=time_limit_s)
+    left_s = deadline - time.perf_counter()
     if share.max_s > bound_s * (1 + GAP_LIMIT) and left_s > 0:
         from planner import balance_model  # SCIP is loaded only where the heuristic is not proven good enough
 
-        share, proven_s = balance_model.refine(replicas, table, counts, share, time_limit_s=left_s, gap_limit=GAP_LIMIT)
+        share, proven_s = balance_model.refine(
+            replicas, table, counts, share, time_limit_s=left_s, gap_limit=GAP_LIMIT, node_limit=NODE_LIMIT
+        )
         bound_s = max(bound_s, proven_s)
-    return share.loads, min(bound_s, share.max_s)
+    return share.loads, min(bound_s, share.max_s), time.perf_counter() >= deadline
 
 
 def _smallest_only(table: Tables, replicas: Sequence[UsableConfig]) -> Tables:

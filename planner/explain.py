@@ -30,7 +30,8 @@ MOSTLY = 0.5
 WORTH_SAYING = 0.02
 """Smaller shares of a step are not mentioned."""
 
-DISPATCH_TIME_LIMIT_S = 2.0
+DISPATCH_TIME_LIMIT_S = 30.0
+"""A safety net, see `planner.dispatch.dispatch`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ MAX_ROW_OPTIONS = 3
 def row_options(length: int, capacity_tokens: int) -> tuple[int, ...]:
     """Row counts compiled for padded `length` on a config of `capacity_tokens`, ascending; empty if it does not fit.
 
-    The last is b = capacity_tokens // length, the others its halvings rounded up, down to 1, three in all.
+    The last is b = capacity_tokens // length, the others its halvings rounded up; at most MAX_ROW_OPTIONS in all.
     """
     if length < 1:
         raise ValueError(f"row_options: length = {length}, expected >= 1")

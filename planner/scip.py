@@ -1,20 +1,32 @@
 """The few things that every SCIP model here does the same way: quiet, one thread, seeded, status read before values.
 
-SCIP is used through pyscipopt; nothing else of the project calls `optimize`.
+SCIP is used through pyscipopt; nothing else of the project calls `optimize` or `optimizeNogil`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 import time
 
 from pyscipopt import SCIP_PARAMSETTING, Model
 
 MIN_TIME_LIMIT_S = 1e-3
 
-STATUS_OF_BOUND = ("optimal", "gaplimit", "timelimit", "nodelimit", "sollimit", "bestsollimit", "stallnodelimit")
+STATUS_OF_BOUND = (
+    "optimal",
+    "gaplimit",
+    "timelimit",
+    "nodelimit",
+    "totalnodelimit",
+    "sollimit",
+    "bestsollimit",
+    "stallnodelimit",
+)
 """Statuses after which SCIP's dual bound holds for the whole model."""
+
+NO_NODE_LIMIT = -1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,17 +65,39 @@ def light(model: Model) -> None:
     model.setParam("misc/usesymmetry", 0)
 
 
-def solve(model: Model, *, time_limit_s: float, gap_limit: float = 0.0, first_solution: bool = False) -> Outcome:
-    """Optimises within `time_limit_s` wall seconds; stops at relative gap `gap_limit` or at the first solution."""
+def solve(
+    model: Model,
+    *,
+    time_limit_s: float,
+    gap_limit: float = 0.0,
+    node_limit: int = NO_NODE_LIMIT,
+    first_solution: bool = False,
+) -> Outcome:
+    """Optimises without the GIL, so that other Python threads go on meanwhile.
+
+    Args:
+      time_limit_s: wall seconds. A solve that this ends depends on the machine's speed; one that ends otherwise does
+        not.
+      gap_limit: relative gap at which to stop.
+      node_limit: branch-and-bound nodes, restarts included, after which to stop.
+      first_solution: stop at the first solution.
+
+    Raises:
+      KeyboardInterrupt: Ctrl-C while solving in the main thread. Elsewhere SCIP leaves Ctrl-C to the main thread.
+    """
     model.setParam("limits/time", max(time_limit_s, MIN_TIME_LIMIT_S))
     model.setParam("timing/clocktype", 2)  # wall clock, not CPU
     model.setParam("limits/gap", gap_limit)
+    model.setParam("limits/totalnodes", node_limit)
+    model.setParam("misc/catchctrlc", threading.current_thread() is threading.main_thread())
     if first_solution:
         model.setParam("limits/solutions", 1)
     started = time.perf_counter()
-    model.optimize()
+    model.optimizeNogil()
     seconds = time.perf_counter() - started
     status = model.getStatus()
+    if status == "userinterrupt":  # SCIP's handler took the signal, Python saw none
+        raise KeyboardInterrupt
     bound = model.getDualbound() if status in STATUS_OF_BOUND else -math.inf
     return Outcome(
         status=status,

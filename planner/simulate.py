@@ -15,7 +15,8 @@ from planner.plan import Plan
 from planner.workload import Workload
 
 DEFAULT_MAX_BUCKETS = 16
-DEFAULT_DISPATCH_TIME_LIMIT_S = 1.0
+DEFAULT_DISPATCH_TIME_LIMIT_S = 30.0
+"""A safety net, see `planner.dispatch.dispatch`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -32,8 +32,9 @@ from profiling.timing import slots, time_steps
 
 FILLER_SIZE = 65_521
 """Random numbers that made-up arrays repeat; a prime, so that rows of a matrix differ."""
-MOMENTS_AND_MASTER = 3
-"""Arrays of an adapter's size that live on a layer's home: the master copy and AdamW's two moments."""
+ARRAYS_AT_HOME = 8
+"""Arrays of an adapter's size on a layer's home at the update: adapters, the last good ones and AdamW's two moments,
+before and after."""
 NUM_WARM_UPS = 2
 """Updates before the timed ones: the first runs on the state as it was made, the second as updates leave it."""
 
@@ -253,7 +254,7 @@ def reserve_bytes(replica: Replica, num_devices: int) -> int:
     )
     layers_at_home = -(-len(adapters) // min(num_devices, len(adapters)))
     following = max(2 * _leaf_bytes(layout.adapters) for layout in replica.layouts)
-    return MOMENTS_AND_MASTER * layers_at_home * layer_bytes + following
+    return ARRAYS_AT_HOME * layers_at_home * layer_bytes + following
 
 
 def measure_step_overhead(setup: Setup, config: ParallelConfig) -> float:

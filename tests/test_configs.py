@@ -1,13 +1,18 @@
-"""Every file under configs/ loads, and opens with the command that runs it."""
+"""Every file under configs/ loads and opens with the command that runs it; the README names every key."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from lobra_jax.config import load_config
+from lobra_jax.config import RunConfig, TaskConfig, load_config
+from lobra_jax.data.templates import TEMPLATES
+from lobra_jax.models.config import PRESETS
 from planner.workload import Workload
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
+README = ROOT / "README.md"
 NEED_OWN_FILES = {"own_data.yaml"}
 """Examples that name a user's own files, which are not here."""
 
@@ -28,3 +33,24 @@ def test_gin_and_yaml_examples_are_the_same_run():
 @pytest.mark.parametrize("path", sorted((CONFIGS / "lengths").iterdir()), ids=lambda path: path.name)
 def test_histogram_loads(path):
     assert Workload.load(path).tasks
+
+
+def test_every_config_in_the_readme_loads(tmp_path):
+    blocks = re.findall(r"^```yaml\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert len(blocks) >= 2
+    for number, block in enumerate(blocks):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(block, encoding="utf-8")
+        load_config(path, check_files=False)
+
+
+def test_readme_names_every_key_preset_and_template():
+    text = README.read_text(encoding="utf-8")
+    for name, field in RunConfig.model_fields.items():
+        section = TaskConfig if name == "tasks" else field.annotation
+        prefix = "tasks[]" if name == "tasks" else name
+        missing = [key for key in section.model_fields if f"`{prefix}.{key}`" not in text]
+        assert not missing, f"{name}: {missing}"
+    presets = next(line for line in text.splitlines() if line.startswith("| `model.preset` |"))
+    assert all(preset in presets for preset in PRESETS)
+    assert all(f"\n| {template} | " in text for template in TEMPLATES)

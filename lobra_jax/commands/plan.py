@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 @click.option("--config", "config_path", type=FILE, metavar="FILE", help="The run's config; it brings the lengths.")
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change a key of the config. Repeatable.")
 @input_options
-@click.option("--devices", type=click.IntRange(min=1), help="Devices to plan for; by default the config's.")
+@click.option(
+    "--devices", type=click.IntRange(min=1), help="Devices to plan for; by default the config's, else the cost table's."
+)
 @planning_options
 @click.option("--out", type=FILE, required=True, metavar="FILE", help="The plan.yaml to write.")
 def plan(config_path: Path | None, overrides: tuple[str, ...], devices: int | None, out: Path, **rest: Any) -> None:
@@ -80,12 +82,36 @@ def _plan_from_config(
             raise UserError("not with --config", key=flag, expected="a config alone, which says model and data")
     config = load_config(config_path, overrides)
     costs = config_costs(config, inputs.costs, config_path)
-    number = devices or config.devices.num_devices or config.devices.simulated
-    if number is None:
-        raise UserError("missing", key="--devices", expected="it, or devices.num_devices in the config")
+    number = planned_devices(config, costs, devices)
     with console.status("reading the tasks' lengths"):
         workload = task_lengths(config)
     plan_and_write(workload, costs, number, out, merged_flags(config, flags), console)
+
+
+def planned_devices(config: RunConfig, costs: CostTable, flag: int | None) -> int:
+    """The number of devices to plan for.
+
+    Args:
+      config: `devices.num_devices` comes after `flag`, then `devices.simulated`.
+      costs: the number of devices that it was measured on comes last; that one is printed if it is taken.
+      flag: `--devices`; None if it was not given.
+
+    Raises:
+      UserError: none of them says.
+    """
+    number = flag or config.devices.num_devices or config.devices.simulated
+    if number is not None:
+        return number
+    measured = costs.hardware.get("num_devices")
+    if not isinstance(measured, int) or isinstance(measured, bool) or measured < 1:
+        raise UserError(
+            "missing, and the cost table does not tell it",
+            key="devices.num_devices",
+            value=measured,
+            expected="the number of devices to plan for, in the config or as --devices of `lobra plan`",
+        )
+    click.echo(f"planning for {measured} devices, as many as the cost table was measured on")
+    return measured
 
 
 def config_costs(config: RunConfig, path: Path | None, config_path: Path) -> CostTable:

@@ -15,6 +15,7 @@ from planner.inputs import beside
 
 if TYPE_CHECKING:
     from lobra_jax.config import RunConfig
+    from lobra_jax.data.batches import TaskData
     from lobra_jax.models.config import LlamaConfig
     from planner.cost import CostTable
     from planner.plan import Plan
@@ -68,17 +69,28 @@ def train(
 
     devices = run_devices(config.devices)
     if resume:
-        _check_checkpoint(config, model, out)
+        _check_checkpoint(config, model, data, out)
     _check_devices(plan, model, devices)
     out.mkdir(parents=True, exist_ok=True)
     save_config(config, out / CONFIG_FILE)
     plan.save(out / PLAN_FILE)
     costs.save(out / COSTS_FILE)
     workload.save(out / LENGTHS_FILE)
+    _report_data(data)
     click.echo(f"plan: {plan}")
     inputs = Inputs(config=config, model=model, tasks=data, plan=plan, costs=costs, devices=tuple(devices))
     run(inputs, out, resume=resume, say=click.echo)
     click.echo(f"{out}: adapters of {', '.join(task.name for task in config.tasks)}")
+
+
+def _report_data(data: tuple[TaskData, ...]) -> None:
+    for task in data:
+        for source in task.sources:
+            if source.num_truncated or source.num_dropped:
+                click.echo(
+                    f"{task.name} ({source.split}): {source.num_truncated} of {source.num_records} records truncated "
+                    f"to context_length, {source.num_dropped} dropped without a trainable token"
+                )
 
 
 def _check_out(out: Path, resume: bool) -> None:
@@ -101,8 +113,10 @@ def _costs(
     elif plan_path is not None and beside(plan_path, "costs").is_file():
         path = beside(plan_path, "costs")
     if path is None:
-        path = _measure(config, config_path, out)
+        measured = out / COSTS_FILE
+        path = measured if measured.is_file() else _measure(config, config_path, out)
     costs = CostTable.load(path)
+    _check_measured(costs, config, path)
     if costs.model_fingerprint != model.fingerprint:
         raise UserError(
             "cost table of another model",
@@ -112,6 +126,40 @@ def _costs(
             expected=f"{model.name} {model.fingerprint}",
         )
     return costs
+
+
+def _check_measured(costs: CostTable, config: RunConfig, path: Path) -> None:
+    """Refuses a table whose times and capacities are of less than this run needs; tables from elsewhere do not say."""
+    rank = max(task.rank for task in config.tasks)
+    wanted = (("num_tasks", len(config.tasks)), ("rank", rank))
+    for key, needed in wanted:
+        found = costs.provenance.get(key)
+        if found is not None and found < needed:
+            raise UserError(
+                "the cost table was measured with less than this run has",
+                file=path,
+                key=f"provenance.{key}",
+                value=found,
+                expected=f"at least {needed}: run lobra profile again",
+            )
+    dtype = costs.provenance.get("dtype")
+    if dtype is not None and dtype != config.model.dtype:
+        raise UserError(
+            "the cost table was measured in another dtype",
+            file=path,
+            key="provenance.dtype",
+            value=dtype,
+            expected=config.model.dtype,
+        )
+    limit, measured = config.devices.memory_bytes, costs.hardware.get("memory_bytes")
+    if limit is not None and measured is not None and limit < measured:
+        raise UserError(
+            "the cost table was measured with more memory than this run may use",
+            file=path,
+            key="hardware.memory_bytes",
+            value=measured,
+            expected=f"at most devices.memory_bytes = {limit}",
+        )
 
 
 def _measure(config: RunConfig, config_path: Path, out: Path) -> Path:
@@ -164,16 +212,16 @@ def _plan(
 
 
 def _make_plan(config: RunConfig, workload: Workload, costs: CostTable) -> Plan:
+    from lobra_jax.commands.plan import planned_devices
     from planner.planners import make_plan
     from planner.problem import Constraints
 
     section = config.planner
-    num_devices = config.devices.num_devices or config.devices.simulated or costs.hardware["num_devices"]
     return make_plan(
         section.planner,
         workload,
         costs,
-        num_devices,
+        planned_devices(config, costs, None),
         buckets=section.buckets,
         num_buckets=section.num_buckets,
         proposal=section.proposal,
@@ -191,9 +239,9 @@ def _check_devices(plan: Plan, model: LlamaConfig, devices: list[Any]) -> None:
         check_model_fits(model, group.config)
 
 
-def _check_checkpoint(config: RunConfig, model: LlamaConfig, out: Path) -> None:
+def _check_checkpoint(config: RunConfig, model: LlamaConfig, data: tuple[TaskData, ...], out: Path) -> None:
     from lobra_jax.checkpoint import Checkpoints
     from lobra_jax.train import CHECKPOINTS_FOLDER, run_metadata
 
     with Checkpoints(out / CHECKPOINTS_FOLDER, keep=config.training.keep_checkpoints) as checkpoints:
-        checkpoints.check(run_metadata(config, model, {}))
+        checkpoints.check(run_metadata(config, model, data, {}))

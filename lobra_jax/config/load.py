@@ -140,7 +140,8 @@ def _first_error(error: ValidationError, raw: dict[str, Any], path: Path, overri
     for prefix in ("Input should be ", "Value should have "):
         if details["msg"].startswith(prefix):
             problem = "no value" if value is None else "bad value"
-            return UserError(problem, **where, value=shown, expected=details["msg"].removeprefix(prefix))
+            expected = details["msg"].removeprefix(prefix).replace("a valid tuple", "a list")
+            return UserError(problem, **where, value=shown, expected=expected)
     return UserError(details["msg"], **where, value=shown)
 
 

@@ -164,11 +164,14 @@ class PlannerConfig(Section):
     solve_time_limit_s: Positive = 60.0
     dispatch: Literal["balance", "group", "uniform"] = "balance"
     max_dispatch_buckets: Count = 16
-    dispatch_time_limit_s: Positive = 1.0
+    dispatch_time_limit_s: Positive = 30.0
 
 
 class TrainingConfig(Section):
-    """The run as a whole: one seed for all, checkpoints and logs every so many steps, evaluation chunk in sequences."""
+    """The run as a whole: one seed for all, checkpoints every so many steps, evaluation chunk in sequences.
+
+    Off a terminal, where there is no progress bar, a line is printed every `log_interval` steps.
+    """
 
     seed: Seed = 0
     checkpoint_interval: Count = 100

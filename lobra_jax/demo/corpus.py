@@ -1,4 +1,4 @@
-"""Makes the demo's seven tasks out of the text that Python ships, as JSONL files.
+"""Makes the demo's six tasks out of the text that Python ships, as JSONL files.
 
 Their lengths are truly unlike: a signature is tens of tokens, a module several thousand, and within each task most
 examples are short and few are long. The files depend on the Python installation alone.
@@ -15,12 +15,17 @@ from typing import Any
 
 from lobra_jax.demo import sources
 from lobra_jax.demo.sources import Library
+from lobra_jax.demo.tokenizer import strings
 from planner.errors import UserError
 
 Example = dict[str, Any]
 
 LONGEST_CHARS = 14_000
 """Documents are cut to at most this many characters: about 4,800 tokens of the demo's tokenizer."""
+
+RARE_ABOVE_CHARS = ((12_000, 4), (3_500, 6))
+"""(characters, n): of a task's examples above so many characters, which none of the earlier pairs covers, one in n is
+kept. Few are long (above about 1,200 tokens) and very few very long (4,000), as in real fine-tuning data."""
 
 BASE_PIECE_CHARS = 2_000
 
@@ -72,7 +77,7 @@ def write_corpus(folder: str | Path, specs: Sequence[TaskSpec] | None = None) ->
 
 
 def _write_task(folder: Path, spec: TaskSpec, library: Library) -> TaskFiles:
-    examples = _shuffled(spec.examples(library))
+    examples = _skewed(_shuffled(spec.examples(library)))
     if len(examples) < spec.min_examples:
         raise UserError(
             f"task {spec.name!r} has too few examples", value=len(examples), expected=f"{spec.min_examples} or more"
@@ -96,6 +101,19 @@ def _shuffled(examples: Iterable[Example]) -> list[Example]:
     """Distinct examples in the order of their hashes: unrelated to where in the library they came from."""
     lines = {json.dumps(example, sort_keys=True): example for example in examples}
     return [lines[line] for line in sorted(lines, key=lambda line: hashlib.sha256(line.encode()).digest())]
+
+
+def _skewed(examples: Sequence[Example]) -> list[Example]:
+    """All short examples and the share of long ones that `RARE_ABOVE_CHARS` keeps, in their order."""
+    kept, seen = [], dict.fromkeys(RARE_ABOVE_CHARS, 0)
+    for example in examples:
+        length = sum(map(len, strings(example)))
+        rare = next((pair for pair in RARE_ABOVE_CHARS if length > pair[0]), None)
+        if rare is not None:
+            seen[rare] += 1
+        if rare is None or seen[rare] % rare[1] == 1:
+            kept.append(example)
+    return kept
 
 
 def _write_jsonl(path: Path, examples: Iterable[Example]) -> None:
@@ -166,14 +184,6 @@ def class_examples(library: Library) -> Iterator[Example]:
             yield {"messages": [{"role": role, "content": text} for role, text in turns]}
 
 
-def topic_examples(library: Library) -> Iterator[Example]:
-    """Sections of the language reference that `help()` shows: plain prose and grammar, tens to thousands of tokens."""
-    for text in library.topics.values():
-        for section in sources.sections(text):
-            for piece in sources.pieces(section, LONGEST_CHARS):
-                yield {"text": piece}
-
-
 def module_examples(library: Library) -> Iterator[Example]:
     """Whole modules, and the classes of modules that are longer than `LONGEST_CHARS`: to beyond 4,000 tokens."""
     for module in library.modules:
@@ -224,14 +234,6 @@ TASKS = (
         max_train=400,
         max_eval=24,
         min_examples=250,
-    ),
-    TaskSpec(
-        name="topics",
-        description="sections of the language reference",
-        examples=topic_examples,
-        max_train=400,
-        max_eval=16,
-        min_examples=200,
     ),
     TaskSpec(
         name="modules",

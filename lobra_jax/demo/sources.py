@@ -1,4 +1,4 @@
-"""Reads the text that Python ships: standard-library modules, their functions and classes, `pydoc` topics, the licence.
+"""Reads the text that Python ships: standard-library modules, their functions and classes, the licence.
 
 Everything comes from the running interpreter's own installation. What is missing there is a `UserError`, never a
 smaller corpus. Sources are parsed, not imported, so nothing runs and `python -OO` changes nothing.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
-import importlib
 import itertools
 import re
 import sysconfig
@@ -89,16 +88,15 @@ class Class:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Library:
-    """What the tasks are made of: public functions include the methods of public classes; topics by name."""
+    """What the tasks are made of: public functions include the methods of public classes."""
 
     modules: tuple[Module, ...]
     functions: tuple[Function, ...]
     classes: tuple[Class, ...]
-    topics: dict[str, str]
 
 
 def read_library(names: Sequence[str]) -> Library:
-    """Reads the named modules and the topics; see `read_modules` for errors."""
+    """Reads the named modules; see `read_modules` for errors."""
     modules = tuple(read_modules(names))
     functions: list[Function] = []
     classes: list[Class] = []
@@ -107,7 +105,7 @@ def read_library(names: Sequence[str]) -> Library:
         found = list(_classes(module))
         functions += (method for one in found for method in one.methods)
         classes += found
-    return Library(modules=modules, functions=tuple(functions), classes=tuple(classes), topics=read_topics())
+    return Library(modules=modules, functions=tuple(functions), classes=tuple(classes))
 
 
 def read_modules(names: Sequence[str]) -> list[Module]:
@@ -132,15 +130,6 @@ def _read_module(name: str, path: Path) -> Module:
         return Module(name=name, text=path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read a standard-library module: {error}", file=path, expected=EXPECTED) from error
-
-
-def read_topics() -> dict[str, str]:
-    """The language reference that `help()` shows, by topic; surrounding blank lines removed."""
-    try:
-        topics = importlib.import_module("pydoc_data.topics").topics
-    except ImportError as error:
-        raise UserError("Python's `pydoc_data` is missing", expected=EXPECTED) from error
-    return {name: text.strip("\n") for name, text in sorted(topics.items())}
 
 
 def read_licence() -> str:
@@ -226,11 +215,6 @@ def prose(module: Module) -> Iterator[str]:
             text = "\n".join(line.lstrip("# ") for line in lines).strip()
             if len(text) >= MIN_COMMENT_CHARS:
                 yield text
-
-
-def sections(text: str) -> list[str]:
-    """Cuts a `pydoc` topic before each underlined heading; headings stay with what follows them."""
-    return [part.strip("\n") for part in re.split(r"^(?=\S.*\n[*=~-]{3,}\n)", text, flags=re.MULTILINE) if part.strip()]
 
 
 def pieces(text: str, max_chars: int) -> Iterator[str]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from lobra_jax.demo import DEFAULT_STEPS
 from lobra_jax.metrics import METRICS_FILE, read_metrics
 from lobra_jax.report import Summary, Table
 from planner.plan import Plan
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+EXPECTED_FALL = 0.1
+"""Share of its held-out loss that every task is expected to lose in a demo of the default length."""
 
 
 def demo_summary(run: Path, fused_run: Path) -> Summary:
@@ -73,10 +78,11 @@ def _tasks(run: Path) -> list[dict[str, Any]]:
 def _task_table(run: Path) -> Table:
     evals = read_metrics(run / METRICS_FILE, "eval")
     trained = _tasks(run)
-    rows = []
+    rows, falls = [], {}
     for name in dict.fromkeys(record["task"] for record in trained):
         losses = [record["loss"] for record in evals if record["task"] == name]
         own = [record for record in trained if record["task"] == name]
+        falls[name] = 1 - losses[-1] / losses[0]
         rows.append(
             (
                 name,
@@ -91,7 +97,22 @@ def _task_table(run: Path) -> Table:
         title="Held-out loss by task (nats a token)",
         head=("task", "before", "after", "change", "target tokens", "steps"),
         rows=tuple(rows),
+        note=weak_falls(falls, num_steps=len(read_metrics(run / METRICS_FILE, "step"))),
     )
+
+
+def weak_falls(falls: Mapping[str, float], *, num_steps: int) -> str:
+    """One line that names the tasks whose loss fell by a share below `EXPECTED_FALL`; "" if all fell by more.
+
+    Args:
+      falls: by task name, 1 - after / before; a share that is not finite counts as no fall.
+      num_steps: joint steps of the run.
+    """
+    weak = [name for name, fall in falls.items() if not fall >= EXPECTED_FALL]
+    if not weak:
+        return ""
+    reason = f", as expected of {num_steps} of the usual {DEFAULT_STEPS} steps" if num_steps < DEFAULT_STEPS else ""
+    return f"Held-out loss fell by less than {EXPECTED_FALL:.0%}{reason}: {', '.join(weak)}."
 
 
 def _replica_table(plan: Plan, steps: Sequence[dict[str, Any]]) -> Table:

@@ -21,7 +21,8 @@ METADATA = CheckpointMetadata(
         "summaries": LoraSpec(rank=4, alpha=8.0, targets=("q", "v"), dropout=0.1),
         "answers": LoraSpec(rank=16, alpha=16.0, rslora=True),
     },
-    position={"task_steps": {"summaries": 3, "answers": 2}, "finished": []},
+    settings={"training.seed": 0, "tasks.summaries.lr": 1e-3},
+    position={"stopped": {"answers": 2}},
 )
 
 
@@ -124,7 +125,7 @@ def test_a_process_killed_in_the_middle_of_a_save_leaves_the_checkpoint_before_i
         "from lobra_jax.checkpoint import CheckpointMetadata, Checkpoints\n"
         "from lobra_jax.lora import LoraSpec\n"
         "metadata = CheckpointMetadata(\n"
-        "    model='tiny', model_fingerprint='f', tasks={'a': LoraSpec(rank=1, alpha=1.0)}, position={})\n"
+        "    model='tiny', model_fingerprint='f', tasks={'a': LoraSpec(rank=1, alpha=1.0)}, settings={}, position={})\n"
         "checkpoints = Checkpoints(sys.argv[1], keep=3)\n"
         "checkpoints.save(1, {'x': np.ones(3, np.float32)}, metadata)\n"
         "pathlib.Path.rename = os.rename = os.replace = lambda *_: os._exit(9)\n"

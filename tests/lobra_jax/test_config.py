@@ -159,6 +159,8 @@ def test_model_shape_comes_from_the_folder(folder):
         ),
         ("planner.remats=[]", "planner.remats: empty"),
         ("tasks=[]", "tasks: empty; expected at least one item"),
+        ("tasks=5", "tasks: bad value (got 5); expected a list"),
+        ("planner.remats=none", "planner.remats: bad value (got 'none'); expected a list"),
         ("model=tiny", "model: not a mapping (got 'tiny')"),
         ("tasks.c.lr=1", "unknown task 'c'; expected one of a, b.x, a number below 2 or *"),
         ("tasks.a=1", "no key of a task; expected tasks.NAME.key=value"),
@@ -169,6 +171,12 @@ def test_model_shape_comes_from_the_folder(folder):
 )
 def test_bad_override_is_named_with_key_value_and_expectation(folder, override, says):
     assert message(folder / "c.yaml", override).startswith(f"--set {override}: {says}")
+
+
+@pytest.mark.parametrize("override", ["tasks.a.files={}", "planner.remats={a: 1}", "planner.remats=3"])
+def test_lists_are_not_called_tuples(folder, override):
+    line = message(folder / "c.yaml", override)
+    assert line.endswith("expected a list") and "tuple" not in line
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ PLANS = {
     "two stages": [(1, 2, "none")],
     "tensor and pipeline, dots": [(2, 2, "dots")],
     "three stages of four layers, full": [(1, 3, "full")],
+    "a stage a layer": [(1, 4, "dots")],
     "heterogeneous": [(1, 1, "none"), (1, 1, "dots"), (2, 1, "full"), (1, 2, "dots")],
 }
 

@@ -50,6 +50,10 @@ def test_a_heavy_head_takes_layers_off_the_last_stage():
     assert sizes[-1] < 8 < max(sizes)
 
 
+def test_among_equal_splits_the_last_stage_gets_the_most_layers():
+    assert [len(r) for r in split_layers(PRESETS["llama2-7b"], 5)] == [6, 6, 7, 7, 6]
+
+
 def test_tp_that_does_not_divide_the_heads_names_them():
     with pytest.raises(UserError, match=r"tp.*heads 28, key/value heads 4.*got 8"):
         check_model_fits(PRESETS["qwen2.5-7b"], ParallelConfig(tp=8, pp=1, remat="none"))

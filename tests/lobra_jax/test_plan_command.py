@@ -6,6 +6,8 @@ import pytest
 import yaml
 
 from lobra_jax.cli import main
+from lobra_jax.commands.plan import planned_devices
+from lobra_jax.config import load_config
 from lobra_jax.models.config import PRESETS
 from planner.cost import ConfigCost, CostTable
 from planner.plan import ParallelConfig, Plan
@@ -131,3 +133,45 @@ def test_mistakes_are_one_line_with_status_two_and_write_nothing(folder, capsys,
     printed = capsys.readouterr().err
     assert printed.startswith(complaint) and printed.count("\n") == 1
     assert not (folder / "plan.yaml").exists()
+
+
+def set_devices(folder, **devices):
+    raw = yaml.safe_load((folder / "C.yaml").read_text())
+    (folder / "C.yaml").write_text(yaml.safe_dump({**raw, "devices": devices}))
+
+
+@pytest.mark.parametrize(
+    ("devices", "flag", "expected"),
+    [
+        ({"num_devices": 4, "simulated": 6}, 2, 2),
+        ({"num_devices": 4, "simulated": 6}, None, 4),
+        ({"simulated": 6}, None, 6),
+        ({}, None, 3),
+    ],
+)
+def test_number_of_devices_is_the_flags_the_configs_or_the_cost_tables(folder, capsys, devices, flag, expected):
+    set_devices(folder, **devices)
+    costs = dataclasses.replace(COSTS, hardware={"num_devices": 3})
+
+    assert planned_devices(load_config("C.yaml"), costs, flag) == expected
+    printed = capsys.readouterr().out
+    assert printed == ("planning for 3 devices, as many as the cost table was measured on\n" if expected == 3 else "")
+
+
+def test_a_plan_is_made_for_the_devices_that_the_cost_table_was_measured_on(folder, capsys):
+    set_devices(folder)
+    dataclasses.replace(COSTS, hardware={"num_devices": 3}).save("costs.json")
+
+    assert lobra("plan", "--config", "C.yaml", "--costs", "costs.json", "--out", "plan.yaml") == 0
+    assert Plan.load("plan.yaml").num_devices == 3
+    assert capsys.readouterr().out.startswith("planning for 3 devices")
+
+
+@pytest.mark.parametrize("hardware", [{}, {"num_devices": None}, {"num_devices": "two"}, {"num_devices": 0}])
+def test_an_unknown_number_of_devices_is_one_line(folder, capsys, hardware):
+    set_devices(folder)
+    dataclasses.replace(COSTS, hardware=hardware).save("costs.json")
+
+    assert lobra("plan", "--config", "C.yaml", "--costs", "costs.json", "--out", "plan.yaml") == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: devices.num_devices") and printed.count("\n") == 1

@@ -143,8 +143,14 @@ def test_a_run_leaves_everything_it_promises(world, finished):
     assert drawn and all(0 <= item["start_s"] <= item["end_s"] <= timeline["step_s"] for item in drawn)
 
 
-def test_nothing_is_compiled_after_warm_up(finished):
-    assert [r["compilations"] for r in read_metrics(finished / "metrics.jsonl", "step")] == [0] * STEPS
+def test_nothing_is_compiled_after_warm_up(world, finished, tmp_path):
+    """Not by steps, evaluations, checkpoints nor other shapes of the plan's lattice."""
+    plan = write_plan(world, tmp_path, buckets=[16, 32, 64])
+    out = tmp_path / "three_buckets"
+    result = lobra("train", "--config", world / "config.yaml", "--plan", plan, "--out", out)
+    assert result.exit_code == 0, result.output
+    for run in (finished, out):
+        assert [r["compilations"] for r in read_metrics(run / "metrics.jsonl", "step")] == [0] * STEPS
 
 
 @pytest.mark.parametrize("name", ["short", "long"])
@@ -222,6 +228,9 @@ def test_a_run_directory_is_never_overwritten(world, finished):
         (["--set", "tasks.long.rank=8"], r"tasks.long.rank.*got 4.*expected 8"),
         (["--tasks", "short"], r"tasks.*got 'short, long'.*expected short"),
         (["--set", "tasks.0.name=other"], r"tasks.*'short, long'.*other, long"),
+        (["--set", "training.seed=7"], r"another run.*got"),
+        (["--set", "tasks.short.lr=1"], r"tasks.short.lr.*got 0.003.*1.0"),
+        (["--set", "tasks.long.batch_size=4"], r"tasks.long.batch_size.*got 3.*4"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(world, finished, arguments, complaint):
@@ -260,6 +269,38 @@ def test_a_plan_that_cannot_run_is_one_line_and_leaves_nothing(world, tmp_path, 
     assert result.exit_code == 2, result.output
     assert complaint in result.output and result.output.strip().count("\n") == 0
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"provenance": {"num_tasks": 1}}, r"provenance.num_tasks.*got 1.*at least 2"),
+        ({"provenance": {"rank": 2}}, r"provenance.rank.*got 2.*at least 4"),
+        ({"provenance": {"dtype": "bfloat16"}}, r"provenance.dtype.*float32"),
+    ],
+)
+def test_a_cost_table_measured_for_less_is_refused(world, tmp_path, changes, complaint):
+    raw = json.loads((world / "costs.json").read_text()) | changes
+    (tmp_path / "costs.json").write_text(json.dumps(raw))
+    result = train(world, tmp_path / "run", "--set", f"planner.costs={tmp_path / 'costs.json'}")
+    assert result.exit_code == 2 and re.search(complaint, result.output), result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(world, finished, tmp_path, monkeypatch):
+    out, issue = tmp_path / "early", Trainer._issue
+
+    def killed(self, step, task_steps, feeder):
+        if step == 1:
+            raise KeyboardInterrupt
+        return issue(self, step, task_steps, feeder)
+
+    monkeypatch.setattr(Trainer, "_issue", killed)
+    assert train(world, out, plan="many").exit_code == 130
+    monkeypatch.undo()
+    result = train(world, out, "--resume", plan="many")
+    assert result.exit_code == 0, result.output
+    assert difference(adapter(out, "short"), adapter(finished, "short")) == 0
 
 
 def test_a_cost_table_of_another_model_is_refused(world, tmp_path):

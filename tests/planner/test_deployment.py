@@ -109,7 +109,7 @@ def replica_times(cost, buckets, shape):
                 break
             while load > 0:
                 taken = min(load, full)
-                rows = min(r for r in (math.ceil(full / 2**k) for k in range(4)) if r >= taken)
+                rows = min(r for r in (math.ceil(full / 2**k) for k in range(3)) if r >= taken)
                 # halvings of halvings rounded up are the same as one division rounded up
                 slots.append(cost.micro_batch_s(rows, length))
                 load -= taken

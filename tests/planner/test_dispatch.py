@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from planner import balance, balance_model
+from planner import balance, balance_model, scip
 from planner.cost import ConfigCost, CostTable
 from planner.dispatch import METHODS, MicroBatch, dispatch
 from planner.errors import UserError
@@ -120,6 +120,38 @@ def test_local_search_keeps_its_times_right_and_never_worsens(step):
     assert share.loads.min() >= 0 and share.loads.sum(axis=0).tolist() == counts
     assert share.replica_s == pytest.approx([u.replica_s(row) for u, row in zip(replicas, share.loads, strict=True)])
     assert share.max_s <= table.replica_s(first).max() * (1 + 1e-9)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(steps(), st.sampled_from(METHODS), st.integers(1, 6))
+def test_dispatch_does_not_depend_on_the_time_limit(step, method, max_buckets):
+    plan, lengths, tasks = step
+    few, many = (
+        dispatch(plan, make_costs(), lengths, tasks, method=method, max_buckets=max_buckets, time_limit_s=limit)
+        for limit in (5.0, 60.0)
+    )
+    assert not few.stopped_early and not many.stopped_early
+    assert dataclasses.replace(few, solve_s=0.0) == dataclasses.replace(many, solve_s=0.0)
+
+
+def test_a_search_far_from_its_gap_is_ended_by_the_node_limit(monkeypatch):
+    # Eight like replicas: the gap is not proven within the node limit, and the time limit is far off.
+    lengths = np.random.default_rng(0).geometric(1 / 8, size=100).clip(max=40)
+    tasks = np.arange(100) % 4
+    plan = make_plan((8, 0, 0, 0, 0), (5, 10, 20, 30, 40))
+    outcomes = []
+    solve = scip.solve
+    monkeypatch.setattr(scip, "solve", lambda *args, **limits: outcomes.append(solve(*args, **limits)) or outcomes[-1])
+    first, again = (dispatch(plan, make_costs(), lengths, tasks, max_buckets=5, time_limit_s=60.0) for _ in range(2))
+    assert [outcome.status for outcome in outcomes] == ["totalnodelimit"] * 2
+    assert dataclasses.replace(first, solve_s=0.0) == dataclasses.replace(again, solve_s=0.0)
+
+
+def test_a_dispatch_that_the_time_limit_cut_says_so():
+    plan, lengths = make_plan((2, 1, 0, 0, 0), (20, 60)), np.array([15] * 9 + [50] * 4)
+    cut = dispatch(plan, make_costs(), lengths, np.zeros(13, int), max_buckets=2, time_limit_s=0.0)
+    assert cut.stopped_early
+    assert evaluate(plan, make_costs(), cut, lengths).violations == ()
 
 
 def test_many_replicas_are_balanced_close_to_the_bound():

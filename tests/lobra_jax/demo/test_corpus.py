@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -84,12 +83,6 @@ def test_a_missing_module_is_named() -> None:
         sources.read_modules(["textwrap", "no_such_module"])
 
 
-def test_missing_topics_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    with pytest.raises(UserError, match="`pydoc_data` is missing"):
-        sources.read_topics()
-
-
 def test_a_package_stands_for_its_own_files() -> None:
     names = [module.name for module in sources.read_modules(["json"])]
     assert "json" in names and "json.decoder" in names
@@ -109,11 +102,6 @@ def test_pieces_keep_the_text_and_its_order() -> None:
     parts = list(sources.pieces(text, 300))
     assert all(len(part) <= 300 for part in parts)
     assert "".join(parts).replace("\n", "") == text.replace("\n", "")
-
-
-def test_sections_begin_at_their_headings() -> None:
-    text = "Title\n*****\n\nintro\n\nFirst part\n==========\n\nbody\n\nSecond\n======\n\nend"
-    assert [part.splitlines()[0] for part in sources.sections(text)] == ["Title", "First part", "Second"]
 
 
 def test_error_messages_come_with_their_condition() -> None:
