@@ -21,7 +21,7 @@ from planner.bucketing import DEFAULT_ALIGN
 from planner.errors import UserError
 from planner.inputs import beside
 
-BASE_STEPS = 250
+BASE_STEPS = 300
 MEMORY_BYTES = 128 * 1024**2
 """Of each simulated device: the longest sequences fit none alone."""
 
