@@ -134,7 +134,8 @@ def test_a_process_killed_in_the_middle_of_a_save_leaves_the_checkpoint_before_i
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=os.environ, capture_output=True)
     assert done.returncode == 9, done.stderr.decode()
     assert len(list(tmp_path.iterdir())) == 2  # the checkpoint, and what the killed save left
-    expected = dataclasses.replace(METADATA, model_fingerprint="f", tasks={"a": LoraSpec(rank=1, alpha=1.0)})
+    tasks = {"a": LoraSpec(rank=1, alpha=1.0)}
+    expected = dataclasses.replace(METADATA, model_fingerprint="f", tasks=tasks, settings={})
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         assert checkpoints.latest_step() == 1
         restored, _ = checkpoints.restore(1, {"x": np.zeros(3, np.float32)}, expected)

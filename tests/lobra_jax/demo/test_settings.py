@@ -25,7 +25,7 @@ def test_tasks_are_unlike_and_all_evaluated(corpus: Corpus, tmp_path: Path) -> N
     config = run_config(corpus, tmp_path, steps=30, memory_bytes=None, cache_dir=tmp_path)
     assert [task.name for task in config.tasks] == [task.name for task in corpus.tasks]
     assert all(task.has_evaluation for task in config.tasks)
-    for field in ("rank", "steps", "batch_size", "lr", "context_length", "dropout", "rslora", "weight_decay"):
+    for field in ("rank", "steps", "batch_size", "lr", "context_length", "rslora", "weight_decay"):
         assert len({getattr(task, field) for task in config.tasks}) > 1, field
 
 
