@@ -24,7 +24,9 @@ def step_record(step: int, *, total_s: float = 0.5) -> StepRecord:
         padding_share=0.1,
         idle_share=0.25,
         gpu_seconds=4.0,
-        seconds=PhaseSeconds(wait_dispatch=0.01, data=0.02, execute=0.4, sum_update=0.05, total=total_s),
+        seconds=PhaseSeconds(
+            wait_dispatch=0.01, issue=0.02, host_wait=0.0, execute=0.4, sum_update=0.05, total=total_s
+        ),
         dispatch_solve_s=0.03,
         predicted_s=(0.4, 0.35),
         measured_s=(0.41, 0.34),
@@ -50,7 +52,14 @@ def test_records_read_back_as_they_were_written(tmp_path: Path) -> None:
         writer.write(EventRecord(step=1, task="answers", event="finished"))
     step, task, evaluation, event = read_metrics(tmp_path / "metrics.jsonl")
     assert step["kind"] == "step"
-    assert step["seconds"] == {"wait_dispatch": 0.01, "data": 0.02, "execute": 0.4, "sum_update": 0.05, "total": 0.5}
+    assert step["seconds"] == {
+        "wait_dispatch": 0.01,
+        "issue": 0.02,
+        "host_wait": 0.0,
+        "execute": 0.4,
+        "sum_update": 0.05,
+        "total": 0.5,
+    }
     assert step["num_micro_batches"] == [3, 0]
     assert task == {
         "kind": "task",
