@@ -37,7 +37,7 @@ TASK_SETTINGS: dict[str, dict[str, Any]] = {
     "modules": {"context_length": LONG, "batch_size": 3, "rank": 16, "lr": 1e-2, "weight_decay": 0.01},
 }
 """What each task sets apart from `COMMON`; `share_of_steps` of the run's steps, after which the task is done. None uses
-LoRA dropout: its random numbers would double the time to compile every program."""
+LoRA dropout, to keep the programs small."""
 
 COMMON: dict[str, Any] = {
     "share_of_steps": 1.0,
