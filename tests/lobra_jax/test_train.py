@@ -108,6 +108,18 @@ def adapter(run: Path, task: str) -> dict[str, np.ndarray]:
     }
 
 
+def kill_at(monkeypatch: pytest.MonkeyPatch, last: int) -> None:
+    """Interrupts a run where it would issue step `last`."""
+    issue = Trainer._issue
+
+    def killed(self, step, task_steps, feeder):
+        if step == last:
+            raise KeyboardInterrupt
+        return issue(self, step, task_steps, feeder)
+
+    monkeypatch.setattr(Trainer, "_issue", killed)
+
+
 def difference(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
     """|found - expected| / |expected| over a whole adapter."""
     assert found.keys() == expected.keys()
@@ -162,14 +174,8 @@ def test_a_task_trained_alone_gives_the_adapter_of_the_joint_run(world, finished
 
 
 def test_a_killed_run_resumes_bitwise(world, finished, tmp_path, monkeypatch):
-    out, issue = tmp_path / "killed", Trainer._issue
-
-    def killed(self, step, task_steps, feeder):
-        if step == 5:
-            raise KeyboardInterrupt
-        return issue(self, step, task_steps, feeder)
-
-    monkeypatch.setattr(Trainer, "_issue", killed)
+    out = tmp_path / "killed"
+    kill_at(monkeypatch, 5)
     assert train(world, out, plan="many").exit_code == 130
     monkeypatch.undo()
     result = train(world, out, "--resume", plan="many")
@@ -188,14 +194,8 @@ def test_a_killed_run_resumes_bitwise(world, finished, tmp_path, monkeypatch):
 
 
 def test_resume_on_another_plan_goes_on_from_the_same_state(world, finished, tmp_path, monkeypatch):
-    out, issue = tmp_path / "moved", Trainer._issue
-
-    def killed(self, step, task_steps, feeder):
-        if step == 3:
-            raise KeyboardInterrupt
-        return issue(self, step, task_steps, feeder)
-
-    monkeypatch.setattr(Trainer, "_issue", killed)
+    out = tmp_path / "moved"
+    kill_at(monkeypatch, 3)
     train(world, out, plan="many")
     monkeypatch.undo()
     result = train(world, out, "--resume", plan="one")
@@ -288,14 +288,8 @@ def test_a_cost_table_measured_for_less_is_refused(world, tmp_path, changes, com
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(world, finished, tmp_path, monkeypatch):
-    out, issue = tmp_path / "early", Trainer._issue
-
-    def killed(self, step, task_steps, feeder):
-        if step == 1:
-            raise KeyboardInterrupt
-        return issue(self, step, task_steps, feeder)
-
-    monkeypatch.setattr(Trainer, "_issue", killed)
+    out = tmp_path / "early"
+    kill_at(monkeypatch, 1)
     assert train(world, out, plan="many").exit_code == 130
     monkeypatch.undo()
     result = train(world, out, "--resume", plan="many")
