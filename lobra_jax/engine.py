@@ -145,7 +145,11 @@ class Engine:
 
     def shapes(self) -> list[list[Shape]]:
         """The plan's shape lattice, by replica."""
-        return [list(lattice_shapes(group.capacity_tokens, self.plan.buckets)) for group in self.plan.expanded()]
+        plan = self.plan
+        return [
+            list(lattice_shapes(group.capacity_tokens, plan.buckets, num_options=plan.row_options))
+            for group in plan.expanded()
+        ]
 
     def compile(
         self,

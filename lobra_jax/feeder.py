@@ -23,7 +23,6 @@ from lobra_jax.data.batches import (
 from planner.cost import CostTable
 from planner.dispatch import Dispatch, dispatch
 from planner.errors import UserError
-from planner.lattice import row_options
 from planner.plan import Plan
 
 Shape = tuple[int, int]
@@ -123,7 +122,7 @@ class Feeder:
             full = dataclasses.replace(
                 chosen,
                 replicas=tuple(
-                    tuple(dataclasses.replace(m, rows=row_options(m.length, capacity)[-1]) for m in micro_batches)
+                    tuple(dataclasses.replace(m, rows=capacity // m.length) for m in micro_batches)
                     for micro_batches, capacity in zip(chosen.replicas, capacities, strict=True)
                 ),
             )
@@ -134,10 +133,7 @@ def evaluation_shapes(plan: Plan) -> list[list[Shape]]:
     """[replica][shape] that `Feeder.evaluation` uses: each bucket on the smallest capacity that holds it."""
     capacities = [group.capacity_tokens for group in plan.expanded()]
     smallest = {bucket: min(c for c in capacities if c >= bucket) for bucket in plan.buckets}
-    return [
-        [(row_options(bucket, own)[-1], bucket) for bucket in plan.buckets if smallest[bucket] == own]
-        for own in capacities
-    ]
+    return [[(own // bucket, bucket) for bucket in plan.buckets if smallest[bucket] == own] for own in capacities]
 
 
 def check_lengths(tasks: Sequence[TaskData], plan: Plan) -> None:

@@ -15,6 +15,7 @@ from planner.cost import CostTable
 from planner.dispatch import METHODS
 from planner.errors import UserError
 from planner.inputs import FILE, Inputs, beside, input_options, load_plan, plan_argument, read_costs, read_lengths
+from planner.lattice import DEFAULT_ROW_OPTIONS, MAX_ROW_OPTIONS
 from planner.plan import REMATS, Plan
 from planner.planners import PLANNERS, solver
 from planner.problem import DEFAULT_NUM_BUCKETS, DEFAULT_TIME_LIMIT_S, Constraints, build_problem
@@ -34,6 +35,7 @@ class PlanningFlags:
     proposal: bool | None
     buckets: str | tuple[int, ...] | None
     num_buckets: int | None
+    row_options: int | None
     max_tp: int | None
     max_pp: int | None
     remats: tuple[str, ...] | None
@@ -50,6 +52,11 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--buckets", metavar="KIND", callback=_bucket_list, help="dynamic, static7, static16 or 256,512,..."
         ),
         click.option("--num-buckets", type=count, help="Most padded lengths with dynamic buckets."),
+        click.option(
+            "--row-options",
+            type=click.IntRange(1, MAX_ROW_OPTIONS),
+            help="Row counts compiled for each bucket on a replica: full, half, ...",
+        ),
         click.option("--max-tp", type=count, help="Most devices that share a layer."),
         click.option("--max-pp", type=count, help="Most pipeline stages."),
         click.option("--remats", metavar="A,B", callback=_remat_list, help=f"Allowed of {','.join(REMATS)}."),
@@ -90,6 +97,7 @@ def plan_and_write(
         num_devices,
         buckets=flags.buckets or "dynamic",
         num_buckets=flags.num_buckets or DEFAULT_NUM_BUCKETS,
+        row_options=flags.row_options or DEFAULT_ROW_OPTIONS,
         constraints=Constraints(max_tp=flags.max_tp, max_pp=flags.max_pp, remats=flags.remats),
         proposal=flags.proposal is not False,
         time_limit_s=flags.time_limit or DEFAULT_TIME_LIMIT_S,

@@ -148,7 +148,8 @@ def _replicas(plan: Plan, costs: CostTable, buckets: Sequence[int]) -> list[Usab
                 key="replicas",
                 expected="one of " + ", ".join(str(known.config) for known in costs.configs),
             ) from None
-        usable = usable_config(dataclasses.replace(cost, capacity_tokens=group.capacity_tokens), buckets)
+        cost = dataclasses.replace(cost, capacity_tokens=group.capacity_tokens)
+        usable = usable_config(cost, buckets, num_options=plan.row_options)
         out += [usable] * group.count
     return out
 

@@ -125,7 +125,7 @@ def _batch_violations(
     if length not in plan.buckets:
         out.append(f"{name}: {length} is not a bucket of the plan")
     full = group.capacity_tokens // length
-    if rows not in {-(-full // 2**halvings) for halvings in range(4)}:
+    if rows not in {-(-full // 2**halvings) for halvings in range(plan.row_options)}:
         out.append(f"{name}: {rows} rows of {length} tokens are not on the lattice")
     for sequence in sequences:
         if not 0 <= sequence < len(lengths):

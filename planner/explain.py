@@ -129,7 +129,9 @@ def explain(
       UserError: plan, costs and lengths do not belong together.
     """
     check_plan(plan, costs)
-    problem = build_problem(workload, costs, plan.num_devices, buckets=plan.buckets, time_limit_s=time_limit_s)
+    problem = build_problem(
+        workload, costs, plan.num_devices, buckets=plan.buckets, row_options=plan.row_options, time_limit_s=time_limit_s
+    )
     replicas = replica_times(plan, costs, problem)
     step_s = max(replica.seconds for replica in replicas) + costs.step_overhead_s
     alternatives, bound_s = (), None
@@ -302,5 +304,10 @@ def _without(problem: PlanningProblem, config: object) -> PlanningProblem:
 
 def _on_devices(problem: PlanningProblem, workload: Workload, num_devices: int) -> PlanningProblem:
     return build_problem(
-        workload, problem.costs, num_devices, buckets=problem.buckets, time_limit_s=problem.time_limit_s
+        workload,
+        problem.costs,
+        num_devices,
+        buckets=problem.buckets,
+        row_options=problem.row_options,
+        time_limit_s=problem.time_limit_s,
     )

@@ -1,27 +1,30 @@
 """The shape lattice: which (rows, length) micro-batches are compiled for a parallel config, and how rows fill them.
 
 A config of capacity C tokens runs bucket s with b = C // s full rows, or with a few smaller row counts kept for the
-remainder, so that the number of compiled programs stays small: (b, b/2, b/4), rounded up, without repeats.
+remainder: by default (b, b/2, b/4), rounded up, without repeats. Fewer of them pad more and compile less.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-MAX_ROW_OPTIONS = 3
-"""Row counts compiled for one bucket on one config: the full one and at most two halvings."""
+DEFAULT_ROW_OPTIONS = 3
+"""Row counts compiled for one bucket on one config: the full one and two halvings."""
+
+MAX_ROW_OPTIONS = 4
+"""A remainder that fills an eighth of the rows is rare; further halvings would only be compiled."""
 
 
-def row_options(length: int, capacity_tokens: int) -> tuple[int, ...]:
+def row_options(length: int, capacity_tokens: int, *, num_options: int = DEFAULT_ROW_OPTIONS) -> tuple[int, ...]:
     """Row counts compiled for padded `length` on a config of `capacity_tokens`, ascending; empty if it does not fit.
 
-    The last is b = capacity_tokens // length, the others its halvings rounded up; at most MAX_ROW_OPTIONS in all.
+    The last is b = capacity_tokens // length, the others its halvings rounded up; at most `num_options` in all.
     """
     if length < 1:
         raise ValueError(f"row_options: length = {length}, expected >= 1")
     options: list[int] = []
     rows = capacity_tokens // length
-    while rows >= 1 and len(options) < MAX_ROW_OPTIONS:
+    while rows >= 1 and len(options) < num_options:
         options.append(rows)
         if rows == 1:
             break
@@ -44,6 +47,10 @@ def split_rows(num_sequences: int, options: tuple[int, ...]) -> tuple[int, ...]:
     return full if remainder == 0 else (*full, rows_for(remainder, options))
 
 
-def shapes(capacity_tokens: int, buckets: Iterable[int]) -> tuple[tuple[int, int], ...]:
+def shapes(
+    capacity_tokens: int, buckets: Iterable[int], *, num_options: int = DEFAULT_ROW_OPTIONS
+) -> tuple[tuple[int, int], ...]:
     """All (rows, length) that a replica of `capacity_tokens` may be asked to run: what is compiled ahead of time."""
-    return tuple((rows, length) for length in buckets for rows in row_options(length, capacity_tokens))
+    return tuple(
+        (rows, length) for length in buckets for rows in row_options(length, capacity_tokens, num_options=num_options)
+    )

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from planner.errors import UserError
+from planner.lattice import DEFAULT_ROW_OPTIONS, MAX_ROW_OPTIONS
 
 REMATS = ("none", "dots", "full")
 """Rematerialisation policies, from most memory to least."""
@@ -87,6 +88,7 @@ class Plan:
       num_devices: devices the plan may use; replicas may leave some idle.
       replicas: groups of like replicas.
       buckets: the shape lattice's padded lengths, ascending, tokens.
+      row_options: row counts of the shape lattice for each bucket on a replica, see `planner.lattice`.
       predicted: the planner's expectation, absent for plans written by hand.
       planner: which planner made it ("exact", "minlp", "prune", "group", "manual").
     """
@@ -95,6 +97,7 @@ class Plan:
     num_devices: int
     replicas: tuple[ReplicaGroup, ...]
     buckets: tuple[int, ...]
+    row_options: int = DEFAULT_ROW_OPTIONS
     predicted: Prediction | None = None
     planner: str = "manual"
 
@@ -107,6 +110,8 @@ class Plan:
             )
         if not self.buckets or any(b < 1 for b in self.buckets) or list(self.buckets) != sorted(set(self.buckets)):
             raise ValueError(f"Plan.buckets = {list(self.buckets)}: expected ascending positive lengths")
+        if not 1 <= self.row_options <= MAX_ROW_OPTIONS:
+            raise ValueError(f"Plan.row_options = {self.row_options}: expected 1 to {MAX_ROW_OPTIONS}")
         if self.buckets[-1] > self.max_capacity_tokens:
             raise ValueError(
                 f"Plan.buckets: {self.buckets[-1]} exceeds every replica's capacity, at most {self.max_capacity_tokens}"
@@ -153,6 +158,7 @@ class Plan:
         if self.predicted is not None:
             out["predicted"] = dataclasses.asdict(self.predicted)
         out["buckets"] = list(self.buckets)
+        out["row_options"] = self.row_options
         return out
 
     def save(self, path: str | Path) -> None:
@@ -162,7 +168,7 @@ class Plan:
     def from_dict(cls, raw: Mapping[str, Any], *, file: object = None) -> Plan:
         """Reads the plan format of `to_dict`; a wrong or missing field raises `UserError` naming it."""
         raw = _require_mapping(raw, file, None)
-        known = {"version", "model", "planner", "num_devices", "replicas", "predicted", "buckets"}
+        known = {"version", "model", "planner", "num_devices", "replicas", "predicted", "buckets", "row_options"}
         _reject_unknown(raw, known, file, None)
         if raw.get("version") != PLAN_VERSION:
             raise UserError(
@@ -205,12 +211,16 @@ class Plan:
         buckets = _field(raw, "buckets", list, file, None)
         if not all(isinstance(b, int) and not isinstance(b, bool) for b in buckets):
             raise UserError("bad value", file=file, key="buckets", value=buckets, expected="a list of integers")
+        row_options = DEFAULT_ROW_OPTIONS
+        if "row_options" in raw:
+            row_options = _field(raw, "row_options", int, file, None)
         try:
             return cls(
                 model=_field(raw, "model", str, file, None),
                 num_devices=_field(raw, "num_devices", int, file, None),
                 replicas=tuple(groups),
                 buckets=tuple(buckets),
+                row_options=row_options,
                 predicted=predicted,
                 planner=raw.get("planner", "manual"),
             )

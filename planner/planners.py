@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from planner.cost import CostTable
 from planner.errors import UserError
+from planner.lattice import DEFAULT_ROW_OPTIONS
 from planner.plan import Plan
 from planner.problem import (
     DEFAULT_NUM_BUCKETS,
@@ -41,6 +42,7 @@ def make_plan(
     *,
     buckets: str | Sequence[int] = "dynamic",
     num_buckets: int = DEFAULT_NUM_BUCKETS,
+    row_options: int = DEFAULT_ROW_OPTIONS,
     proposal: bool = True,
     time_limit_s: float = DEFAULT_TIME_LIMIT_S,
     constraints: Constraints | None = None,
@@ -49,6 +51,7 @@ def make_plan(
 
     Args:
       buckets: "dynamic" (at most `num_buckets`, least padding), "static7", "static16", or a list of lengths.
+      row_options: row counts compiled for each bucket on a replica, see `planner.lattice`.
       proposal: whether minlp and prune draw configs by LobRA's configuration proposal.
       time_limit_s: after which the best plan found is returned with its gap.
       constraints: which tp, pp and remat may be used.
@@ -63,6 +66,7 @@ def make_plan(
         num_devices,
         buckets=buckets,
         num_buckets=num_buckets,
+        row_options=row_options,
         constraints=constraints,
         proposal=proposal,
         time_limit_s=time_limit_s,

@@ -22,7 +22,7 @@ import numpy as np
 from planner.bucketing import bucket_lengths
 from planner.cost import ConfigCost, CostTable
 from planner.errors import UserError
-from planner.lattice import row_options, split_rows
+from planner.lattice import DEFAULT_ROW_OPTIONS, row_options, split_rows
 from planner.plan import ParallelConfig, Plan, Prediction, ReplicaGroup
 from planner.workload import Workload
 
@@ -116,6 +116,7 @@ class PlanningProblem:
       expected: E_j, expected sequences of each bucket in one batch.
       counts: N_j, the integers that are planned for (see the module's docstring).
       configs: the configs allowed that fit the devices and at least the shortest bucket.
+      row_options: row counts of the lattice for each bucket on a config.
       proposal: whether planners that know LobRA's configuration proposal use it.
       time_limit_s: after this many seconds a planner returns the best plan that it has.
     """
@@ -127,6 +128,7 @@ class PlanningProblem:
     expected: tuple[float, ...]
     counts: tuple[int, ...]
     configs: tuple[UsableConfig, ...]
+    row_options: int = DEFAULT_ROW_OPTIONS
     proposal: bool = True
     time_limit_s: float = DEFAULT_TIME_LIMIT_S
 
@@ -161,6 +163,7 @@ class PlanningProblem:
             num_devices=self.num_devices,
             replicas=tuple(chosen),
             buckets=self.buckets,
+            row_options=self.row_options,
             planner=planner,
             predicted=Prediction(
                 step_s=step_s,
@@ -179,6 +182,7 @@ def build_problem(
     *,
     buckets: str | Sequence[int] = "dynamic",
     num_buckets: int = DEFAULT_NUM_BUCKETS,
+    row_options: int = DEFAULT_ROW_OPTIONS,
     constraints: Constraints | None = None,
     proposal: bool = True,
     time_limit_s: float = DEFAULT_TIME_LIMIT_S,
@@ -202,15 +206,20 @@ def build_problem(
         buckets=padded,
         expected=expected,
         counts=_integer_counts(expected),
-        configs=tuple(usable_config(cost, padded) for cost in allowed if cost.capacity_tokens >= padded[0]),
+        configs=tuple(
+            usable_config(cost, padded, num_options=row_options)
+            for cost in allowed
+            if cost.capacity_tokens >= padded[0]
+        ),
+        row_options=row_options,
         proposal=proposal,
         time_limit_s=time_limit_s,
     )
 
 
-def usable_config(cost: ConfigCost, buckets: Sequence[int]) -> UsableConfig:
+def usable_config(cost: ConfigCost, buckets: Sequence[int], *, num_options: int = DEFAULT_ROW_OPTIONS) -> UsableConfig:
     """The slot times of a config on the lattice of `buckets`; a shape without a positive time is a `UserError`."""
-    rows = tuple(row_options(length, cost.capacity_tokens) for length in buckets)
+    rows = tuple(row_options(length, cost.capacity_tokens, num_options=num_options) for length in buckets)
     slot_s = tuple(
         tuple(float(cost.micro_batch_s(b, length)) for b in options)
         for options, length in zip(rows, buckets, strict=True)

@@ -70,7 +70,9 @@ def find_capacity(
     fits = shortest
     too_large = min((tokens for (_, tokens), size in measured.items() if size > limit_bytes), default=max_tokens + 1)
     for _ in range(MAX_TRIES):
-        guess = align_capacity(min(foretold_tokens(measured, AIM * limit_bytes, fixed_bytes), too_large - 1))
+        foretold = foretold_tokens(measured, AIM * limit_bytes, fixed_bytes, lengths=lengths)
+        limit = min(foretold, too_large - 1)
+        guess = max_tokens if limit >= max_tokens else align_capacity(limit)
         confirmed = fits > shortest
         if guess <= fits or (confirmed and guess < WORTH_GROWING * fits):
             break
@@ -81,19 +83,25 @@ def find_capacity(
     return Capacity(tokens=fits, bytes=measured)
 
 
-def foretold_tokens(measured: Mapping[Shape, int], limit: float, fixed: float) -> float:
+def foretold_tokens(
+    measured: Mapping[Shape, int], limit: float, fixed: float, *, lengths: Sequence[int] = ()
+) -> float:
     """How many tokens should fit into `limit` bytes, as far as the `measured` shapes tell.
 
     Bytes beyond `fixed` (weights, adapters, gradients) follow a power of the length for single rows, interpolated
-    between those measured, and the number of rows for each measured length.
+    between those measured, and the number of rows for each measured length. `lengths` are measured whatever the
+    capacity, so that whole rows count; a length between them moves with the capacity, so that parts of a row count too.
     """
     free = limit - fixed
     singles = {length: size - fixed for (rows, length), size in measured.items() if rows == 1}
     bounds = [_inverse_power_law(singles, free)]
     for length in singles.keys() | {length for _, length in measured}:
         rows, size = max((rows, size) for (rows, its), size in measured.items() if its == length)
-        rows_that_fit = math.floor(free * rows / max(size - fixed, 1))
-        bounds.append((rows_that_fit + 1) * length - 1)
+        rows_that_fit = free * rows / max(size - fixed, 1)
+        if length in lengths or rows_that_fit < 1:
+            bounds.append((math.floor(rows_that_fit) + 1) * length - 1)
+        elif rows > 1:
+            bounds.append(rows_that_fit * length)
     return min(bounds)
 
 

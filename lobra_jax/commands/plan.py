@@ -142,6 +142,7 @@ def merged_flags(config: RunConfig, flags: PlanningFlags) -> PlanningFlags:
         proposal=section.proposal,
         buckets=section.buckets,
         num_buckets=section.num_buckets,
+        row_options=section.row_options,
         max_tp=section.max_tp,
         max_pp=section.max_pp,
         remats=section.remats,

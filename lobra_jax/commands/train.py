@@ -224,6 +224,7 @@ def _make_plan(config: RunConfig, workload: Workload, costs: CostTable) -> Plan:
         planned_devices(config, costs, None),
         buckets=section.buckets,
         num_buckets=section.num_buckets,
+        row_options=section.row_options,
         proposal=section.proposal,
         time_limit_s=section.solve_time_limit_s,
         constraints=Constraints(max_tp=section.max_tp, max_pp=section.max_pp, remats=section.remats),

@@ -26,6 +26,7 @@ from lobra_jax.config.fields import (
     wrong,
 )
 from lobra_jax.models.config import PRESETS, TARGETS
+from planner.lattice import DEFAULT_ROW_OPTIONS, MAX_ROW_OPTIONS
 from planner.plan import REMATS
 
 
@@ -157,6 +158,7 @@ class PlannerConfig(Section):
     costs: FilePath | None = None
     buckets: Buckets = "dynamic"
     num_buckets: Count = 16
+    row_options: int = Field(default=DEFAULT_ROW_OPTIONS, ge=1, le=MAX_ROW_OPTIONS)
     max_tp: Count | None = None
     max_pp: Count | None = None
     remats: tuple[Literal["none", "dots", "full"], ...] = Field(default=REMATS, min_length=1)

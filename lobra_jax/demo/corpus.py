@@ -200,7 +200,7 @@ TASKS = (
         description="function name -> its def line",
         examples=signature_examples,
         max_train=1200,
-        max_eval=96,
+        max_eval=48,
         min_examples=800,
     ),
     TaskSpec(
@@ -208,7 +208,7 @@ TASKS = (
         description="what a function does -> its name",
         examples=name_examples,
         max_train=1200,
-        max_eval=96,
+        max_eval=48,
         min_examples=800,
     ),
     TaskSpec(
@@ -216,7 +216,7 @@ TASKS = (
         description="chat: condition -> raise statement",
         examples=error_examples,
         max_train=600,
-        max_eval=64,
+        max_eval=32,
         min_examples=400,
     ),
     TaskSpec(
@@ -224,7 +224,7 @@ TASKS = (
         description="docstring -> function body",
         examples=body_examples,
         max_train=800,
-        max_eval=32,
+        max_eval=24,
         min_examples=600,
     ),
     TaskSpec(
@@ -232,7 +232,7 @@ TASKS = (
         description="chat about a class and its methods",
         examples=class_examples,
         max_train=400,
-        max_eval=24,
+        max_eval=16,
         min_examples=250,
     ),
     TaskSpec(

@@ -179,9 +179,15 @@ def test_long_sequences_get_one_wide_replica_and_short_ones_narrow_replicas():
 
 def test_plan_survives_its_file(tmp_path):
     table = cost_table(config_cost(CONFIGS[0], 32), config_cost(CONFIGS[2], 64))
-    plan = make_plan("exact", counted_workload((7, 3, 2)), table, 4, buckets=BUCKETS)
+    plan = make_plan("exact", counted_workload((7, 3, 2)), table, 4, buckets=BUCKETS, row_options=2)
     plan.save(tmp_path / "plan.yaml")
     assert Plan.load(tmp_path / "plan.yaml") == plan
+    raw = plan.to_dict()
+    assert Plan.from_dict({**raw, "row_options": 1}).row_options == 1
+    del raw["row_options"]
+    assert Plan.from_dict(raw).row_options == 3
+    with pytest.raises(UserError, match="row_options = 9: expected 1 to 4"):
+        Plan.from_dict({**raw, "row_options": 9})
 
 
 def test_overhead_is_paid_once_in_step_and_bound():

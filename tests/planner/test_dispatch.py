@@ -38,14 +38,14 @@ def make_costs(fixed_s=1e-3):
     )
 
 
-def make_plan(counts, buckets):
+def make_plan(counts, buckets, row_options=3):
     groups = tuple(
         ReplicaGroup(count=count, config=ParallelConfig(tp=tp, pp=pp, remat="none"), capacity_tokens=capacity)
         for count, (tp, pp, capacity) in zip(counts, SHAPES, strict=True)
         if count
     )
     devices = sum(group.num_devices for group in groups)
-    return Plan(model="m", num_devices=devices, replicas=groups, buckets=buckets)
+    return Plan(model="m", num_devices=devices, replicas=groups, buckets=buckets, row_options=row_options)
 
 
 @st.composite
@@ -55,7 +55,8 @@ def steps(draw):
     buckets = tuple(sorted(draw(st.sets(st.integers(1, cap), min_size=1, max_size=6))))
     lengths = draw(st.lists(st.integers(1, buckets[-1]), min_size=0, max_size=60))
     tasks = draw(st.lists(st.integers(0, 3), min_size=len(lengths), max_size=len(lengths)))
-    return make_plan(counts, buckets), np.array(lengths, dtype=np.int64), np.array(tasks, dtype=np.int64)
+    plan = make_plan(counts, buckets, row_options=draw(st.integers(1, 4)))
+    return plan, np.array(lengths, dtype=np.int64), np.array(tasks, dtype=np.int64)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -111,7 +112,9 @@ def test_balance_finds_the_least_slowest_replica(chosen, counts):
 @given(steps())
 def test_local_search_keeps_its_times_right_and_never_worsens(step):
     plan, lengths, _ = step
-    configs = {cost.config: usable_config(cost, plan.buckets) for cost in make_costs().configs}
+    configs = {
+        cost.config: usable_config(cost, plan.buckets, num_options=plan.row_options) for cost in make_costs().configs
+    }
     replicas = [configs[group.config] for group in plan.expanded()]
     counts = np.bincount(np.searchsorted(plan.buckets, lengths), minlength=len(plan.buckets)).tolist()
     table = balance.tables(replicas, counts)

@@ -21,10 +21,10 @@ def padded_tokens(lengths, buckets):
     return sum(min(b for b in buckets if b >= length) for length in lengths)
 
 
-@given(st.integers(1, 300), st.integers(1, 5000))
-def test_row_options_end_in_the_full_rows_and_halve(length, capacity):
-    options = row_options(length, capacity)
-    assert len(options) <= 3
+@given(st.integers(1, 300), st.integers(1, 5000), st.integers(1, 4))
+def test_row_options_end_in_the_full_rows_and_halve(length, capacity, num_options):
+    options = row_options(length, capacity, num_options=num_options)
+    assert len(options) <= num_options
     assert list(options) == sorted(set(options))
     if capacity < length:
         assert options == ()
@@ -37,7 +37,9 @@ def test_row_options_of_known_shapes():
     assert row_options(256, 2048) == (2, 4, 8)
     assert row_options(100, 2048) == (5, 10, 20)
     assert row_options(2048, 2048) == (1,)
+    assert row_options(256, 2048, num_options=1) == (8,)
     assert shapes(2048, (1024, 2048, 4096)) == ((1, 1024), (2, 1024), (1, 2048))
+    assert shapes(2048, (1024, 2048, 4096), num_options=1) == ((2, 1024), (1, 2048))
 
 
 @given(st.integers(1, 300), st.integers(1, 60), st.integers(1, 500))

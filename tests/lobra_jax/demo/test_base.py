@@ -86,6 +86,7 @@ def test_the_command_writes_a_model_folder(
 ) -> None:
     small = dataclasses.replace(SMALL, vocab_size=base.BASE.vocab_size)
     monkeypatch.setattr(base, "BASE", small)
+    monkeypatch.setattr(base, "configure", lambda *_, **__: None)  # this process has its devices already
     arguments = ["--corpus", corpus.base_file, "--tokenizer", tokenizer_file, "--out", tmp_path / "base", "--steps", 2]
     result = CliRunner().invoke(base.main, [str(argument) for argument in arguments], catch_exceptions=False)
     assert result.exit_code == 0 and "2 steps" in result.output
