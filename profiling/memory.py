@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from profiling.grid import Shape, align_capacity, full_shapes, probe_shapes
+from profiling.grid import Shape, align_capacity, between_shapes, full_shapes, probe_shapes
 
 MAX_TRIES = 6
 """Capacities that are tried at most; each costs a compilation or two."""
@@ -76,7 +76,9 @@ def find_capacity(
         confirmed = fits > shortest
         if guess <= fits or (confirmed and guess < WORTH_GROWING * fits):
             break
-        if measure(full_shapes(lengths, guess)) <= limit_bytes:
+        # Shapes between the extremes usually need most: where they do not fit, the others need no compiling.
+        steps = (between_shapes(lengths, guess), full_shapes(lengths, guess))
+        if all(measure(shapes) <= limit_bytes for shapes in steps):
             fits = guess
         else:
             too_large = guess

@@ -15,18 +15,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lobra_jax.config import RunConfig, save_config
+from lobra_jax.data.load import task_lengths
 from lobra_jax.demo.corpus import Corpus, write_corpus
 from lobra_jax.demo.settings import run_config
 from lobra_jax.demo.tokenizer import train_tokenizer
-from planner.bucketing import planning_buckets
+from planner.bucketing import DEFAULT_ALIGN
 from planner.errors import UserError
 from planner.inputs import beside
 
 BASE_STEPS = 300
-MEMORY_BYTES = 128 * 1024**2
+MEMORY_BYTES = 88 * 1024**2
 """Of each simulated device: the longest sequences fit none alone."""
 
-FUSED_STEPS = 6
+FUSED_STEPS = 5
 """Steps that the baseline is run for; the run's first steps have the same batches."""
 
 MARKER_FILE = ".lobra_demo"
@@ -35,6 +36,10 @@ MARKER_FILE = ".lobra_demo"
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 * 1024**3)}
 """Tells glibc to keep freed memory: XLA on CPU allocates a program's temporaries anew each time that it runs, and the
 kernel took a quarter of the processor time to clear them (2 cores, JAX 0.10.2, a 5 x 352 micro-batch)."""
+
+BUCKETS = (96, 416, 1200, 2304)
+"""Padded lengths below the longest. Fewer than dynamic buckets would take for as short steps: only two of them fit the
+narrow replicas, of which each compiles programs of its own."""
 
 PROFILED_CONFIGS = "1x1,4x1"
 
@@ -91,7 +96,9 @@ def run_demo(out: Path, *, steps: int, say: Callable[[str], None]) -> None:
     config = _make_inputs(folder, steps, stage)
     _lobra("tokenize", "--config", folder.config)
     stage(3, f"a cost table of {config.devices.simulated} simulated devices")
-    shortest, longest = _extreme_buckets(config)
+    # Two lengths and a held-out shape between them are enough for so small a model, and as the extreme buckets of the
+    # plan some of their programs serve the training again.
+    shortest, *_, longest = config.planner.buckets
     _lobra(
         "profile", "--config", folder.config, "--out", folder.costs, "--configs", PROFILED_CONFIGS,
         "--lengths", f"{shortest},{longest}", "--max-tokens", longest, "--repeats", "1",
@@ -149,19 +156,11 @@ def _make_inputs(folder: DemoFolder, steps: int, stage: Callable[[int, str], Non
     command = [sys.executable, "-m", "lobra_jax.demo.base", "--corpus", str(corpus.base_file)]
     _run([*command, "--tokenizer", str(tokenizer), "--out", str(base), "--steps", str(BASE_STEPS)])
     config = run_config(corpus, base, steps=steps, memory_bytes=MEMORY_BYTES, cache_dir=folder.root / "cache")
+    longest = -(-task_lengths(config).max_length // DEFAULT_ALIGN) * DEFAULT_ALIGN
+    planner = config.planner.model_copy(update={"buckets": (*BUCKETS, longest)})
+    config = config.model_copy(update={"planner": planner})
     save_config(config, folder.config)
     return config
-
-
-def _extreme_buckets(config: RunConfig) -> tuple[int, int]:
-    """The shortest and the longest: two lengths and a held-out shape between them are enough for so small a model.
-
-    Being the plan's own buckets, some of their programs serve the training again.
-    """
-    from lobra_jax.data.load import task_lengths
-
-    buckets = planning_buckets(task_lengths(config), config.planner.num_buckets)
-    return buckets[0], buckets[-1]
 
 
 def _plan_task_fused(folder: DemoFolder, config: RunConfig) -> None:

@@ -17,7 +17,7 @@ SHORT, MEDIUM, LONG = 256, 2048, 5120
 TASK_SETTINGS: dict[str, dict[str, Any]] = {
     "signatures": {
         "context_length": SHORT,
-        "batch_size": 48,
+        "batch_size": 32,
         "rank": 8,
         "targets": ["v", "down"],
         "share_of_steps": 0.7,
@@ -25,15 +25,15 @@ TASK_SETTINGS: dict[str, dict[str, Any]] = {
     },
     "names": {
         "context_length": SHORT,
-        "batch_size": 48,
+        "batch_size": 32,
         "rank": 8,
         "share_of_steps": 0.7,
         "lr": 1e-2,
         "schedule": {"kind": "linear", "warmup_steps": 2, "final_fraction": 0.1},
     },
-    "errors": {"context_length": SHORT, "batch_size": 32, "rank": 8, "share_of_steps": 0.7, "lr": 5e-3},
-    "bodies": {"context_length": MEDIUM, "batch_size": 12, "rank": 16, "lr": 1e-2},
-    "classes": {"context_length": LONG, "batch_size": 10, "rank": 16, "lr": 1.5e-2, "rslora": True, "alpha": 8.0},
+    "errors": {"context_length": SHORT, "batch_size": 24, "rank": 8, "share_of_steps": 0.7, "lr": 5e-3},
+    "bodies": {"context_length": MEDIUM, "batch_size": 10, "rank": 16, "lr": 1e-2},
+    "classes": {"context_length": LONG, "batch_size": 8, "rank": 16, "lr": 1.5e-2, "rslora": True, "alpha": 8.0},
     "modules": {"context_length": LONG, "batch_size": 3, "rank": 16, "lr": 1e-2, "weight_decay": 0.01},
 }
 """What each task sets apart from `COMMON`; `share_of_steps` of the run's steps, after which the task is done. None uses
@@ -47,7 +47,6 @@ PLANNER_SETTINGS: dict[str, Any] = {
     "remats": ["none"],  # XLA on CPU merges recomputed values with the first ones: remat saves no memory there
     "max_tp": 4,
     "max_pp": 2,
-    "num_buckets": 6,
     "row_options": 1,
 }
 """Few programs: most of the demo's time would go into compiling."""
