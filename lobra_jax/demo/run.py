@@ -24,7 +24,7 @@ from planner.errors import UserError
 from planner.inputs import beside
 
 BASE_STEPS = 300
-MEMORY_BYTES = 88 * 1024**2
+MEMORY_BYTES = 128 * 1024**2
 """Of each simulated device: the longest sequences fit none alone."""
 
 FUSED_STEPS = 5
@@ -37,8 +37,8 @@ ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRE
 """Tells glibc to keep freed memory: XLA on CPU allocates a program's temporaries anew each time that it runs, and the
 kernel took a quarter of the processor time to clear them (2 cores, JAX 0.10.2, a 5 x 352 micro-batch)."""
 
-BUCKETS = (96, 416, 1200, 2304)
-"""Padded lengths below the longest. Fewer than dynamic buckets would take for as short steps: only two of them fit the
+BUCKETS = (96, 416, 1104, 2304)
+"""Padded lengths below the longest. Fewer than dynamic buckets would take for as short steps: only three of them fit the
 narrow replicas, of which each compiles programs of its own."""
 
 PROFILED_CONFIGS = "1x1,4x1"
