@@ -44,7 +44,7 @@ BASE = LlamaConfig(
 )
 """0.9 million parameters. Two layers, as a demo spends most of its time compiling; heads divide by tp up to 4."""
 
-PHASES = ((0.9, 8, 128), (0.1, 2, 1024))
+PHASES = ((0.94, 8, 128), (0.06, 2, 768))
 """(share of the steps, rows, length): short windows first, as they train fastest; the last see far positions."""
 
 NUM_SHARDS = 2

@@ -27,7 +27,7 @@ BASE_STEPS = 300
 MEMORY_BYTES = 128 * 1024**2
 """Of each simulated device: the longest sequences fit none alone."""
 
-FUSED_STEPS = 5
+FUSED_STEPS = 4
 """Steps that the baseline is run for; the run's first steps have the same batches."""
 
 MARKER_FILE = ".lobra_demo"

@@ -17,7 +17,7 @@ SHORT, MEDIUM, LONG = 256, 2048, 5120
 TASK_SETTINGS: dict[str, dict[str, Any]] = {
     "signatures": {
         "context_length": SHORT,
-        "batch_size": 32,
+        "batch_size": 48,
         "rank": 8,
         "targets": ["v", "down"],
         "share_of_steps": 0.7,
@@ -25,16 +25,16 @@ TASK_SETTINGS: dict[str, dict[str, Any]] = {
     },
     "names": {
         "context_length": SHORT,
-        "batch_size": 32,
+        "batch_size": 48,
         "rank": 8,
         "share_of_steps": 0.7,
         "lr": 1e-2,
         "schedule": {"kind": "linear", "warmup_steps": 2, "final_fraction": 0.1},
     },
-    "errors": {"context_length": SHORT, "batch_size": 24, "rank": 8, "share_of_steps": 0.7, "lr": 5e-3},
-    "bodies": {"context_length": MEDIUM, "batch_size": 10, "rank": 16, "lr": 1e-2},
-    "classes": {"context_length": LONG, "batch_size": 8, "rank": 16, "lr": 1.5e-2, "rslora": True, "alpha": 8.0},
-    "modules": {"context_length": LONG, "batch_size": 3, "rank": 16, "lr": 1e-2, "weight_decay": 0.01},
+    "errors": {"context_length": SHORT, "batch_size": 32, "rank": 8, "share_of_steps": 0.7, "lr": 5e-3},
+    "bodies": {"context_length": MEDIUM, "batch_size": 12, "rank": 16, "lr": 1e-2},
+    "classes": {"context_length": LONG, "batch_size": 10, "rank": 16, "lr": 1.5e-2, "rslora": True, "alpha": 8.0},
+    "modules": {"context_length": LONG, "batch_size": 2, "rank": 16, "lr": 1e-2, "weight_decay": 0.01},
 }
 """What each task sets apart from `COMMON`; `share_of_steps` of the run's steps, after which the task is done. None uses
 LoRA dropout, to keep the programs small."""
