@@ -21,14 +21,10 @@ from lobra_jax.demo.settings import run_config
 from lobra_jax.demo.tokenizer import train_tokenizer
 from planner.bucketing import DEFAULT_ALIGN
 from planner.errors import UserError
-from planner.inputs import beside
 
-BASE_STEPS = 300
+BASE_STEPS = 360
 MEMORY_BYTES = 128 * 1024**2
 """Of each simulated device: the longest sequences fit none alone."""
-
-FUSED_STEPS = 4
-"""Steps that the baseline is run for; the run's first steps have the same batches."""
 
 MARKER_FILE = ".lobra_demo"
 """Lies in a folder that a demo made, and may be replaced by the next."""
@@ -38,8 +34,8 @@ ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRE
 kernel took a quarter of the processor time to clear them (2 cores, JAX 0.10.2, a 5 x 352 micro-batch)."""
 
 BUCKETS = (96, 416, 1104, 2304)
-"""Padded lengths below the longest. Fewer than dynamic buckets would take for as short steps: only three of them fit the
-narrow replicas, of which each compiles programs of its own."""
+"""Padded lengths below the longest. Dynamic buckets would take more for as short steps: of these only three fit the
+narrow replicas, each of which compiles programs of its own."""
 
 PROFILED_CONFIGS = "1x1,4x1"
 
@@ -63,16 +59,8 @@ class DemoFolder:
         return self.root / "plan.yaml"
 
     @property
-    def fused_plan(self) -> Path:
-        return self.root / "task_fused.yaml"
-
-    @property
     def run(self) -> Path:
         return self.root / "run"
-
-    @property
-    def fused_run(self) -> Path:
-        return self.root / "task_fused_run"
 
     @property
     def adapters(self) -> Path:
@@ -89,7 +77,7 @@ def run_demo(out: Path, *, steps: int, say: Callable[[str], None]) -> None:
     started = time.perf_counter()
 
     def stage(number: int, text: str) -> None:
-        say(f"[{time.perf_counter() - started:5.0f} s] {number}/7 {text}")
+        say(f"[{time.perf_counter() - started:5.0f} s] {number}/6 {text}")
 
     folder = DemoFolder(root=out)
     stage(1, "six tasks and a tokenizer out of the text that Python ships")
@@ -105,20 +93,12 @@ def run_demo(out: Path, *, steps: int, say: Callable[[str], None]) -> None:
     )  # fmt: skip
     stage(4, "a plan")
     _lobra("plan", "--config", folder.config, "--costs", folder.costs, "--out", folder.plan)
-    _plan_task_fused(folder, config)
     stage(5, "training every task jointly on the planned replicas")
     _lobra("train", "--config", folder.config, "--plan", folder.plan, "--out", folder.run)
-    stage(6, f"the baseline Task-Fused on the same devices, {FUSED_STEPS} steps")
-    few = min(FUSED_STEPS, steps)
-    _lobra(
-        "train", "--config", folder.config, "--plan", folder.fused_plan, "--out", folder.fused_run,
-        "--set", f"tasks.*.steps={few}", "--set", "tasks.*.eval_files=[]",
-        "--set", "tasks.*.schedule.warmup_steps=0",
-    )  # fmt: skip
-    stage(7, "adapters and report")
+    stage(6, "adapters and report")
     for task in config.tasks:
         _lobra("export", "--run", folder.run, "--task", task.name, "--out", folder.adapters / task.name)
-    _finish(folder, say)
+    _finish(folder, config, say)
     say(f"[{time.perf_counter() - started:5.0f} s] done")
 
 
@@ -163,30 +143,14 @@ def _make_inputs(folder: DemoFolder, steps: int, stage: Callable[[int, str], Non
     return config
 
 
-def _plan_task_fused(folder: DemoFolder, config: RunConfig) -> None:
-    """The best plan of one kind of replica, from the same costs, lengths and buckets."""
-    from planner.cost import CostTable
-    from planner.plan import Plan
-    from planner.problem import build_problem
-    from planner.task_fused import solve
-    from planner.workload import Workload
-
-    plan = Plan.load(folder.plan)
-    costs = CostTable.load(beside(folder.plan, "costs"))
-    lengths = Workload.load(beside(folder.plan, "lengths"))
-    solve(build_problem(lengths, costs, plan.num_devices, buckets=plan.buckets, row_options=plan.row_options)).save(
-        folder.fused_plan
-    )
-    costs.save(beside(folder.fused_plan, "costs"))
-
-
-def _finish(folder: DemoFolder, say: Callable[[str], None]) -> None:
+def _finish(folder: DemoFolder, config: RunConfig, say: Callable[[str], None]) -> None:
     from rich.console import Console
 
+    from lobra_jax.demo.baseline import compare_with_task_fused
     from lobra_jax.demo.summary import demo_summary, print_summary
     from lobra_jax.report import write_report
 
-    summary = demo_summary(folder.run, folder.fused_run)
+    summary = demo_summary(folder.run, *compare_with_task_fused(config, folder.plan))
     report = write_report(folder.run, summary=summary)
     print_summary(summary, Console())
     say(f"adapters (PEFT): {folder.adapters}")

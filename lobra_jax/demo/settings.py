@@ -40,6 +40,7 @@ TASK_SETTINGS: dict[str, dict[str, Any]] = {
 LoRA dropout, to keep the programs small."""
 
 COMMON: dict[str, Any] = {
+    "targets": ["v", "o", "up", "down"],
     "share_of_steps": 1.0,
     "schedule": {"kind": "cosine", "warmup_steps": 3, "final_fraction": 0.1},
 }
