@@ -121,7 +121,7 @@ def heuristic(table: Tables, counts: Sequence[int], *, time_limit_s: float = mat
 
 
 def list_schedule(table: Tables, counts: Sequence[int], loads: np.ndarray | None = None) -> np.ndarray:
-    """Loads [R, J], added to `loads` if given: longest buckets first, each micro-batch to where it would end earliest."""
+    """Loads [R, J], added to `loads` if given: longest bucket first, each micro-batch to where it ends earliest."""
     num_replicas, every = len(table.kind), np.arange(len(counts))[None, :]
     loads = np.zeros((num_replicas, len(counts)), dtype=np.int64) if loads is None else loads.copy()
     bubbles = table.bubbles[table.kind]

@@ -5,8 +5,9 @@ micro-batches of bucket j with o rows serves at most
 
     a_kj(T) = max over o of  o (T - fixed_k - (pp_k - 1) t_kjo) / t_kjo                  sequences, fractions allowed
 
-A replica with several buckets does no better: its pipeline's largest slot is at least that of each bucket, so the shares
-of its time that the buckets take add up to at most 1. So whatever the share-out, T is at least the least T at which
+A replica with several buckets does no better: its pipeline's largest slot is at least that of each bucket, so the
+shares of its time that the buckets take add up to at most 1. So whatever the share-out, T is at least the least T at
+which
 
     (1)  sum over j of x_kj / a_kj(T) <= mu_k         every kind's time
     (2)  sum over k of x_kj >= N_j                    every sequence is served
@@ -27,10 +28,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from planner.balance import ROUNDING
 from planner.problem import UsableConfig
-
-ROUNDING = 1e-9
-"""Relative room left for floating point in bounds computed without a solver."""
 
 MAX_SOLVES = 6
 """Linear programmes solved while T settles: each raises the bound, the third hardly."""
@@ -45,7 +44,7 @@ PIVOT_TOLERANCE = 1e-11
 NEWTON_STEPS = 50
 
 MAX_COVERED = 64
-"""Buckets with at most so many sequences are counted in whole slots; of more, the one that is not full hardly counts."""
+"""Buckets of at most so many sequences are counted in whole slots; of more, the one that is not full hardly counts."""
 
 COVER_TRIES = 6
 
@@ -152,9 +151,10 @@ def _covered_s(
 
     With v_k the worth of a replica's time, N_j sequences take slots worth at least
 
-        C_j(T) = min of  sum over k, o of  v_k t_kjo / (T - fixed_k - (pp_k - 1) t_kjo) n_kjo     with  sum of o n_kjo >= N_j
+        C_j(T) = min of  sum over k, o of  v_k t_kjo / (T - fixed_k - (pp_k - 1) t_kjo) n_kjo
 
-    in integers n, and T is too little as long as the sum over j of C_j(T) exceeds the sum over k of mu_k v_k.
+    over integers n with sum of o n_kjo >= N_j, and T is too little as long as the sum over j of C_j(T) exceeds the sum
+    over k of mu_k v_k.
     """
     paid = (slots.most(relaxed_s) * worth).max(axis=1)
     have = float(mu @ paid)
