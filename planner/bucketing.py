@@ -47,7 +47,7 @@ def choose_buckets(lengths: np.ndarray, candidates: Sequence[int], max_buckets: 
 
 
 def least_padding_buckets(lengths: np.ndarray, max_buckets: int, align: int = DEFAULT_ALIGN) -> tuple[int, ...]:
-    """At most `max_buckets` multiples of `align` that pad `lengths` [n], at least one, least: LobRA's dynamic buckets."""
+    """At most `max_buckets` multiples of `align` that pad `lengths` [n], n >= 1, least: LobRA's dynamic buckets."""
     aligned = -(-np.asarray(lengths, dtype=np.int64) // align) * align
     options, counts = np.unique(aligned, return_counts=True)
     return _least_padding(options, counts.astype(np.float64), max_buckets)

@@ -18,6 +18,7 @@ from planner.inputs import FILE, Inputs, beside, input_options, load_plan, plan_
 from planner.plan import REMATS, Plan
 from planner.planners import PLANNERS, solver
 from planner.problem import DEFAULT_NUM_BUCKETS, DEFAULT_TIME_LIMIT_S, Constraints, build_problem
+from planner.robust import DEFAULT_SAMPLES, OBJECTIVES, Robust, StepTimes, solve_robust
 from planner.workload import Workload
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class PlanningFlags:
     max_pp: int | None
     remats: tuple[str, ...] | None
     time_limit: float | None
+    robust: str | None
+    samples: int | None
 
 
 def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,6 +57,12 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--max-pp", type=count, help="Most pipeline stages."),
         click.option("--remats", metavar="A,B", callback=_remat_list, help=f"Allowed of {','.join(REMATS)}."),
         click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), help="Seconds to plan at the most."),
+        click.option(
+            "--robust",
+            type=click.Choice(("off", *OBJECTIVES)),
+            help="Choose by the mean or the 95th percentile of the step time over sampled batches.",
+        ),
+        click.option("--samples", type=count, help="Batches to sample with --robust, and for --check."),
     )
     for option in reversed(options):
         command = option(command)
@@ -95,12 +104,20 @@ def plan_and_write(
         time_limit_s=flags.time_limit or DEFAULT_TIME_LIMIT_S,
     )
     planner = flags.planner or "exact"
+    robust = None
     with console.status(f"planning {num_devices} devices with {planner}, at most {problem.time_limit_s:g} s"):
-        plan = solver(planner)(problem)
+        if flags.robust in (None, "off"):
+            plan = solver(planner)(problem)
+        else:
+            samples = flags.samples or DEFAULT_SAMPLES
+            robust = solve_robust(problem, solver(planner), objective=flags.robust, num_samples=samples)
+            plan = robust.plan
     with _writing(out):
         costs.save(beside(out, "costs"))
         workload.save(beside(out, "lengths"))
         plan.save(out)
+        if robust is not None:
+            beside(out, "robust").write_text(json.dumps(_robust_dict(robust), indent=1) + "\n", encoding="utf-8")
     console.print(str(plan), style="bold", highlight=False, soft_wrap=True)
     predicted = plan.predicted
     if predicted is not None:
@@ -110,8 +127,44 @@ def plan_and_write(
             highlight=False,
             soft_wrap=True,
         )
+    if robust is not None:
+        for line in robust_lines(robust):
+            console.print(line, highlight=False, soft_wrap=True)
     console.print(f"{out} (explain it: lobra explain {out})", highlight=False, markup=False, soft_wrap=True)
     return plan
+
+
+def robust_lines(robust: Robust) -> tuple[str, ...]:
+    """What choosing over sampled batches gave, a line each."""
+    measure = "mean" if robust.objective == "mean" else "95th percentile"
+    return (
+        f"chosen by the {measure} of the step over {robust.num_samples} sampled batches, of {robust.num_candidates} "
+        f"deployments; on {robust.num_samples} other batches: {times_text(robust.times)}",
+        f"the plan of the expected batch, {robust.mean_plan}: {times_text(robust.mean_plan_times)}; "
+        f"its regret is {robust.regret:.2%} of the {measure}",
+    )
+
+
+def times_text(times: StepTimes) -> str:
+    """Mean, p50, p95 and how near the mean is to the mean of the batches' bounds."""
+    return (
+        f"mean {times.mean_s:.4g} s, p50 {times.p50_s:.4g} s, p95 {times.p95_s:.4g} s "
+        f"(no dispatch on these replicas has a mean under {times.bound_s:.4g} s)"
+    )
+
+
+def _robust_dict(robust: Robust) -> dict[str, Any]:
+    return {
+        "objective": robust.objective,
+        "num_samples": robust.num_samples,
+        "seed": robust.seed,
+        "num_candidates": robust.num_candidates,
+        "plan": str(robust.plan),
+        "times": dataclasses.asdict(robust.times),
+        "mean_plan": str(robust.mean_plan),
+        "mean_plan_times": dataclasses.asdict(robust.mean_plan_times),
+        "regret": robust.regret,
+    }
 
 
 @contextmanager

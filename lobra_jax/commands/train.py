@@ -213,12 +213,12 @@ def _plan(
 
 def _make_plan(config: RunConfig, workload: Workload, costs: CostTable) -> Plan:
     from lobra_jax.commands.plan import planned_devices
-    from planner.planners import make_plan
-    from planner.problem import Constraints
+    from planner.planners import solver
+    from planner.problem import Constraints, build_problem
+    from planner.robust import solve_robust
 
     section = config.planner
-    return make_plan(
-        section.planner,
+    problem = build_problem(
         workload,
         costs,
         planned_devices(config, costs, None),
@@ -228,6 +228,10 @@ def _make_plan(config: RunConfig, workload: Workload, costs: CostTable) -> Plan:
         time_limit_s=section.solve_time_limit_s,
         constraints=Constraints(max_tp=section.max_tp, max_pp=section.max_pp, remats=section.remats),
     )
+    solve = solver(section.planner)
+    if section.robust == "off":
+        return solve(problem)
+    return solve_robust(problem, solve, objective=section.robust, num_samples=section.samples).plan
 
 
 def _check_devices(plan: Plan, model: LlamaConfig, devices: list[Any]) -> None:

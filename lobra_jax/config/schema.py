@@ -162,6 +162,8 @@ class PlannerConfig(Section):
     remats: tuple[Literal["none", "dots", "full"], ...] = Field(default=REMATS, min_length=1)
     proposal: bool = True
     solve_time_limit_s: Positive = 60.0
+    robust: Literal["off", "mean", "p95"] = "off"
+    samples: Count = 64
     dispatch: Literal["balance", "group", "uniform"] = "balance"
     max_dispatch_buckets: Count = 16
     dispatch_time_limit_s: Positive = 30.0

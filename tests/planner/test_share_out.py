@@ -1,4 +1,4 @@
-"""The quick dispatch search: its bound holds, its share-outs are whole, and it lands near the best on small instances."""
+"""The quick dispatch search: its bound holds, its share-outs are whole, it lands near the best on small instances."""
 
 import itertools
 
@@ -120,7 +120,7 @@ def test_fill_keeps_to_its_target_and_repair_places_all_that_is_left(instance, t
 
 
 def test_prices_of_two_kinds_worked_by_hand():
-    # One bucket of 10 tokens; A serves 4 in 1 s, B (two of them) 1 in 0.5 s, nothing else costs: 12 take 12 / (4 + 4) s.
+    # One bucket of 10 tokens; A serves 4 in 1 s, each of two B 1 in 0.5 s: 12 take 12 / (4 + 4) s.
     def kind(tp, capacity, seconds):
         cost = ConfigCost(
             config=ParallelConfig(tp=tp, pp=1, remat="none"),
