@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from planner.bucket_choice import (
+    DEFAULT_COMPILE_S,
+    DEFAULT_STEPS,
+    BucketRow,
+    best_row,
+    choose_num_buckets,
+)
 from planner.cost import CostTable
 from planner.dispatch import METHODS
 from planner.errors import UserError
@@ -23,6 +30,7 @@ from planner.workload import Workload
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from planner.simulate import Simulation
 
@@ -41,6 +49,8 @@ class PlanningFlags:
     time_limit: float | None
     robust: str | None
     samples: int | None
+    compile_s: float | None
+    amortise_steps: int | None
 
 
 def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,7 +62,21 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--buckets", metavar="KIND", callback=_bucket_list, help="dynamic, static7, static16 or 256,512,..."
         ),
-        click.option("--num-buckets", type=count, help="Most padded lengths with dynamic buckets."),
+        click.option(
+            "--num-buckets",
+            type=count,
+            help="Most padded lengths with dynamic buckets; by default chosen by step time and compile time.",
+        ),
+        click.option(
+            "--compile-s",
+            type=click.FloatRange(min=0),
+            help=f"Seconds to compile one program, for that choice; {DEFAULT_COMPILE_S:g} by default.",
+        ),
+        click.option(
+            "--amortise-steps",
+            type=count,
+            help=f"Steps to spread compile time over; by default the config's, else {DEFAULT_STEPS}.",
+        ),
         click.option("--max-tp", type=count, help="Most devices that share a layer."),
         click.option("--max-pp", type=count, help="Most pipeline stages."),
         click.option("--remats", metavar="A,B", callback=_remat_list, help=f"Allowed of {','.join(REMATS)}."),
@@ -93,17 +117,23 @@ def plan_and_write(
     workload: Workload, costs: CostTable, num_devices: int, out: Path, flags: PlanningFlags, console: Console
 ) -> Plan:
     """Plans, writes the plan with its costs and lengths beside it, and prints what came out."""
+    planner = flags.planner or "exact"
+    num_buckets = flags.num_buckets or DEFAULT_NUM_BUCKETS
+    if flags.num_buckets is None and flags.buckets in (None, "dynamic"):
+        with console.status("choosing the number of padded lengths"):
+            row = best_row(bucket_report(workload, costs, num_devices, flags))
+        num_buckets = row.num_buckets
+        console.print(bucket_line(row), highlight=False, soft_wrap=True)
     problem = build_problem(
         workload,
         costs,
         num_devices,
         buckets=flags.buckets or "dynamic",
-        num_buckets=flags.num_buckets or DEFAULT_NUM_BUCKETS,
-        constraints=Constraints(max_tp=flags.max_tp, max_pp=flags.max_pp, remats=flags.remats),
+        num_buckets=num_buckets,
+        constraints=_constraints(flags),
         proposal=flags.proposal is not False,
         time_limit_s=flags.time_limit or DEFAULT_TIME_LIMIT_S,
     )
-    planner = flags.planner or "exact"
     robust = None
     with console.status(f"planning {num_devices} devices with {planner}, at most {problem.time_limit_s:g} s"):
         if flags.robust in (None, "off"):
@@ -132,6 +162,55 @@ def plan_and_write(
             console.print(line, highlight=False, soft_wrap=True)
     console.print(f"{out} (explain it: lobra explain {out})", highlight=False, markup=False, soft_wrap=True)
     return plan
+
+
+def _constraints(flags: PlanningFlags) -> Constraints:
+    return Constraints(max_tp=flags.max_tp, max_pp=flags.max_pp, remats=flags.remats)
+
+
+def bucket_report(
+    workload: Workload, costs: CostTable, num_devices: int, flags: PlanningFlags
+) -> tuple[BucketRow, ...]:
+    """Padding, programs and seconds a step for each number of padded lengths."""
+    return choose_num_buckets(
+        workload,
+        costs,
+        num_devices,
+        solver(flags.planner or "exact"),
+        constraints=_constraints(flags),
+        compile_s=DEFAULT_COMPILE_S if flags.compile_s is None else flags.compile_s,
+        steps=flags.amortise_steps or DEFAULT_STEPS,
+        time_limit_s=flags.time_limit or DEFAULT_TIME_LIMIT_S,
+    )
+
+
+def bucket_line(row: BucketRow) -> str:
+    """What was chosen and what it costs."""
+    return (
+        f"{row.num_buckets} padded lengths: {row.padding_share:.1%} padding, {row.num_programs} programs; "
+        f"a step of {row.step_s:.4g} s and {row.compile_step_s:.3g} s of compile time spread over the steps"
+    )
+
+
+def bucket_table(rows: Sequence[BucketRow]) -> Table:
+    """The rows of `bucket_report`, the choice marked."""
+    from rich.table import Table
+
+    view = Table(title="padded lengths: padding against programs")
+    for name in ("lengths", "padding", "programs", "step, s", "compile, s a step", "together, s", ""):
+        view.add_column(name, justify="right")
+    best = best_row(rows)
+    for row in rows:
+        view.add_row(
+            str(row.num_buckets),
+            f"{row.padding_share:.1%}",
+            str(row.num_programs),
+            f"{row.step_s:.4g}",
+            f"{row.compile_step_s:.3g}",
+            f"{row.total_s:.4g}",
+            "least" if row is best else "",
+        )
+    return view
 
 
 def robust_lines(robust: Robust) -> tuple[str, ...]:

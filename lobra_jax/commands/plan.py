@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.cli import PlanningFlags, plan_and_write, planning_options
+from planner.cli import PlanningFlags, bucket_report, bucket_table, plan_and_write, planning_options
 from planner.cost import CostTable
 from planner.errors import UserError
 from planner.inputs import FILE, Inputs, input_options, read_costs, read_lengths
@@ -41,12 +41,18 @@ if TYPE_CHECKING:
     metavar="RUN",
     help="Plan nothing: say whether a run's plan is still within 5 % of the best for the lengths it has seen.",
 )
+@click.option(
+    "--buckets-report",
+    is_flag=True,
+    help="Plan nothing: padding, programs and seconds a step for each number of padded lengths.",
+)
 def plan(
     config_path: Path | None,
     overrides: tuple[str, ...],
     devices: int | None,
     out: Path | None,
     run: Path | None,
+    buckets_report: bool,
     **rest: Any,
 ) -> None:
     """Choose the replicas that finish a step soonest and write a plan.
@@ -64,7 +70,9 @@ def plan(
     if run is not None:
         _check(run, flags, console)
         return
-    if out is None:
+    if buckets_report:
+        out = None
+    elif out is None:
         raise UserError("missing", key="--out", expected="the plan.yaml to write")
     if config_path is None:
         if overrides:
@@ -138,7 +146,7 @@ def seen_lengths(run: Path, longest: int) -> tuple[Workload, int]:
     return Workload(tasks=tasks), len(steps)
 
 
-def _plan_from_files(inputs: Inputs, devices: int | None, out: Path, flags: PlanningFlags, console: Any) -> None:
+def _plan_from_files(inputs: Inputs, devices: int | None, out: Path | None, flags: PlanningFlags, console: Any) -> None:
     if devices is None:
         raise UserError("missing", key="--devices", expected="the number of devices to plan for, or --config")
     costs = read_costs(inputs)
@@ -147,7 +155,7 @@ def _plan_from_files(inputs: Inputs, devices: int | None, out: Path, flags: Plan
         from planner.explain_text import reached_table
 
         console.print(reached_table(reached))
-    plan_and_write(workload, costs, devices, out, flags, console)
+    _plan_or_report(workload, costs, devices, out, flags, console)
 
 
 def _plan_from_config(
@@ -155,7 +163,7 @@ def _plan_from_config(
     overrides: tuple[str, ...],
     inputs: Inputs,
     devices: int | None,
-    out: Path,
+    out: Path | None,
     flags: PlanningFlags,
     console: Any,
 ) -> None:
@@ -171,7 +179,19 @@ def _plan_from_config(
     number = planned_devices(config, costs, devices)
     with console.status("reading the tasks' lengths"):
         workload = task_lengths(config)
-    plan_and_write(workload, costs, number, out, merged_flags(config, flags), console)
+    _plan_or_report(workload, costs, number, out, merged_flags(config, flags), console)
+
+
+def _plan_or_report(
+    workload: Workload, costs: CostTable, devices: int, out: Path | None, flags: PlanningFlags, console: Any
+) -> None:
+    """Plans into `out`; without one prints what each number of padded lengths would cost."""
+    if out is not None:
+        plan_and_write(workload, costs, devices, out, flags, console)
+        return
+    with console.status("dispatching with each number of padded lengths"):
+        rows = bucket_report(workload, costs, devices, flags)
+    console.print(bucket_table(rows))
 
 
 def planned_devices(config: RunConfig, costs: CostTable, flag: int | None) -> int:
@@ -228,6 +248,8 @@ def merged_flags(config: RunConfig, flags: PlanningFlags) -> PlanningFlags:
         proposal=section.proposal,
         buckets=section.buckets,
         num_buckets=section.num_buckets,
+        compile_s=section.compile_s,
+        amortise_steps=max(task.steps for task in config.tasks),
         max_tp=section.max_tp,
         max_pp=section.max_pp,
         remats=section.remats,

@@ -26,6 +26,7 @@ from lobra_jax.config.fields import (
     wrong,
 )
 from lobra_jax.models.config import PRESETS, TARGETS
+from planner.bucket_choice import DEFAULT_COMPILE_S
 from planner.plan import REMATS
 
 
@@ -156,7 +157,8 @@ class PlannerConfig(Section):
     planner: Literal["exact", "minlp", "prune", "group"] = "exact"
     costs: FilePath | None = None
     buckets: Buckets = "dynamic"
-    num_buckets: Count = 16
+    num_buckets: Count | None = None
+    compile_s: NonNegative = DEFAULT_COMPILE_S
     max_tp: Count | None = None
     max_pp: Count | None = None
     remats: tuple[Literal["none", "dots", "full"], ...] = Field(default=REMATS, min_length=1)
