@@ -202,12 +202,12 @@ def published_plan(workload: Workload, costs: CostTable, buckets: str = "dynamic
 
 
 def ablation(workload: Workload, costs: CostTable, settings: Settings) -> list[Row]:
-    """LobRA's steps one by one: homogeneous, its replicas length-based, then balanced, then dynamic buckets."""
+    """LobRA's steps one by one: homogeneous, length-based planning and dispatch, its balanced plan, dynamic buckets."""
     problem = build_problem(workload, costs, BASE_DEVICES, buckets=STATIC, time_limit_s=settings.time_limit_s)
     static, dynamic = published_plan(workload, costs, STATIC), published_plan(workload, costs)
     return [
         judged("homogeneous", task_fused.solve(problem), workload, costs, BASE_DEVICES, settings, method="uniform"),
-        judged("length-based", static, workload, costs, BASE_DEVICES, settings, method="group"),
+        judged("length-based", solver("group")(problem), workload, costs, BASE_DEVICES, settings, method="group"),
         judged("balanced", static, workload, costs, BASE_DEVICES, settings),
         judged("dynamic buckets", dynamic, workload, costs, BASE_DEVICES, settings),
     ]
