@@ -41,6 +41,9 @@ NODE_LIMIT = 20
 SCIP_MAX_CELLS = 160
 """Pairs of replica and bucket up to which SCIP is asked at all."""
 
+SCIP_MAX_PIPELINE_CELLS = 24
+"""The same where a replica is a pipeline."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MicroBatch:
@@ -185,12 +188,13 @@ def _share(
 
 
 def _suits_scip(replicas: Sequence[UsableConfig], counts: Sequence[int]) -> bool:
-    """Whether SCIP's model gains anything on `share_out`: few replicas, one unit each, and no pipelines.
+    """Whether SCIP's model gains anything on `share_out`: few replicas, and fewer with pipelines.
 
     It takes pipelines' largest slots by big-M constraints, whose bound is below that of the prices.
     """
     cells = len(replicas) * sum(count > 0 for count in counts)
-    return cells <= SCIP_MAX_CELLS and all(usable.config.pp == 1 for usable in replicas)
+    pipelined = any(usable.config.pp > 1 for usable in replicas)
+    return cells <= (SCIP_MAX_PIPELINE_CELLS if pipelined else SCIP_MAX_CELLS)
 
 
 def _smallest_only(table: Tables, replicas: Sequence[UsableConfig]) -> Tables:

@@ -94,18 +94,21 @@ def main(out: Path, only: str | None, steps: int, seed: int, time_limit: float) 
     settings = Settings(steps=steps, seed=seed, time_limit_s=time_limit)
     costs = CostTable.load(CONFIGS / "costs" / "llama2_7b_a100_40g.json")
     six = Workload.load(CONFIGS / "lengths" / "lobra_six_tasks.json")
-    experiments: dict[str, Callable[[], dict[str, list[Row]]]] = {
-        "main": lambda: {"": methods(six, costs, BASE_DEVICES, settings, lobra=published_plan(six, costs))},
-        "ablation": lambda: {"": ablation(six, costs, settings)},
-        "buckets": lambda: {"": bucket_counts(six, costs, settings)},
-        "devices": lambda: {str(number): by_devices(six, costs, number, settings) for number in DEVICES},
-        "tasks": lambda: {str(number): by_tasks(costs, number, settings) for number in TASK_COUNTS},
+    lobra = published_plan(six, costs)
+    experiments: dict[str, tuple[Sequence[int], Callable[[int], list[Row]]]] = {
+        "main": ((BASE_DEVICES,), lambda number: methods(six, costs, number, settings, lobra=lobra)),
+        "ablation": ((BASE_DEVICES,), lambda _: ablation(six, costs, settings)),
+        "buckets": ((BASE_DEVICES,), lambda _: bucket_counts(six, costs, settings)),
+        "devices": (DEVICES, lambda number: by_devices(six, costs, number, settings)),
+        "tasks": (TASK_COUNTS, lambda number: by_tasks(costs, number, settings)),
     }
-    results = {}
+    results: dict[str, dict[str, list[Row]]] = {}
     for name in experiments if only is None else (only,):
-        results[name] = experiments[name]()
-        for case, rows in results[name].items():
-            _print(f"{name} {case}".strip(), rows)
+        numbers, experiment = experiments[name]
+        results[name] = {}
+        for number in numbers:
+            rows = results[name][str(number)] = experiment(number)
+            _print(f"{name}, {number} {'tasks' if name == 'tasks' else 'devices'}", rows)
     out.mkdir(parents=True, exist_ok=True)
     record = {
         "what": "simulated steps on LobRA's published Llama-2-7B costs (A100-40GB); judged by planner.evaluate",

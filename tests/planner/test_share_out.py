@@ -8,9 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from planner import balance, prices
-from planner.cost import ConfigCost
+from planner.cost import ConfigCost, CostTable
+from planner.dispatch import GAP_LIMIT, dispatch
 from planner.fill import fill
-from planner.plan import ParallelConfig
+from planner.plan import ParallelConfig, Plan, ReplicaGroup
 from planner.problem import usable_config
 from planner.repair import repair
 from planner.share_out import share_out
@@ -87,6 +88,22 @@ def test_bound_is_at_most_the_best_share_out_and_the_search_never_beats_it(insta
     assert bound_s <= best_s * (1 + 1e-9)
     assert share.max_s >= best_s * (1 - 1e-9)
     assert share.loads.sum(axis=0).tolist() == counts
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(small)
+def test_dispatch_equals_brute_force_within_its_gap(instance):
+    chosen, counts, fixed_s, slot_s = instance
+    usable = configs(fixed_s, slot_s)
+    replicas = replicas_of(chosen, usable)
+    lengths = np.repeat(BUCKETS, counts)
+    groups = tuple(ReplicaGroup(count=1, config=one.config, capacity_tokens=one.capacity_tokens) for one in replicas)
+    costs = CostTable(model="m", model_fingerprint="f", hardware={}, configs=tuple(one.cost for one in usable))
+    plan = Plan(model="m", num_devices=sum(group.num_devices for group in groups), replicas=groups, buckets=BUCKETS)
+    out = dispatch(plan, costs, lengths, np.zeros_like(lengths), max_buckets=len(BUCKETS), time_limit_s=60.0)
+    best_s = brute_force_s(replicas, counts)
+    assert out.bound_s <= best_s * (1 + 1e-9)
+    assert best_s * (1 - 1e-9) <= max(out.predicted_s) <= best_s * (1 + GAP_LIMIT)
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])

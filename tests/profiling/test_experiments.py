@@ -84,7 +84,7 @@ def test_the_command_writes_json_and_chart(tmp_path):
     )
     assert result.exit_code == 0, result.output
     written = json.loads((tmp_path / "experiments.json").read_text())
-    assert [row["name"] for row in written["results"]["ablation"][""]] == [
+    assert [row["name"] for row in written["results"]["ablation"]["16"]] == [
         "homogeneous",
         "length-based",
         "balanced",
