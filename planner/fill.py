@@ -40,6 +40,9 @@ FEW = 4
 FOREIGN = 0.95
 """Worth of a bucket that the prices give to other kinds, as a share of its price."""
 
+FREE = 1e-9
+"""Worth of all of a replica's time up to which its kind has time to spare, and its share need not be packed."""
+
 WORTHWHILE = 0.7
 """Slots whose worth a second is below this share of the best are not used to close a replica."""
 
@@ -83,8 +86,13 @@ def fill(
         spare = -(-len(members) // 4) * full
         offered = np.clip(left - quotas[later].sum(axis=0) + spare, 0, np.where(fitting[kind], left, 0))
         offered = np.where(must, left, offered)
+        own = dataclasses.replace(table, kind=table.kind[members])
+        if relaxed.kind_prices[kind] <= FREE:
+            share = np.minimum(np.where(must, left, quotas[kind]), np.where(fitting[kind], left, 0))
+            loads[members] = list_schedule(own, share.tolist())
+            left -= share
+            continue
         if len(members) <= FEW and len(later):
-            own = dataclasses.replace(table, kind=table.kind[members])
             loads[members] = list_schedule(own, np.where(must, left, 0).tolist())
             offered = np.where(must, 0, offered)
         prices = np.maximum(relaxed.prices, LEAST_WORTH * own_worth(table, kind, offered))

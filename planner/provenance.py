@@ -15,9 +15,10 @@ COMMIT_TIMEOUT_S = 10.0
 
 
 def provenance() -> dict[str, Any]:
-    """Hardware, versions, commit (None outside a checkout, "+" where files differ from it) and date."""
+    """Hardware and how busy it was, versions, commit (None outside a checkout, "+" with changes) and date."""
     return {
         "hardware": f"{os.cpu_count()} CPUs, {_processor()}",
+        "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
         "commit": _commit(),
