@@ -169,8 +169,10 @@ def _share(
         return loads, bound_s, method == "balance"
     deadline = time.perf_counter() + time_limit_s
     share, bound_s = share_out(replicas, table, counts, gap_limit=GAP_LIMIT)
+    if share.max_s <= bound_s * (1 + GAP_LIMIT) or not _suits_scip(replicas, counts):
+        return share.loads, min(bound_s, share.max_s), False
     left_s = deadline - time.perf_counter()
-    if share.max_s > bound_s * (1 + GAP_LIMIT) and left_s > 0 and _suits_scip(replicas, counts):
+    if left_s > 0:
         from planner import balance_model  # SCIP is loaded only where the heuristic is not proven good enough
 
         share, proven_s = balance_model.refine(
