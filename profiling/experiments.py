@@ -241,7 +241,7 @@ def by_tasks(costs: CostTable, number: int, settings: Settings) -> list[Row]:
 
 def tasks_of_statistics(number: int, seed: int) -> Workload:
     """The first `number` data sets of the published statistics as tasks, beginning again after the last."""
-    path = CONFIGS / "lengths" / "lobra_statistics.csv"
+    path = CONFIGS / "statistics" / "lobra_datasets.csv"
     statistics = read_statistics(path)
     sizes = _batch_sizes(path)
     chosen = [statistics[index % len(statistics)] for index in range(min(number, len(statistics)))]

@@ -67,7 +67,7 @@ def test_each_step_of_the_ablation_is_cheaper():
 
 def test_tasks_of_the_statistics_repeat_after_the_last_under_other_names(monkeypatch):
     monkeypatch.setattr("planner.synthetic.NUM_SAMPLES", 1000)
-    statistics = experiments.read_statistics(CONFIGS / "lengths" / "lobra_statistics.csv")[:2]
+    statistics = experiments.read_statistics(CONFIGS / "statistics" / "lobra_datasets.csv")[:2]
     monkeypatch.setattr(experiments, "read_statistics", lambda _: statistics)
     found = tasks_of_statistics(3, seed=0)
     assert [task.name for task in found.tasks] == [
