@@ -15,12 +15,16 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from tqdm import tqdm
 
 from planner.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+LENGTH_STEP = 16
+"""Tokens that the lengths in task records are rounded up to a multiple of."""
+
 THROUGHPUT_SMOOTHING = 0.2
 """Weight of the newest step in the progress bar's moving averages."""
 
@@ -77,7 +81,10 @@ class StepRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskRecord:
-    """One task's part in one step; `loss` is the mean over its `tokens` targets, `grad_norm` before clipping."""
+    """One task's part in one step; `loss` is the mean over its `tokens` targets, `grad_norm` before clipping.
+
+    `lengths`: tokens of a sequence, rounded up to a multiple of LENGTH_STEP -> sequences (for `lobra plan --check`).
+    """
 
     kind: ClassVar[str] = "task"
     step: int
@@ -88,6 +95,7 @@ class TaskRecord:
     sequences: int
     lr: float
     grad_norm: float
+    lengths: Mapping[str, int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,6 +122,12 @@ class EventRecord:
 
 
 Record = StepRecord | TaskRecord | EvalRecord | EventRecord
+
+
+def length_counts(lengths: np.ndarray) -> dict[str, int]:
+    """Sequences of each length, rounded up to a multiple of LENGTH_STEP; JSON's keys are strings."""
+    values, counts = np.unique(-(-lengths // LENGTH_STEP) * LENGTH_STEP, return_counts=True)
+    return {str(value): count for value, count in zip(values.tolist(), counts.tolist(), strict=True)}
 
 
 class MetricsWriter:

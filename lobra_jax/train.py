@@ -33,6 +33,7 @@ from lobra_jax.metrics import (
     StepRecord,
     TaskRecord,
     compile_bar,
+    length_counts,
     progress_bar,
 )
 from lobra_jax.models.config import LlamaConfig
@@ -212,11 +213,10 @@ class Trainer:
         metrics.write(record)
         if pending.prepared.dispatch.stopped_early:
             limit = self.config.planner.dispatch_time_limit_s
-            message = (
-                f"dispatch hit planner.dispatch_time_limit_s = {limit:g} s: a repeat may differ in rounding"
-            )
+            message = f"dispatch hit planner.dispatch_time_limit_s = {limit:g} s: a repeat may differ in rounding"
             metrics.write(EventRecord(step=done, event="dispatch_cut", message=message))
-        counts = pending.prepared.batch.num_sequences
+        batch = pending.prepared.batch
+        counts = batch.num_sequences
         for index, (name, task_step) in enumerate(pending.prepared.task_steps.items()):
             if task_step is None or name in self.stopped:
                 continue
@@ -226,10 +226,11 @@ class Trainer:
                     task=name,
                     task_step=task_step + 1,
                     loss=float(result.losses[index]),
-                    tokens=int(pending.prepared.batch.num_target_tokens[index]),
+                    tokens=int(batch.num_target_tokens[index]),
                     sequences=int(counts[index]),
                     lr=float(self.optimizers[index].learning_rates[task_step]),
                     grad_norm=float(result.gradient_norms[index]),
+                    lengths=length_counts(batch.lengths[batch.task_ids == index]),
                 )
             )
             if not result.alive[index]:

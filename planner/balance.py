@@ -120,41 +120,70 @@ def heuristic(table: Tables, counts: Sequence[int], *, time_limit_s: float = mat
     return improve(table, list_schedule(table, counts), time_limit_s=time_limit_s)
 
 
-def list_schedule(table: Tables, counts: Sequence[int]) -> np.ndarray:
-    """Loads [R, J]: buckets longest first, one micro-batch at a time to the replica that would finish it earliest."""
-    num_replicas = len(table.kind)
-    loads = np.zeros((num_replicas, len(counts)), dtype=np.int64)
-    work = np.zeros(num_replicas)
-    top = np.zeros(num_replicas)
-    bubbles, fixed_s = table.bubbles[table.kind], table.fixed_s[table.kind]
+def list_schedule(table: Tables, counts: Sequence[int], loads: np.ndarray | None = None) -> np.ndarray:
+    """Loads [R, J], added to `loads` if given: longest bucket first, each micro-batch to where it ends earliest."""
+    num_replicas, every = len(table.kind), np.arange(len(counts))[None, :]
+    loads = np.zeros((num_replicas, len(counts)), dtype=np.int64) if loads is None else loads.copy()
+    bubbles = table.bubbles[table.kind]
+    work = table.fixed_s[table.kind] + table.sums[table.kind[:, None], every, loads].sum(axis=1)
+    top = table.tops[table.kind[:, None], every, loads].max(axis=1, initial=0.0)
+    largest = np.array([[rows[-1] if rows else 0 for rows in options] for options in table.options])[table.kind]
     for bucket in reversed(range(len(counts))):
         rest = int(counts[bucket])
         if rest == 0:
             continue
-        full = np.array([o[bucket][-1] if o[bucket] else 0 for o in table.options])[table.kind]
+        full = np.where(largest[:, bucket] <= rest, largest[:, bucket], 0)
+        slot_s = table.sums[table.kind, bucket, full]
+        if full.any():
+            start_s = work + bubbles * np.maximum(top, slot_s)
+            number = _earliest(start_s, slot_s, full, rest)
+            loads[:, bucket] += number * full
+            work += number * slot_s
+            top = np.where(number > 0, np.maximum(top, slot_s), top)
+            rest -= int(number @ full)
         while rest > 0:
-            piece = np.minimum(full, rest)
-            slot = np.where(piece > 0, table.sums[table.kind, bucket, piece], np.inf)
-            largest = np.maximum(top, np.where(piece > 0, slot, 0.0))
-            chosen = int((fixed_s + work + slot + bubbles * largest).argmin())
-            taken = int(piece[chosen])
-            loads[chosen, bucket] += taken
-            work[chosen] += slot[chosen]
-            top[chosen] = max(top[chosen], slot[chosen])
-            rest -= taken
+            piece = np.minimum(largest[:, bucket], rest)
+            piece_s = np.where(piece > 0, table.sums[table.kind, bucket, piece], np.inf)
+            chosen = int((work + piece_s + bubbles * np.maximum(top, np.where(piece > 0, piece_s, 0.0))).argmin())
+            loads[chosen, bucket] += piece[chosen]
+            work[chosen] += piece_s[chosen]
+            top[chosen] = max(top[chosen], piece_s[chosen])
+            rest -= int(piece[chosen])
     return loads
 
 
-def improve(table: Tables, loads: np.ndarray, *, time_limit_s: float = math.inf) -> Share:
-    """Moves, then swaps, pieces of the slowest replica's load while that makes it faster, at most MAX_ROUNDS times.
+def _earliest(start_s: np.ndarray, slot_s: np.ndarray, rows: np.ndarray, rest: int) -> np.ndarray:
+    """[R] slots of `rows` [R] sequences each (0: none), given out one by one to where they end first, up to `rest`."""
+    able = np.flatnonzero(rows)
+    deep = 2 + 2 * rest // int(rows.sum())
+    while True:
+        ends = start_s[able, None] + slot_s[able, None] * np.arange(1, deep + 1)
+        order = np.argsort(ends, axis=None, kind="stable")
+        who = able[order // deep]
+        taken = who[np.cumsum(rows[who]) <= rest]
+        number = np.bincount(taken, minlength=len(rows))
+        if number.max() < deep:
+            return number
+        deep *= 2
+
+
+def improve(
+    table: Tables,
+    loads: np.ndarray,
+    *,
+    time_limit_s: float = math.inf,
+    max_rounds: int = MAX_ROUNDS,
+    good_s: float = 0.0,
+) -> Share:
+    """Moves, then swaps, pieces of the slowest replica's load while that makes it faster and it takes over `good_s`.
 
     The result depends on the machine's speed only where `time_limit_s` cuts in.
     """
     deadline = time.perf_counter() + time_limit_s
     loads = loads.copy()
     replica_s = table.replica_s(loads)
-    for _ in range(MAX_ROUNDS):
-        if time.perf_counter() >= deadline:
+    for _ in range(max_rounds):
+        if time.perf_counter() >= deadline or replica_s.max() <= good_s:
             break
         slowest = int(replica_s.argmax())
         change = _best_move(table, loads, replica_s, slowest) or _best_swap(table, loads, replica_s, slowest)

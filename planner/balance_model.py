@@ -17,6 +17,7 @@ out to the replicas longest first and repaired by local search.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 
@@ -51,6 +52,7 @@ def refine(
     time_limit_s: float,
     gap_limit: float,
     node_limit: int = scip.NO_NODE_LIMIT,
+    good_s: float = -math.inf,
 ) -> tuple[Share, float]:
     """Looks for better share-outs with SCIP and local search.
 
@@ -58,6 +60,7 @@ def refine(
       time_limit_s: wall seconds for all of it.
       gap_limit: relative gap at which SCIP stops.
       node_limit: as in `scip.solve`. Given, the model is taken to be solved often and quickly: see `scip.light`.
+      good_s: SCIP stops at a share-out this fast.
 
     Returns:
       (the best share-out found, never slower than `start`; a proven bound on the least max seconds, 0 if none).
@@ -80,7 +83,7 @@ def refine(
     if node_limit != scip.NO_NODE_LIMIT:
         scip.light(model)
     left_s = deadline - time.perf_counter()
-    outcome = scip.solve(model, time_limit_s=left_s, gap_limit=gap_limit, node_limit=node_limit)
+    outcome = scip.solve(model, time_limit_s=left_s, gap_limit=gap_limit, node_limit=node_limit, good_enough=good_s)
     bound_s = min(max(outcome.bound, 0.0), start.max_s)
     best = start
     if outcome.has_solution:

@@ -46,6 +46,13 @@ def choose_buckets(lengths: np.ndarray, candidates: Sequence[int], max_buckets: 
     return _least_padding(options[used], counts[used].astype(np.float64), max_buckets)
 
 
+def least_padding_buckets(lengths: np.ndarray, max_buckets: int, align: int = DEFAULT_ALIGN) -> tuple[int, ...]:
+    """At most `max_buckets` multiples of `align` that pad `lengths` [n], n >= 1, least: LobRA's dynamic buckets."""
+    aligned = -(-np.asarray(lengths, dtype=np.int64) // align) * align
+    options, counts = np.unique(aligned, return_counts=True)
+    return _least_padding(options, counts.astype(np.float64), max_buckets)
+
+
 def planning_buckets(workload: Workload, num_buckets: int, align: int = DEFAULT_ALIGN) -> tuple[int, ...]:
     """At most `num_buckets` lengths, multiples of `align`, that pad the expected batch least; covers `max_length`.
 

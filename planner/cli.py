@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from planner.bucket_choice import (
+    DEFAULT_COMPILE_S,
+    DEFAULT_STEPS,
+    BucketRow,
+    best_row,
+    choose_num_buckets,
+)
 from planner.cost import CostTable
 from planner.dispatch import METHODS
 from planner.errors import UserError
@@ -19,10 +26,12 @@ from planner.lattice import DEFAULT_ROW_OPTIONS, MAX_ROW_OPTIONS
 from planner.plan import REMATS, Plan
 from planner.planners import PLANNERS, solver
 from planner.problem import DEFAULT_NUM_BUCKETS, DEFAULT_TIME_LIMIT_S, Constraints, build_problem
+from planner.robust import DEFAULT_SAMPLES, OBJECTIVES, Robust, StepTimes, solve_robust
 from planner.workload import Workload
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from planner.simulate import Simulation
 
@@ -40,6 +49,10 @@ class PlanningFlags:
     max_pp: int | None
     remats: tuple[str, ...] | None
     time_limit: float | None
+    robust: str | None
+    samples: int | None
+    compile_s: float | None
+    amortise_steps: int | None
 
 
 def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,7 +64,21 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--buckets", metavar="KIND", callback=_bucket_list, help="dynamic, static7, static16 or 256,512,..."
         ),
-        click.option("--num-buckets", type=count, help="Most padded lengths with dynamic buckets."),
+        click.option(
+            "--num-buckets",
+            type=count,
+            help="Most padded lengths with dynamic buckets; by default chosen by step time and compile time.",
+        ),
+        click.option(
+            "--compile-s",
+            type=click.FloatRange(min=0),
+            help=f"Seconds to compile one program, for that choice; {DEFAULT_COMPILE_S:g} by default.",
+        ),
+        click.option(
+            "--amortise-steps",
+            type=count,
+            help=f"Steps to spread compile time over; by default the config's, else {DEFAULT_STEPS}.",
+        ),
         click.option(
             "--row-options",
             type=click.IntRange(1, MAX_ROW_OPTIONS),
@@ -61,6 +88,12 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--max-pp", type=count, help="Most pipeline stages."),
         click.option("--remats", metavar="A,B", callback=_remat_list, help=f"Allowed of {','.join(REMATS)}."),
         click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), help="Seconds to plan at the most."),
+        click.option(
+            "--robust",
+            type=click.Choice(("off", *OBJECTIVES)),
+            help="Choose by the mean or the 95th percentile of the step time over sampled batches.",
+        ),
+        click.option("--samples", type=count, help="Batches to sample with --robust, and for --check."),
     )
     for option in reversed(options):
         command = option(command)
@@ -91,24 +124,38 @@ def plan_and_write(
     workload: Workload, costs: CostTable, num_devices: int, out: Path, flags: PlanningFlags, console: Console
 ) -> Plan:
     """Plans, writes the plan with its costs and lengths beside it, and prints what came out."""
+    planner = flags.planner or "exact"
+    num_buckets = flags.num_buckets or DEFAULT_NUM_BUCKETS
+    if flags.num_buckets is None and flags.buckets in (None, "dynamic"):
+        with console.status("choosing the number of padded lengths"):
+            row = best_row(bucket_report(workload, costs, num_devices, flags))
+        num_buckets = row.num_buckets
+        console.print(bucket_line(row), highlight=False, soft_wrap=True)
     problem = build_problem(
         workload,
         costs,
         num_devices,
         buckets=flags.buckets or "dynamic",
-        num_buckets=flags.num_buckets or DEFAULT_NUM_BUCKETS,
+        num_buckets=num_buckets,
         row_options=flags.row_options or DEFAULT_ROW_OPTIONS,
-        constraints=Constraints(max_tp=flags.max_tp, max_pp=flags.max_pp, remats=flags.remats),
+        constraints=_constraints(flags),
         proposal=flags.proposal is not False,
         time_limit_s=flags.time_limit or DEFAULT_TIME_LIMIT_S,
     )
-    planner = flags.planner or "exact"
+    robust = None
     with console.status(f"planning {num_devices} devices with {planner}, at most {problem.time_limit_s:g} s"):
-        plan = solver(planner)(problem)
+        if flags.robust in (None, "off"):
+            plan = solver(planner)(problem)
+        else:
+            samples = flags.samples or DEFAULT_SAMPLES
+            robust = solve_robust(problem, solver(planner), objective=flags.robust, num_samples=samples)
+            plan = robust.plan
     with _writing(out):
         costs.save(beside(out, "costs"))
         workload.save(beside(out, "lengths"))
         plan.save(out)
+        if robust is not None:
+            beside(out, "robust").write_text(json.dumps(_robust_dict(robust), indent=1) + "\n", encoding="utf-8")
     console.print(str(plan), style="bold", highlight=False, soft_wrap=True)
     predicted = plan.predicted
     if predicted is not None:
@@ -118,8 +165,94 @@ def plan_and_write(
             highlight=False,
             soft_wrap=True,
         )
+    if robust is not None:
+        for line in robust_lines(robust):
+            console.print(line, highlight=False, soft_wrap=True)
     console.print(f"{out} (explain it: lobra explain {out})", highlight=False, markup=False, soft_wrap=True)
     return plan
+
+
+def _constraints(flags: PlanningFlags) -> Constraints:
+    return Constraints(max_tp=flags.max_tp, max_pp=flags.max_pp, remats=flags.remats)
+
+
+def bucket_report(
+    workload: Workload, costs: CostTable, num_devices: int, flags: PlanningFlags
+) -> tuple[BucketRow, ...]:
+    """Padding, programs and seconds a step for each number of padded lengths."""
+    return choose_num_buckets(
+        workload,
+        costs,
+        num_devices,
+        solver(flags.planner or "exact"),
+        row_options=flags.row_options or DEFAULT_ROW_OPTIONS,
+        constraints=_constraints(flags),
+        compile_s=DEFAULT_COMPILE_S if flags.compile_s is None else flags.compile_s,
+        steps=flags.amortise_steps or DEFAULT_STEPS,
+        time_limit_s=flags.time_limit or DEFAULT_TIME_LIMIT_S,
+    )
+
+
+def bucket_line(row: BucketRow) -> str:
+    """What was chosen and what it costs."""
+    return (
+        f"{row.num_buckets} padded lengths: {row.padding_share:.1%} padding, {row.num_programs} programs; "
+        f"a step of {row.step_s:.4g} s and {row.compile_step_s:.3g} s of compile time spread over the steps"
+    )
+
+
+def bucket_table(rows: Sequence[BucketRow]) -> Table:
+    """The rows of `bucket_report`, the choice marked."""
+    from rich.table import Table
+
+    view = Table(title="padded lengths: padding against programs")
+    for name in ("lengths", "padding", "programs", "step, s", "compile, s a step", "together, s", ""):
+        view.add_column(name, justify="right")
+    best = best_row(rows)
+    for row in rows:
+        view.add_row(
+            str(row.num_buckets),
+            f"{row.padding_share:.1%}",
+            str(row.num_programs),
+            f"{row.step_s:.4g}",
+            f"{row.compile_step_s:.3g}",
+            f"{row.total_s:.4g}",
+            "least" if row is best else "",
+        )
+    return view
+
+
+def robust_lines(robust: Robust) -> tuple[str, ...]:
+    """What choosing over sampled batches gave, a line each."""
+    measure = "mean" if robust.objective == "mean" else "95th percentile"
+    return (
+        f"chosen by the {measure} of the step over {robust.num_samples} sampled batches, of {robust.num_candidates} "
+        f"deployments; on {robust.num_samples} other batches: {times_text(robust.times)}",
+        f"the plan of the expected batch, {robust.mean_plan}: {times_text(robust.mean_plan_times)}; "
+        f"its regret is {robust.regret:.2%} of the {measure}",
+    )
+
+
+def times_text(times: StepTimes) -> str:
+    """Mean, p50, p95 and how near the mean is to the mean of the batches' bounds."""
+    return (
+        f"mean {times.mean_s:.4g} s, p50 {times.p50_s:.4g} s, p95 {times.p95_s:.4g} s "
+        f"(no dispatch on these replicas has a mean under {times.bound_s:.4g} s)"
+    )
+
+
+def _robust_dict(robust: Robust) -> dict[str, Any]:
+    return {
+        "objective": robust.objective,
+        "num_samples": robust.num_samples,
+        "seed": robust.seed,
+        "num_candidates": robust.num_candidates,
+        "plan": str(robust.plan),
+        "times": dataclasses.asdict(robust.times),
+        "mean_plan": str(robust.mean_plan),
+        "mean_plan_times": dataclasses.asdict(robust.mean_plan_times),
+        "regret": robust.regret,
+    }
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +72,13 @@ class ConfigCost:
 
     def replica_s(self, shapes: Iterable[tuple[int, int]]) -> float:
         """Seconds of one step on a replica that runs micro-batches of these (rows, length); 0 without any."""
-        times = [self.micro_batch_s(rows, length) for rows, length in shapes]
-        if not times:
+        return self.slots_s([self.micro_batch_s(rows, length) for rows, length in shapes])
+
+    def slots_s(self, slots: Sequence[float]) -> float:
+        """Seconds of one step on a replica whose micro-batches take these seconds each; 0 without any."""
+        if not slots:
             return 0.0
-        return self.fixed_s + sum(times) + (self.config.pp - 1) * max(times)
+        return self.fixed_s + sum(slots) + (self.config.pp - 1) * max(slots)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,8 @@
 Sequences are padded to a few of the plan's buckets (`planner.bucketing`), counted by bucket, shared out over the
 replicas by a method, and dealt out to them task by task:
 
-    balance   least time of the slowest replica: a heuristic that is always valid (`planner.balance`), then SCIP from
-              there (`planner.balance_model`)
+    balance   least time of the slowest replica: prices, then fills near their bound (`planner.share_out`), then SCIP
+              from there where few replicas leave a gap (`planner.balance_model`)
     group     each bucket to the replicas of the smallest capacity that fits it (LobRA's length-based dispatch)
     uniform   each bucket in equal numbers to all replicas that fit it, whatever their speed
 
@@ -14,6 +14,7 @@ local search, nodes of SCIP, the gap. The time limit is a safety net over these;
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -25,17 +26,23 @@ from planner.balance import Tables
 from planner.bucketing import choose_buckets
 from planner.cost import CostTable
 from planner.errors import UserError
-from planner.lattice import rows_for
 from planner.plan import Plan
 from planner.problem import UsableConfig, usable_config
+from planner.share_out import share_out
 
 METHODS = ("balance", "group", "uniform")
 
 GAP_LIMIT = 0.01
 """Balance stops when the slowest replica is within this share of the proven bound."""
 
-NODE_LIMIT = 200
-"""Branch-and-bound nodes of SCIP for one dispatch."""
+NODE_LIMIT = 20
+"""Branch-and-bound nodes of SCIP for one dispatch: most of what it finds, it finds at the root."""
+
+SCIP_MAX_CELLS = 160
+"""Pairs of replica and bucket up to which SCIP is asked at all."""
+
+SCIP_MAX_PIPELINE_CELLS = 24
+"""The same where a replica is a pipeline."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,9 +92,9 @@ def dispatch(
       task_ids: [n] task of each sequence.
       method: one of METHODS.
       max_buckets: most padded lengths in use this step.
-      time_limit_s: a safety net for local search and SCIP, which should end well before; the first valid share-out
-        does not wait for it. The same inputs give the same dispatch on a slow machine as on a quick one, and under
-        any limit, as long as `stopped_early` is false.
+      time_limit_s: a safety net for SCIP, which should end well before; with 0 or less, balance gives the first valid
+        share-out and looks no further. The same inputs give the same dispatch on a slow machine as on a quick one,
+        and under any limit, as long as `stopped_early` is false.
 
     Raises:
       UserError: an unknown method; a sequence longer than every replica's capacity, or than the plan's largest bucket;
@@ -105,16 +112,11 @@ def dispatch(
     bucket_ids = np.searchsorted(np.asarray(buckets, dtype=np.int64), lengths)
     counts = np.bincount(bucket_ids, minlength=len(buckets)).tolist()
     loads, bound_s, stopped_early = _share(method, replicas, counts, time_limit_s)
-    owner = _deal(loads, bucket_ids, task_ids)
-    work = [
-        _micro_batches(usable, buckets, np.flatnonzero(owner == replica), bucket_ids, task_ids)
-        for replica, usable in enumerate(replicas)
-    ]
+    work = _micro_batches(replicas, buckets, loads, bucket_ids, task_ids)
     return Dispatch(
-        replicas=tuple(work),
+        replicas=tuple(tuple(batch for _, batch in own) for own in work),
         predicted_s=tuple(
-            usable.cost.replica_s((batch.rows, batch.length) for batch in batches)
-            for usable, batches in zip(replicas, work, strict=True)
+            usable.cost.slots_s([seconds for seconds, _ in own]) for usable, own in zip(replicas, work, strict=True)
         ),
         bound_s=bound_s,
         method=method,
@@ -161,22 +163,41 @@ def _share(
     if not counts:
         return np.zeros((len(replicas), 0), dtype=np.int64), 0.0, False
     table = balance.tables(replicas, counts)
-    bound_s = balance.quick_bound_s(replicas, counts)
-    if method == "uniform":
-        return _uniform(table, counts), bound_s, False
-    if method == "group":
-        return balance.list_schedule(_smallest_only(table, replicas), counts), bound_s, False
+    if method != "balance" or time_limit_s <= 0:
+        bound_s = balance.quick_bound_s(replicas, counts)
+        smallest = _smallest_only(table, replicas) if method == "group" else table
+        loads = _uniform(table, counts) if method == "uniform" else balance.list_schedule(smallest, counts)
+        return loads, bound_s, method == "balance"
     deadline = time.perf_counter() + time_limit_s
-    share = balance.heuristic(table, counts, time_limit_s=time_limit_s)
+    share, bound_s = share_out(replicas, table, counts, gap_limit=GAP_LIMIT)
+    if share.max_s <= bound_s * (1 + GAP_LIMIT) or not _suits_scip(replicas, counts):
+        return share.loads, min(bound_s, share.max_s), False
     left_s = deadline - time.perf_counter()
-    if share.max_s > bound_s * (1 + GAP_LIMIT) and left_s > 0:
+    if left_s > 0:
         from planner import balance_model  # SCIP is loaded only where the heuristic is not proven good enough
 
         share, proven_s = balance_model.refine(
-            replicas, table, counts, share, time_limit_s=left_s, gap_limit=GAP_LIMIT, node_limit=NODE_LIMIT
+            replicas,
+            table,
+            counts,
+            share,
+            time_limit_s=left_s,
+            gap_limit=GAP_LIMIT,
+            node_limit=NODE_LIMIT,
+            good_s=bound_s * (1 + GAP_LIMIT),
         )
         bound_s = max(bound_s, proven_s)
     return share.loads, min(bound_s, share.max_s), time.perf_counter() >= deadline
+
+
+def _suits_scip(replicas: Sequence[UsableConfig], counts: Sequence[int]) -> bool:
+    """Whether SCIP's model gains anything on `share_out`: few replicas, and fewer with pipelines.
+
+    It takes pipelines' largest slots by big-M constraints, whose bound is below that of the prices.
+    """
+    cells = len(replicas) * sum(count > 0 for count in counts)
+    pipelined = any(usable.config.pp > 1 for usable in replicas)
+    return cells <= (SCIP_MAX_PIPELINE_CELLS if pipelined else SCIP_MAX_CELLS)
 
 
 def _smallest_only(table: Tables, replicas: Sequence[UsableConfig]) -> Tables:
@@ -205,37 +226,47 @@ def _uniform(table: Tables, counts: Sequence[int]) -> np.ndarray:
     return loads
 
 
-def _deal(loads: np.ndarray, bucket_ids: np.ndarray, task_ids: np.ndarray) -> np.ndarray:
-    """[n] replica of each sequence: each bucket's sequences in task order, cut into runs of loads[:, bucket]."""
-    owner = np.full(len(bucket_ids), -1, dtype=np.int64)
-    for bucket in range(loads.shape[1]):
-        members = np.flatnonzero(bucket_ids == bucket)
-        members = members[np.argsort(task_ids[members], kind="stable")]
-        owner[members] = np.repeat(np.arange(loads.shape[0]), loads[:, bucket])
-    return owner
-
-
 def _micro_batches(
-    usable: UsableConfig, buckets: Sequence[int], mine: np.ndarray, bucket_ids: np.ndarray, task_ids: np.ndarray
-) -> tuple[MicroBatch, ...]:
-    """A replica's sequences as micro-batches: full ones of one task, then the tasks' remainders together."""
-    timed = []
-    for bucket in np.unique(bucket_ids[mine]).tolist():
-        options = usable.rows[bucket]
-        full_rows = options[-1]
-        chunks: list[np.ndarray] = []
-        rests: list[np.ndarray] = []
-        members = mine[bucket_ids[mine] == bucket]
-        for task in np.unique(task_ids[members]):
-            own = members[task_ids[members] == task]
-            num_full = len(own) // full_rows
-            chunks += np.split(own[: num_full * full_rows], num_full) if num_full else []
-            rests.append(own[num_full * full_rows :])
-        rest = np.concatenate(rests)
-        chunks += [rest[at : at + full_rows] for at in range(0, len(rest), full_rows)]
-        for chunk in chunks:
-            rows = rows_for(len(chunk), options)
-            batch = MicroBatch(rows=rows, length=buckets[bucket], sequences=tuple(chunk.tolist()))
-            timed.append((usable.cost.micro_batch_s(rows, buckets[bucket]), batch))
-    timed.sort(key=lambda item: (-item[0], -item[1].length, item[1].sequences))
-    return tuple(batch for _, batch in timed)
+    replicas: Sequence[UsableConfig],
+    buckets: Sequence[int],
+    loads: np.ndarray,
+    bucket_ids: np.ndarray,
+    task_ids: np.ndarray,
+) -> list[list[tuple[float, MicroBatch]]]:
+    """(seconds, micro-batch) of each replica, most expensive first.
+
+    Each bucket's sequences are taken task by task and cut into runs of loads[:, bucket]; in a run, full micro-batches
+    are of one task and the tasks' remainders go together.
+    """
+    order = np.lexsort((task_ids, bucket_ids))
+    sequences, tasks = order.tolist(), task_ids[order].tolist()
+    timed: list[list[tuple[float, MicroBatch]]] = [[] for _ in replicas]
+    start = 0
+    for bucket, length in enumerate(buckets):
+        for replica in np.flatnonzero(loads[:, bucket]).tolist():
+            usable = replicas[replica]
+            options, slot_s = usable.rows[bucket], usable.slot_s[bucket]
+            end = start + int(loads[replica, bucket])
+            for chunk in _chunks(sequences[start:end], tasks[start:end], options[-1]):
+                option = bisect.bisect_left(options, len(chunk))
+                batch = MicroBatch(rows=options[option], length=length, sequences=tuple(chunk))
+                timed[replica].append((slot_s[option], batch))
+            start = end
+    for own in timed:
+        own.sort(key=lambda item: (-item[0], -item[1].length, item[1].sequences))
+    return timed
+
+
+def _chunks(sequences: list[int], tasks: list[int], full_rows: int) -> list[list[int]]:
+    """Runs of at most `full_rows` of `sequences`, which are sorted by task: full ones of one task, then the rest."""
+    if len(sequences) <= full_rows:
+        return [sequences]
+    chunks, rest = [], []
+    start = 0
+    while start < len(sequences):
+        end = bisect.bisect_right(tasks, tasks[start], start)
+        full_end = start + (end - start) // full_rows * full_rows
+        chunks += [sequences[at : at + full_rows] for at in range(start, full_end, full_rows)]
+        rest += sequences[full_end:end]
+        start = end
+    return chunks + [rest[at : at + full_rows] for at in range(0, len(rest), full_rows)]

@@ -23,6 +23,7 @@ STATUS_OF_BOUND = (
     "sollimit",
     "bestsollimit",
     "stallnodelimit",
+    "primallimit",
 )
 """Statuses after which SCIP's dual bound holds for the whole model."""
 
@@ -72,6 +73,7 @@ def solve(
     gap_limit: float = 0.0,
     node_limit: int = NO_NODE_LIMIT,
     first_solution: bool = False,
+    good_enough: float = -math.inf,
 ) -> Outcome:
     """Optimises without the GIL, so that other Python threads go on meanwhile.
 
@@ -81,6 +83,7 @@ def solve(
       gap_limit: relative gap at which to stop.
       node_limit: branch-and-bound nodes, restarts included, after which to stop.
       first_solution: stop at the first solution.
+      good_enough: stop at a solution with an objective no larger than this.
 
     Raises:
       KeyboardInterrupt: Ctrl-C while solving in the main thread. Elsewhere SCIP leaves Ctrl-C to the main thread.
@@ -92,6 +95,8 @@ def solve(
     model.setParam("misc/catchctrlc", threading.current_thread() is threading.main_thread())
     if first_solution:
         model.setParam("limits/solutions", 1)
+    if good_enough > -math.inf:
+        model.setParam("limits/primal", good_enough)
     started = time.perf_counter()
     model.optimizeNogil()
     seconds = time.perf_counter() - started

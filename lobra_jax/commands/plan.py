@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.cli import PlanningFlags, plan_and_write, planning_options
+from planner.cli import PlanningFlags, bucket_report, bucket_table, plan_and_write, planning_options
 from planner.cost import CostTable
 from planner.errors import UserError
 from planner.inputs import FILE, Inputs, input_options, read_costs, read_lengths
+from planner.problem import DEFAULT_TIME_LIMIT_S
+from planner.workload import TaskLengths, Workload
 
 if TYPE_CHECKING:
     from lobra_jax.config import RunConfig
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
 @click.command(
     epilog="\b\nExample:\n  lobra plan --config C.yaml --costs costs.json --out plan.yaml\n"
     "  lobra plan --lobra-time T.csv --lobra-memory M.csv --num-layers 32 --lengths hist.json --devices 16 "
-    "--out plan.yaml"
+    "--out plan.yaml\n"
+    "  lobra plan --config C.yaml --costs costs.json --robust p95 --samples 64 --out plan.yaml\n"
+    "  lobra plan --check runs/first"
 )
 @click.option("--config", "config_path", type=FILE, metavar="FILE", help="The run's config; it brings the lengths.")
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change a key of the config. Repeatable.")
@@ -29,19 +33,47 @@ if TYPE_CHECKING:
     "--devices", type=click.IntRange(min=1), help="Devices to plan for; by default the config's, else the cost table's."
 )
 @planning_options
-@click.option("--out", type=FILE, required=True, metavar="FILE", help="The plan.yaml to write.")
-def plan(config_path: Path | None, overrides: tuple[str, ...], devices: int | None, out: Path, **rest: Any) -> None:
+@click.option("--out", type=FILE, metavar="FILE", help="The plan.yaml to write.")
+@click.option(
+    "--check",
+    "run",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="RUN",
+    help="Plan nothing: say whether a run's plan is still within 5 % of the best for the lengths it has seen.",
+)
+@click.option(
+    "--buckets-report",
+    is_flag=True,
+    help="Plan nothing: padding, programs and seconds a step for each number of padded lengths.",
+)
+def plan(
+    config_path: Path | None,
+    overrides: tuple[str, ...],
+    devices: int | None,
+    out: Path | None,
+    run: Path | None,
+    buckets_report: bool,
+    **rest: Any,
+) -> None:
     """Choose the replicas that finish a step soonest and write a plan.
 
     With --config the lengths are those of its data (tokenised if need be) and flags here win over its `planner`
     section. Without it, name costs, lengths and --devices. What was planned from is written beside the plan, as
-    PLAN.costs.json and PLAN.lengths.json, where `lobra explain` and `lobra simulate` find it.
+    PLAN.costs.json and PLAN.lengths.json, where `lobra explain` and `lobra simulate` find it. With --robust the plan is
+    judged on sampled batches in place of the expected one, and PLAN.robust.json says how it fared.
     """
     from rich.console import Console
 
     flags = PlanningFlags(**{field.name: rest.pop(field.name) for field in dataclasses.fields(PlanningFlags)})
     inputs = Inputs(**rest)
     console = Console()
+    if run is not None:
+        _check(run, flags, console)
+        return
+    if buckets_report:
+        out = None
+    elif out is None:
+        raise UserError("missing", key="--out", expected="the plan.yaml to write")
     if config_path is None:
         if overrides:
             raise UserError(
@@ -52,7 +84,69 @@ def plan(config_path: Path | None, overrides: tuple[str, ...], devices: int | No
     _plan_from_config(config_path, overrides, inputs, devices, out, flags, console)
 
 
-def _plan_from_files(inputs: Inputs, devices: int | None, out: Path, flags: PlanningFlags, console: Any) -> None:
+def _check(run: Path, flags: PlanningFlags, console: Any) -> None:
+    """Prints whether the run's plan is still good for the lengths in its metrics."""
+    from planner.cli import times_text
+    from planner.drift import GOOD_SHARE, check_drift
+    from planner.plan import Plan
+    from planner.robust import DEFAULT_SAMPLES
+
+    present, costs = Plan.load(run / "plan.yaml"), CostTable.load(run / "costs.json")
+    seen, num_steps = seen_lengths(run, present.buckets[-1])
+    with console.status("planning for the lengths seen"):
+        drift = check_drift(
+            present,
+            costs,
+            seen,
+            num_samples=flags.samples or DEFAULT_SAMPLES,
+            seed=0,
+            time_limit_s=flags.time_limit or DEFAULT_TIME_LIMIT_S,
+        )
+    lines = [f"lengths of {num_steps} steps; present plan {present}: {times_text(drift.present_times)}"]
+    if drift.best is not present:
+        lines.append(f"best plan found {drift.best}: {times_text(drift.best_times)}")
+    verdict = "still good" if drift.is_good else "worth planning anew"
+    lines.append(f"{verdict}: {drift.excess:.1%} over the best plan found, where up to {GOOD_SHARE:.0%} counts as good")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def seen_lengths(run: Path, longest: int) -> tuple[Workload, int]:
+    """(the lengths of every task's sequences in a run's metrics, the steps they are of).
+
+    Lengths were rounded up when they were recorded: to no more than `longest`, the plan's longest bucket.
+
+    Raises:
+      UserError: no metrics there, or none of a task's lengths in them.
+    """
+    from lobra_jax.metrics import METRICS_FILE, read_metrics
+
+    planned = {task.name: task.batch_size for task in Workload.load(run / "lengths.json").tasks}
+    seen: dict[str, dict[int, int]] = {}
+    steps = set()
+    for record in read_metrics(run / METRICS_FILE, "task"):
+        counts = seen.setdefault(record["task"], {})
+        for length, number in (record.get("lengths") or {}).items():
+            tokens = min(int(length), longest)
+            counts[tokens] = counts.get(tokens, 0) + number
+            steps.add(record["step"])
+    seen = {name: counts for name, counts in seen.items() if counts and name in planned}
+    if not seen:
+        raise UserError(
+            "no lengths recorded", file=run / METRICS_FILE, key="lengths", expected="task records of at least one step"
+        )
+    tasks = tuple(
+        TaskLengths(
+            name=name,
+            batch_size=planned[name],
+            lengths={length: number / sum(counts.values()) for length, number in sorted(counts.items())},
+        )
+        for name, counts in seen.items()
+    )
+    return Workload(tasks=tasks), len(steps)
+
+
+def _plan_from_files(inputs: Inputs, devices: int | None, out: Path | None, flags: PlanningFlags, console: Any) -> None:
     if devices is None:
         raise UserError("missing", key="--devices", expected="the number of devices to plan for, or --config")
     costs = read_costs(inputs)
@@ -61,7 +155,7 @@ def _plan_from_files(inputs: Inputs, devices: int | None, out: Path, flags: Plan
         from planner.explain_text import reached_table
 
         console.print(reached_table(reached))
-    plan_and_write(workload, costs, devices, out, flags, console)
+    _plan_or_report(workload, costs, devices, out, flags, console)
 
 
 def _plan_from_config(
@@ -69,7 +163,7 @@ def _plan_from_config(
     overrides: tuple[str, ...],
     inputs: Inputs,
     devices: int | None,
-    out: Path,
+    out: Path | None,
     flags: PlanningFlags,
     console: Any,
 ) -> None:
@@ -85,7 +179,19 @@ def _plan_from_config(
     number = planned_devices(config, costs, devices)
     with console.status("reading the tasks' lengths"):
         workload = task_lengths(config)
-    plan_and_write(workload, costs, number, out, merged_flags(config, flags), console)
+    _plan_or_report(workload, costs, number, out, merged_flags(config, flags), console)
+
+
+def _plan_or_report(
+    workload: Workload, costs: CostTable, devices: int, out: Path | None, flags: PlanningFlags, console: Any
+) -> None:
+    """Plans into `out`; without one prints what each number of padded lengths would cost."""
+    if out is not None:
+        plan_and_write(workload, costs, devices, out, flags, console)
+        return
+    with console.status("dispatching with each number of padded lengths"):
+        rows = bucket_report(workload, costs, devices, flags)
+    console.print(bucket_table(rows))
 
 
 def planned_devices(config: RunConfig, costs: CostTable, flag: int | None) -> int:
@@ -143,10 +249,14 @@ def merged_flags(config: RunConfig, flags: PlanningFlags) -> PlanningFlags:
         buckets=section.buckets,
         num_buckets=section.num_buckets,
         row_options=section.row_options,
+        compile_s=section.compile_s,
+        amortise_steps=max(task.steps for task in config.tasks),
         max_tp=section.max_tp,
         max_pp=section.max_pp,
         remats=section.remats,
         time_limit=section.solve_time_limit_s,
+        robust=section.robust,
+        samples=section.samples,
     )
     given = {name: value for name, value in dataclasses.asdict(flags).items() if value is not None}
     return dataclasses.replace(defaults, **given)

@@ -26,6 +26,7 @@ from lobra_jax.config.fields import (
     wrong,
 )
 from lobra_jax.models.config import PRESETS, TARGETS
+from planner.bucket_choice import DEFAULT_COMPILE_S
 from planner.lattice import DEFAULT_ROW_OPTIONS, MAX_ROW_OPTIONS
 from planner.plan import REMATS
 
@@ -157,13 +158,16 @@ class PlannerConfig(Section):
     planner: Literal["exact", "minlp", "prune", "group"] = "exact"
     costs: FilePath | None = None
     buckets: Buckets = "dynamic"
-    num_buckets: Count = 16
+    num_buckets: Count | None = None
     row_options: int = Field(default=DEFAULT_ROW_OPTIONS, ge=1, le=MAX_ROW_OPTIONS)
+    compile_s: NonNegative = DEFAULT_COMPILE_S
     max_tp: Count | None = None
     max_pp: Count | None = None
     remats: tuple[Literal["none", "dots", "full"], ...] = Field(default=REMATS, min_length=1)
     proposal: bool = True
     solve_time_limit_s: Positive = 60.0
+    robust: Literal["off", "mean", "p95"] = "off"
+    samples: Count = 64
     dispatch: Literal["balance", "group", "uniform"] = "balance"
     max_dispatch_buckets: Count = 16
     dispatch_time_limit_s: Positive = 30.0

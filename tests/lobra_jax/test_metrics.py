@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lobra_jax.metrics import (
@@ -10,6 +11,7 @@ from lobra_jax.metrics import (
     PhaseSeconds,
     StepRecord,
     TaskRecord,
+    length_counts,
     progress_bar,
     read_metrics,
 )
@@ -37,7 +39,17 @@ def step_record(step: int, *, total_s: float = 0.5) -> StepRecord:
 
 
 def task_record(step: int, *, task: str = "answers", loss: float = 2.5) -> TaskRecord:
-    return TaskRecord(step=step, task=task, task_step=step, loss=loss, tokens=90, sequences=4, lr=1e-3, grad_norm=0.7)
+    return TaskRecord(
+        step=step,
+        task=task,
+        task_step=step,
+        loss=loss,
+        tokens=90,
+        sequences=4,
+        lr=1e-3,
+        grad_norm=0.7,
+        lengths={"16": 1, "48": 3},
+    )
 
 
 def eval_record(step: int) -> EvalRecord:
@@ -71,6 +83,7 @@ def test_records_read_back_as_they_were_written(tmp_path: Path) -> None:
         "sequences": 4,
         "lr": 1e-3,
         "grad_norm": 0.7,
+        "lengths": {"16": 1, "48": 3},
     }
     assert (evaluation["kind"], evaluation["loss"]) == ("eval", 2.0)
     assert event == {"kind": "event", "step": 1, "task": "answers", "event": "finished", "message": ""}
@@ -176,3 +189,7 @@ def test_the_progress_bar_is_silent_where_nobody_watches(capsys: pytest.CaptureF
     with progress_bar(1) as advance:
         advance(step_record(1))
     assert capsys.readouterr().err == ""
+
+
+def test_length_counts_round_up_and_keep_every_sequence():
+    assert length_counts(np.array([1, 16, 17, 40, 48])) == {"16": 2, "32": 1, "48": 2}

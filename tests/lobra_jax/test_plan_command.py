@@ -1,6 +1,7 @@
 """`lobra plan` from a run config and without one."""
 
 import dataclasses
+import json
 
 import pytest
 import yaml
@@ -175,3 +176,42 @@ def test_an_unknown_number_of_devices_is_one_line(folder, capsys, hardware):
     assert lobra("plan", "--config", "C.yaml", "--costs", "costs.json", "--out", "plan.yaml") == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: devices.num_devices") and printed.count("\n") == 1
+
+
+def test_a_robust_plan_reports_its_times_and_the_regret_of_the_plain_one(folder, capsys):
+    code = lobra(
+        *("plan", "--config", "C.yaml", "--costs", "costs.json", "--time-limit", 3),
+        *("--robust", "p95", "--samples", 8, "--out", "plan.yaml"),
+    )
+    assert code == 0
+    printed = capsys.readouterr().out
+    assert "95th percentile" in printed and "p95" in printed and "regret" in printed
+    written = json.loads((folder / "plan.robust.json").read_text())
+    assert written["objective"] == "p95" and written["num_samples"] == 8
+    assert written["plan"] == str(Plan.load("plan.yaml"))
+
+
+def write_run(folder, lengths):
+    (folder / "run").mkdir()
+    lobra("plan", "--config", "C.yaml", "--costs", "costs.json", "--out", "run/plan.yaml")
+    COSTS.save(folder / "run/costs.json")
+    WORKLOAD.save(folder / "run/lengths.json")
+    records = [
+        {"kind": "task", "step": step, "task": name, "lengths": counts}
+        for step in (1, 2)
+        for name, counts in lengths.items()
+    ]
+    (folder / "run/metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_check_says_whether_a_runs_plan_suits_the_lengths_seen(folder, capsys):
+    write_run(folder, {"a": {"32": 8}, "b": {"64": 2, "208": 2}})  # 208 is 200 rounded up, over the last bucket
+    assert lobra("plan", "--check", "run", "--samples", 4, "--time-limit", 2) == 0
+    printed = capsys.readouterr().out
+    assert "lengths of 2 steps" in printed and "still good" in printed
+
+
+def test_check_of_a_run_without_lengths_is_one_line(folder, capsys):
+    write_run(folder, {})
+    assert lobra("plan", "--check", "run") == 2
+    assert "metrics.jsonl: lengths: no lengths recorded" in capsys.readouterr().err

@@ -1,0 +1,154 @@
+"""How many padded lengths to compile for: padding against programs, both in seconds of a step.
+
+More lengths pad less and make shorter steps; each is compiled for every row option, config and stage, and the run waits
+for that before its first step. With P programs of `compile_s` seconds each, spread over the run's steps, the cost of a
+step under K lengths is
+
+    mean step time (K) + P(K) compile_s / steps
+
+The step times are those of the dispatch on sampled batches, on the replicas that the planner chooses with
+`REFERENCE_BUCKETS` lengths: the replicas are planned anew once the number of lengths is chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from planner.bucketing import bucket_lengths
+from planner.cost import CostTable
+from planner.dispatch import dispatch
+from planner.lattice import DEFAULT_ROW_OPTIONS, shapes
+from planner.plan import Plan
+from planner.problem import Constraints, PlanningProblem, build_problem
+from planner.simulate import DEFAULT_DISPATCH_TIME_LIMIT_S, batch
+from planner.workload import Workload
+
+CHOICES = (4, 6, 8, 10, 12, 16, 20, 24, 28, 32)
+"""Numbers of lengths that are compared."""
+
+REFERENCE_BUCKETS = 16
+
+DEFAULT_COMPILE_S = 3.0
+"""Seconds that compiling one program adds to the start of a run: a Llama-2-7B micro-batch step of one stage with its
+layers in a scan, on one H200 with JAX 0.11.2 (the probe of the design; 12 s with the layers unrolled)."""
+
+DEFAULT_STEPS = 1000
+"""Steps that compile time is spread over where no run says how many it has."""
+
+NUM_SAMPLES = 8
+MAX_DISPATCH_BUCKETS = 16
+"""Padded lengths in use in one step, as in training by default."""
+
+PLANNING_SHARE = 0.3
+"""Share of the time limit for the plan whose replicas the numbers of lengths are compared on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BucketRow:
+    """One number of lengths.
+
+    Attributes:
+      num_buckets: lengths asked for; `buckets`: those that pad least.
+      padding_share: share of the computed tokens that is padding, empty rows included.
+      num_programs: shapes, summed over configs and stages of the replicas.
+      step_s: mean step over the sampled batches.
+      compile_step_s: compile time for each step.
+    """
+
+    num_buckets: int
+    buckets: tuple[int, ...]
+    padding_share: float
+    num_programs: int
+    step_s: float
+    compile_step_s: float
+
+    @property
+    def total_s(self) -> float:
+        return self.step_s + self.compile_step_s
+
+
+def bucket_rows(
+    plan: Plan,
+    costs: CostTable,
+    workload: Workload,
+    *,
+    compile_s: float,
+    steps: int,
+    seed: int = 0,
+    choices: Sequence[int] = CHOICES,
+) -> tuple[BucketRow, ...]:
+    """A row for each number of lengths, on the replicas of `plan`."""
+    batches = [batch(workload, seed, step) for step in range(NUM_SAMPLES)]
+    rows = []
+    for number in choices:
+        buckets = bucket_lengths(workload, "dynamic", num_buckets=number, max_capacity_tokens=plan.max_capacity_tokens)
+        candidate = dataclasses.replace(plan, buckets=buckets, predicted=None)
+        slowest, padded = [], 0
+        for task_ids, lengths in batches:
+            chosen = dispatch(
+                candidate,
+                costs,
+                lengths,
+                task_ids,
+                max_buckets=MAX_DISPATCH_BUCKETS,
+                time_limit_s=DEFAULT_DISPATCH_TIME_LIMIT_S,
+            )
+            slowest.append(max(chosen.predicted_s))
+            padded += sum(micro.rows * micro.length for own in chosen.replicas for micro in own)
+        programs = num_programs(candidate)
+        rows.append(
+            BucketRow(
+                num_buckets=number,
+                buckets=buckets,
+                padding_share=1 - sum(int(lengths.sum()) for _, lengths in batches) / padded,
+                num_programs=programs,
+                step_s=float(np.mean(slowest)) + costs.step_overhead_s,
+                compile_step_s=programs * compile_s / steps,
+            )
+        )
+    return tuple(rows)
+
+
+def num_programs(plan: Plan) -> int:
+    """Micro-batch programs that a plan's replicas compile: its shapes on every stage of each config."""
+    return sum(
+        len(shapes(group.capacity_tokens, plan.buckets, num_options=plan.row_options)) * group.config.pp
+        for group in plan.replicas
+    )
+
+
+def best_row(rows: Sequence[BucketRow]) -> BucketRow:
+    """The row of least total; of equals the one with the fewest lengths."""
+    return min(rows, key=lambda row: (row.total_s, row.num_buckets))
+
+
+def choose_num_buckets(
+    workload: Workload,
+    costs: CostTable,
+    num_devices: int,
+    solve: Callable[[PlanningProblem], Plan],
+    *,
+    row_options: int = DEFAULT_ROW_OPTIONS,
+    constraints: Constraints | None,
+    compile_s: float,
+    steps: int,
+    time_limit_s: float,
+) -> tuple[BucketRow, ...]:
+    """The rows compared on replicas planned by `solve`; `best_row` of them is the choice.
+
+    Raises:
+      UserError: no plan exists (see `build_problem`).
+    """
+    problem = build_problem(
+        workload,
+        costs,
+        num_devices,
+        num_buckets=REFERENCE_BUCKETS,
+        row_options=row_options,
+        constraints=constraints,
+        time_limit_s=PLANNING_SHARE * time_limit_s,
+    )
+    return bucket_rows(solve(problem), costs, workload, compile_s=compile_s, steps=steps)

@@ -1,0 +1,78 @@
+"""Whether a plan is still good for the lengths that a run has seen."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from planner.cost import CostTable
+from planner.plan import Plan
+from planner.planners import solver
+from planner.problem import build_problem
+from planner.robust import StepTimes, replica_counts, sampled_counts, step_times
+from planner.workload import Workload
+
+GOOD_SHARE = 0.05
+"""A plan is still good while a step takes at most this share longer than under the best plan."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drift:
+    """A plan beside the best one for the same lengths, both over the same sampled batches.
+
+    Attributes:
+      present, present_times: the plan in use.
+      best, best_times: the faster, in the mean, of the plan in use and of what the exact planner makes now, with the
+        buckets in use and with new ones.
+    """
+
+    present: Plan
+    present_times: StepTimes
+    best: Plan
+    best_times: StepTimes
+
+    @property
+    def excess(self) -> float:
+        """By which share the mean step takes longer than under the best plan."""
+        return self.present_times.mean_s / self.best_times.mean_s - 1
+
+    @property
+    def is_good(self) -> bool:
+        return self.excess <= GOOD_SHARE
+
+
+def check_drift(
+    plan: Plan, costs: CostTable, seen: Workload, *, num_samples: int, seed: int, time_limit_s: float
+) -> Drift:
+    """Judges `plan` on batches sampled from the lengths seen.
+
+    Raises:
+      UserError: the cost table lacks a config of the plan, or no plan can serve the lengths.
+    """
+    capacities = {group.config: group.capacity_tokens for group in plan.replicas}
+    in_use = dataclasses.replace(
+        costs,
+        configs=tuple(
+            dataclasses.replace(cost, capacity_tokens=capacities[cost.config])
+            for cost in costs.configs
+            if cost.config in capacities
+        ),
+    )
+    found: list[tuple[Plan, StepTimes]] = []
+    for table, buckets, number in (
+        (in_use, plan.buckets, None),
+        (costs, plan.buckets, None),
+        (costs, "dynamic", len(plan.buckets)),
+    ):
+        problem = build_problem(
+            seen,
+            table,
+            plan.num_devices,
+            buckets=buckets,
+            num_buckets=number or len(plan.buckets),
+            time_limit_s=time_limit_s,
+        )
+        chosen = plan if table is in_use else solver("exact")(problem)
+        samples = sampled_counts(problem, num_samples, seed)
+        found.append((chosen, step_times(problem, replica_counts(problem, chosen), samples)))
+    best, best_times = min(found, key=lambda item: item[1].mean_s)
+    return Drift(present=plan, present_times=found[0][1], best=best, best_times=best_times)

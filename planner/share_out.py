@@ -1,0 +1,59 @@
+"""One step's share-out, near its proven bound in milliseconds: prices, then fills towards rising targets.
+
+`planner.prices` bounds the slowest replica and prices every bucket; `planner.fill` makes loads that end by a target a
+little over that bound, `planner.repair` places what did not fit, and `planner.balance.improve` moves slots about. The
+first share-out within the wanted gap is taken. Nothing here looks at a clock: the same step gives the same answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from planner import balance, prices
+from planner.balance import Share, Tables
+from planner.fill import fill, own_worth
+from planner.problem import UsableConfig
+from planner.repair import repair
+
+JUST_INSIDE = 0.95
+"""The first target is the bound and this share of the wanted gap."""
+
+LATER_TARGETS = (1.02, 1.05)
+"""Targets as multiples of the bound when the first cannot be met."""
+
+MAX_ROUNDS = 16
+"""Rounds of local search on each share-out."""
+
+LEAST_WORTH = 0.01
+"""Worth of a sequence that prices say is free, as a share of what its time would be worth on its best kind."""
+
+
+def share_out(
+    replicas: Sequence[UsableConfig], table: Tables, counts: Sequence[int], *, gap_limit: float
+) -> tuple[Share, float]:
+    """(a valid share-out, proven least seconds of the slowest replica); looks until `gap_limit` is met or it gives up.
+
+    Every bucket with counts[j] > 0 must fit some replica.
+    """
+    kinds = [replicas[int(index)] for index in np.unique(table.kind, return_index=True)[1]]
+    relaxed = prices.relax(kinds, np.bincount(table.kind).tolist(), counts)
+    loads = balance.list_schedule(table, counts)
+    best = Share(loads=loads, replica_s=table.replica_s(loads))
+    if relaxed.bound_s <= 0:
+        return best, 0.0
+    own = np.max([own_worth(table, kind, counts) for kind in range(len(kinds))], axis=0)
+    worth = np.maximum(relaxed.prices, LEAST_WORTH * own)
+    second = relaxed.kind_prices + LEAST_WORTH * relaxed.kind_prices.max()
+    good_s = relaxed.bound_s * (1 + gap_limit)
+    first = 1 + JUST_INSIDE * gap_limit
+    for target, widest_first in ((first, True), (first, False), *((later, True) for later in LATER_TARGETS)):
+        if best.max_s <= max(good_s, target * relaxed.bound_s):
+            break
+        target_s = target * relaxed.bound_s
+        loads, left = fill(table, counts, relaxed, target_s, widest_first=widest_first)
+        loads = repair(table, loads, left, worth, second, target_s)
+        found = balance.improve(table, loads, max_rounds=MAX_ROUNDS, good_s=good_s)
+        best = min(best, found, key=lambda share: share.max_s)
+    return best, min(relaxed.bound_s, best.max_s)

@@ -1,0 +1,72 @@
+"""How many padded lengths: what the rows count, and which is chosen."""
+
+import dataclasses
+
+import pytest
+
+from planner.bucket_choice import best_row, bucket_rows, choose_num_buckets, num_programs
+from planner.cost import ConfigCost, CostTable
+from planner.plan import ParallelConfig, Plan, ReplicaGroup
+from planner.planners import solver
+from planner.workload import TaskLengths, Workload
+
+ONE, TWO = ParallelConfig(tp=1, pp=1, remat="none"), ParallelConfig(tp=1, pp=2, remat="none")
+COSTS = CostTable(
+    model="m",
+    model_fingerprint="f",
+    hardware={},
+    step_overhead_s=0.5,
+    configs=tuple(
+        ConfigCost(config=config, capacity_tokens=tokens, coefficients=(0.0, 0.0, per_token, 0.0, 0.0, 1e-3))
+        for config, tokens, per_token in ((ONE, 512, 1e-3), (TWO, 1024, 6e-4))
+    ),
+)
+WORKLOAD = Workload(
+    tasks=(TaskLengths(name="t", batch_size=64, lengths={length: 1 / 20 for length in range(40, 1001, 50)}),)
+)
+PLAN = Plan(
+    model="m",
+    num_devices=6,
+    replicas=(
+        ReplicaGroup(count=2, config=TWO, capacity_tokens=1024),
+        ReplicaGroup(count=2, config=ONE, capacity_tokens=512),
+    ),
+    buckets=(512, 1024),
+)
+
+
+def rows_of(compile_s=1.0, steps=100, choices=(2, 4, 8, 16)):
+    return bucket_rows(PLAN, COSTS, WORKLOAD, compile_s=compile_s, steps=steps, choices=choices)
+
+
+def test_programs_are_shapes_of_each_config_on_each_of_its_stages():
+    # Lengths 512 and 1024: one row and (1, 2) rows on the pipeline's two stages; one row of 512 on the other config.
+    assert num_programs(PLAN) == 2 * (2 + 1) + 1
+
+
+def test_more_lengths_pad_less_need_more_programs_and_compile_longer():
+    rows = rows_of()
+    assert [row.num_buckets for row in rows] == [2, 4, 8, 16]
+    assert rows[0].padding_share > rows[-1].padding_share > 0
+    programs = [row.num_programs for row in rows]
+    assert programs == sorted(programs) and programs[0] < programs[-1]
+    assert [row.compile_step_s for row in rows] == pytest.approx([number * 1.0 / 100 for number in programs])
+    for row in rows:
+        assert row.num_programs == num_programs(dataclasses.replace(PLAN, buckets=row.buckets))
+        assert row.step_s > COSTS.step_overhead_s
+
+
+def test_free_compilation_takes_the_shortest_step_and_dear_compilation_the_fewest_programs():
+    free, dear = rows_of(compile_s=0.0), rows_of(compile_s=1e4)
+    assert best_row(free).step_s == min(row.step_s for row in free)
+    assert best_row(dear).num_programs == min(row.num_programs for row in dear)
+
+
+def test_a_longer_run_affords_no_fewer_lengths():
+    def chosen(steps):
+        rows = choose_num_buckets(
+            WORKLOAD, COSTS, 6, solver("exact"), constraints=None, compile_s=1.0, steps=steps, time_limit_s=6.0
+        )
+        return best_row(rows).num_buckets
+
+    assert chosen(10) <= chosen(100_000)

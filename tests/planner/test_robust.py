@@ -1,0 +1,105 @@
+"""Plans chosen over sampled batches, and whether a plan still suits the lengths seen."""
+
+import numpy as np
+import pytest
+
+from planner import drift, robust
+from planner.cost import ConfigCost, CostTable
+from planner.drift import check_drift
+from planner.errors import UserError
+from planner.plan import ParallelConfig, Plan, ReplicaGroup
+from planner.planners import solver
+from planner.problem import build_problem
+from planner.robust import neighbours, replica_counts, sampled_counts, solve_robust, step_times
+from planner.simulate import simulate
+from planner.workload import TaskLengths, Workload
+
+NARROW, WIDE = ParallelConfig(tp=1, pp=1, remat="none"), ParallelConfig(tp=4, pp=1, remat="none")
+
+
+def cost(config, capacity, per_token):
+    return ConfigCost(config=config, capacity_tokens=capacity, coefficients=(0.0, 0.0, per_token, 0.0, 0.0, 2e-3))
+
+
+COSTS = CostTable(
+    model="m",
+    model_fingerprint="f",
+    hardware={},
+    step_overhead_s=0.01,
+    configs=(cost(NARROW, 64, 1e-3), cost(WIDE, 256, 4e-4)),
+)
+RARE = Workload(tasks=(TaskLengths(name="t", batch_size=40, lengths={20: 0.975, 250: 0.025}),))
+"""One long sequence expected in a batch; often there are none, or several."""
+
+
+def problem_of(workload=RARE, num_devices=12):
+    return build_problem(workload, COSTS, num_devices, time_limit_s=4.0)
+
+
+def test_sampled_batches_are_those_of_the_simulation_and_times_agree_with_it():
+    problem = problem_of()
+    plan = solver("exact")(problem)
+    samples = sampled_counts(problem, 5, seed=3)
+    assert samples.sum(axis=1).tolist() == [40] * 5
+    times = step_times(problem, replica_counts(problem, plan), samples)
+    simulated = simulate(plan, COSTS, RARE, num_steps=5, seed=3)
+    assert times.mean_s == pytest.approx(simulated.mean_step_s, rel=0.011)
+    assert times.bound_s <= times.mean_s and times.p50_s <= times.p95_s
+
+
+@pytest.mark.parametrize("objective", robust.OBJECTIVES)
+def test_the_chosen_plan_is_the_best_of_all_deployments_on_its_samples(objective):
+    problem = problem_of()
+    found = solve_robust(problem, solver("exact"), objective=objective, num_samples=16, seed=1)
+    samples = sampled_counts(problem, 16, seed=1)
+    every = [
+        (narrow, wide) if problem.configs[0].config == NARROW else (wide, narrow)
+        for wide in (1, 2, 3)
+        for narrow in range(problem.num_devices - 4 * wide + 1)
+    ]
+    best = min(step_times(problem, counts, samples).of(objective) for counts in every)
+    chosen = step_times(problem, replica_counts(problem, found.plan), samples).of(objective)
+    assert chosen <= best * 1.011
+    assert found.plan.used_devices <= 12 and found.num_samples == 16
+
+
+def test_a_plan_for_the_tail_beats_the_plan_of_the_mean_where_long_ones_bunch():
+    found = solve_robust(problem_of(), solver("exact"), objective="p95", num_samples=48)
+    fresh = sampled_counts(problem_of(), 48, seed=0, first=48)
+    mean = step_times(problem_of(), replica_counts(problem_of(), found.mean_plan), fresh)
+    assert found.mean_plan_times == mean
+    assert found.regret == pytest.approx(mean.p95_s / found.times.p95_s - 1)
+
+
+def test_neighbours_stay_within_the_devices_and_serve_the_longest():
+    problem = problem_of()
+    wide = next(i for i, usable in enumerate(problem.configs) if usable.config == WIDE)
+    counts = [0, 0]
+    counts[wide] = 2
+    found = set(neighbours(problem, tuple(counts)))
+    assert found
+    for other in found:
+        assert other[wide] >= 1
+        assert np.dot(other, [usable.num_devices for usable in problem.configs]) <= 12
+
+
+def test_unknown_objective_is_a_user_error():
+    with pytest.raises(UserError, match="mean, p95"):
+        solve_robust(problem_of(), solver("exact"), objective="median")
+
+
+def plan_of(narrow, wide):
+    groups = [ReplicaGroup(count=wide, config=WIDE, capacity_tokens=256)]
+    groups += [ReplicaGroup(count=narrow, config=NARROW, capacity_tokens=64)] if narrow else []
+    return Plan(model="m", num_devices=12, replicas=tuple(groups), buckets=(32, 256))
+
+
+def test_a_plan_made_for_these_lengths_is_still_good_and_one_made_for_others_is_not():
+    short = Workload(tasks=(TaskLengths(name="t", batch_size=64, lengths={20: 1.0}),))
+    kept = check_drift(plan_of(8, 1), COSTS, RARE, num_samples=8, seed=0, time_limit_s=3.0)
+    assert kept.excess >= 0
+    gone = check_drift(plan_of(0, 3), COSTS, short, num_samples=8, seed=0, time_limit_s=3.0)
+    assert not gone.is_good and gone.excess > drift.GOOD_SHARE
+    assert gone.best != gone.present
+    again = check_drift(gone.best, COSTS, short, num_samples=8, seed=0, time_limit_s=3.0)
+    assert again.is_good

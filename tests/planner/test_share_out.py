@@ -1,0 +1,169 @@
+"""The quick dispatch search: its bound holds, its share-outs are whole, it lands near the best on small instances."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from planner import balance, prices
+from planner.cost import ConfigCost, CostTable
+from planner.dispatch import GAP_LIMIT, dispatch
+from planner.fill import fill
+from planner.plan import ParallelConfig, Plan, ReplicaGroup
+from planner.problem import usable_config
+from planner.repair import repair
+from planner.share_out import share_out
+
+BUCKETS = (8, 16, 40)
+SHAPES = ((1, 1, 40), (2, 1, 70), (1, 2, 64), (4, 1, 130), (2, 3, 100))
+
+
+def configs(fixed_s=1e-3, slot_s=3e-3, buckets=BUCKETS):
+    return [
+        usable_config(
+            ConfigCost(
+                config=ParallelConfig(tp=tp, pp=pp, remat="none"),
+                capacity_tokens=capacity,
+                coefficients=(2e-7, 0.0, 1e-3 / tp**0.8 / pp, 0.0, 0.0, slot_s / pp),
+                fixed_s=fixed_s,
+            ),
+            buckets,
+        )
+        for tp, pp, capacity in SHAPES
+    ]
+
+
+def replicas_of(chosen, usable):
+    return [usable[index] for index in sorted(chosen)]
+
+
+def kinds_of(replicas):
+    table = balance.tables(replicas, [0])
+    kinds = [replicas[int(index)] for index in np.unique(table.kind, return_index=True)[1]]
+    return kinds, np.bincount(table.kind).tolist()
+
+
+def brute_force_s(replicas, counts):
+    splits = [
+        [split for split in itertools.product(range(n + 1), repeat=len(replicas)) if sum(split) == n] for n in counts
+    ]
+    best = np.inf
+    for rows in itertools.product(*splits):
+        slowest = 0.0
+        for r, usable in enumerate(replicas):
+            load = [row[r] for row in rows]
+            if any(n and not usable.fits(j) for j, n in enumerate(load)):
+                slowest = np.inf
+                break
+            slowest = max(slowest, usable.replica_s(load))
+        best = min(best, slowest)
+    return best
+
+
+small = st.tuples(
+    st.lists(st.sampled_from(range(len(SHAPES))), min_size=1, max_size=3),
+    st.lists(st.integers(0, 4), min_size=3, max_size=3).filter(any),
+    st.sampled_from([0.0, 1e-3, 2e-2]),
+    st.sampled_from([0.0, 3e-3, 3e-2]),
+)
+large = st.tuples(
+    st.lists(st.sampled_from(range(len(SHAPES))), min_size=1, max_size=24),
+    st.lists(st.integers(0, 150), min_size=3, max_size=3).filter(any),
+    st.sampled_from([0.0, 1e-3, 2e-2]),
+    st.sampled_from([0.0, 3e-3, 3e-2]),
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(small)
+def test_bound_is_at_most_the_best_share_out_and_the_search_never_beats_it(instance):
+    chosen, counts, fixed_s, slot_s = instance
+    replicas = replicas_of(chosen, configs(fixed_s, slot_s))
+    best_s = brute_force_s(replicas, counts)
+    relaxed = prices.relax(*kinds_of(replicas), counts)
+    share, bound_s = share_out(replicas, balance.tables(replicas, counts), counts, gap_limit=0.0)
+    assert relaxed.bound_s <= best_s * (1 + 1e-9)
+    assert bound_s <= best_s * (1 + 1e-9)
+    assert share.max_s >= best_s * (1 - 1e-9)
+    assert share.loads.sum(axis=0).tolist() == counts
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(small)
+def test_dispatch_equals_brute_force_within_its_gap(instance):
+    chosen, counts, fixed_s, slot_s = instance
+    usable = configs(fixed_s, slot_s)
+    replicas = replicas_of(chosen, usable)
+    lengths = np.repeat(BUCKETS, counts)
+    groups = tuple(ReplicaGroup(count=1, config=one.config, capacity_tokens=one.capacity_tokens) for one in replicas)
+    costs = CostTable(model="m", model_fingerprint="f", hardware={}, configs=tuple(one.cost for one in usable))
+    plan = Plan(model="m", num_devices=sum(group.num_devices for group in groups), replicas=groups, buckets=BUCKETS)
+    out = dispatch(plan, costs, lengths, np.zeros_like(lengths), max_buckets=len(BUCKETS), time_limit_s=60.0)
+    best_s = brute_force_s(replicas, counts)
+    assert out.bound_s <= best_s * (1 + 1e-9)
+    assert best_s * (1 - 1e-9) <= max(out.predicted_s) <= best_s * (1 + GAP_LIMIT)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(large)
+def test_search_serves_all_and_beats_list_scheduling_and_repeats_itself(instance):
+    chosen, counts, fixed_s, slot_s = instance
+    replicas = replicas_of(chosen, configs(fixed_s, slot_s))
+    table = balance.tables(replicas, counts)
+    share, bound_s = share_out(replicas, table, counts, gap_limit=0.01)
+    again, bound_again_s = share_out(replicas, table, counts, gap_limit=0.01)
+    assert share.loads.min() >= 0 and share.loads.sum(axis=0).tolist() == counts
+    assert share.replica_s == pytest.approx([u.replica_s(row) for u, row in zip(replicas, share.loads, strict=True)])
+    assert bound_s <= share.max_s <= table.replica_s(balance.list_schedule(table, counts)).max() * (1 + 1e-9)
+    assert (share.loads == again.loads).all() and bound_s == bound_again_s
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(large, st.sampled_from([0.7, 1.0, 1.02, 1.5]), st.booleans())
+def test_fill_keeps_to_its_target_and_repair_places_all_that_is_left(instance, target, widest_first):
+    chosen, counts, fixed_s, slot_s = instance
+    replicas = replicas_of(chosen, configs(fixed_s, slot_s))
+    table = balance.tables(replicas, counts)
+    kinds, multiplicity = kinds_of(replicas)
+    relaxed = prices.relax(kinds, multiplicity, counts)
+    target_s = relaxed.bound_s * target
+    loads, left = fill(table, counts, relaxed, target_s, widest_first=widest_first)
+    assert loads.min() >= 0 and left.min() >= 0
+    assert (loads.sum(axis=0) + left).tolist() == counts
+    done = repair(table, loads, left, relaxed.prices, relaxed.kind_prices, target_s)
+    assert done.min() >= 0 and done.sum(axis=0).tolist() == counts
+
+
+def test_prices_of_two_kinds_worked_by_hand():
+    # One bucket of 10 tokens; A serves 4 in 1 s, each of two B 1 in 0.5 s: 12 take 12 / (4 + 4) s.
+    def kind(tp, capacity, seconds):
+        cost = ConfigCost(
+            config=ParallelConfig(tp=tp, pp=1, remat="none"),
+            capacity_tokens=capacity,
+            coefficients=(0.0, 0.0, seconds / capacity, 0.0, 0.0, 0.0),
+        )
+        return usable_config(cost, (10,))
+
+    relaxed = prices.relax([kind(2, 40, 1.0), kind(1, 10, 0.5)], [1, 2], [12])
+    assert relaxed.bound_s == pytest.approx(1.5, rel=1e-6)
+    assert relaxed.prices[0] == pytest.approx(1 / 12)
+    assert relaxed.shares[:, 0] == pytest.approx([6, 6])
+
+
+def test_a_sequence_that_needs_a_whole_slot_counts_as_one():
+    # Three sequences in slots of two: three half slots would take 1.5 s, two whole ones take 2 s.
+    cost = ConfigCost(
+        config=ParallelConfig(tp=1, pp=1, remat="none"), capacity_tokens=20, coefficients=(0.0,) * 5 + (1.0,)
+    )
+    relaxed = prices.relax([usable_config(cost, (10,))], [1], [3])
+    assert relaxed.bound_s == pytest.approx(2.0, rel=1e-6)
+
+
+def test_near_the_bound_with_many_alike_replicas():
+    usable = configs(0.0, 3e-3)
+    replicas = [usable[3]] * 2 + [usable[1]] * 4 + [usable[0]] * 16
+    counts = [700, 420, 150]
+    share, bound_s = share_out(replicas, balance.tables(replicas, counts), counts, gap_limit=0.01)
+    assert share.max_s <= 1.02 * bound_s
