@@ -90,6 +90,12 @@ def _template(value: str) -> str:
     return value
 
 
+def _identifier(value: str) -> str:
+    if not value.isidentifier():
+        wrong("not a key", expected="prompt, completion, text, messages, or a name that the template has in braces")
+    return value
+
+
 def _buckets(value: Any) -> Any:
     if isinstance(value, str):
         names = ["dynamic", *STATIC_BUCKETS]
@@ -124,5 +130,6 @@ Targets = Annotated[tuple[Target, ...], BeforeValidator(_as_list), AfterValidato
 TaskName = Annotated[str, AfterValidator(_name)]
 Template = Annotated[str, AfterValidator(_template)]
 """A template's name or a format string with {prompt}."""
+Identifier = Annotated[str, AfterValidator(_identifier)]
 Buckets = Annotated[Any, BeforeValidator(_buckets)]
 """A preset's name or a tuple of ascending lengths."""

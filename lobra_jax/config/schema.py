@@ -14,6 +14,7 @@ from lobra_jax.config.fields import (
     FilePath,
     FilePaths,
     Fraction,
+    Identifier,
     NonNegative,
     NonNegativeInt,
     Positive,
@@ -83,15 +84,41 @@ class ScheduleConfig(Section):
     final_fraction: ClosedFraction = 0.0
 
 
+class DatasetConfig(Section):
+    """A data set of the `datasets` library (extra `datasets`): by its hub `name`, or a folder on disk at `path`.
+
+    `config` is the hub's configuration name, `revision` a branch, tag or commit; `eval_split` is held out whole.
+    """
+
+    name: str | None = None
+    path: FilePath | None = None
+    config: str | None = None
+    split: str = "train"
+    eval_split: str | None = None
+    revision: str | None = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> DatasetConfig:
+        if (self.name is None) == (self.path is None):
+            problem = "neither name nor path" if self.name is None else "both name and path"
+            wrong(problem, expected="a hub name or a folder's path")
+        return self
+
+
 class TaskConfig(Section):
     """One fine-tuning job: data, batches, adapter, optimiser.
 
-    `context_length` is the most tokens of an example that are fed to the model. `eval_interval` counts the task's own
-    steps; null evaluates before the first and after the last.
+    `files` and `eval_files` may hold globs; `weights` has one number for each entry of `files`: how often an epoch
+    shows each of its examples. `columns` maps our keys to the records' own. `context_length` is the most tokens of an
+    example that are fed to the model. `eval_interval` counts the task's own steps; null evaluates before the first and
+    after the last.
     """
 
     name: TaskName
     files: FilePaths = ()
+    weights: tuple[Positive, ...] = ()
+    dataset: DatasetConfig | None = None
+    columns: dict[Identifier, str] = Field(default_factory=dict)
     template: Template = "auto"
     context_length: Count = 2048
     batch_size: Count
@@ -117,12 +144,21 @@ class TaskConfig(Section):
 
     @property
     def has_evaluation(self) -> bool:
-        return bool(self.eval_files) or self.eval_fraction > 0
+        has_split = self.dataset is not None and self.dataset.eval_split is not None
+        return bool(self.eval_files) or has_split or self.eval_fraction > 0
 
     @model_validator(mode="after")
     def _consistent(self) -> TaskConfig:
-        if self.eval_files and self.eval_fraction > 0:
-            wrong("both eval_files and eval_fraction", expected="at most one of them")
+        has_split = self.dataset is not None and self.dataset.eval_split is not None
+        if (bool(self.eval_files) + has_split + (self.eval_fraction > 0)) > 1:
+            wrong("more than one of eval_files, dataset.eval_split and eval_fraction", expected="at most one of them")
+        if self.files and self.dataset is not None:
+            wrong("both files and dataset", expected="one of them")
+        if self.weights and len(self.weights) != len(self.files):
+            wrong(
+                f"{len(self.weights)} weights for {len(self.files)} entries of files",
+                expected="one weight for each entry of files, or none",
+            )
         if self.eval_interval is not None and not self.has_evaluation:
             wrong("eval_interval without evaluation data", expected="eval_files or eval_fraction > 0 beside it")
         if self.schedule.warmup_steps > self.steps:
