@@ -102,7 +102,7 @@ def export_merged(
                 for file in path.glob(pattern):
                     shutil.copy(file, partial / file.name)
         if tokenizer is not None:
-            shutil.copy(tokenizer, partial / "tokenizer.json")
+            shutil.copy(tokenizer, partial / ("tokenizer.model" if tokenizer.suffix == ".model" else "tokenizer.json"))
 
 
 @contextlib.contextmanager

@@ -177,6 +177,9 @@ def _check_files(config: RunConfig, path: Path) -> None:
         return
     if config.data.tokenizer is not None:
         require(config.data.tokenizer.is_file(), "data.tokenizer", config.data.tokenizer, "a tokenizer.json")
+    if config.data.chat_template is not None:
+        template = config.data.chat_template
+        require(template.is_file(), "data.chat_template", template, "a Jinja chat template")
     for task in config.tasks:
         if task.dataset is None:
             if not task.files:

@@ -66,6 +66,7 @@ class DataConfig(Section):
     tokenizer: FilePath | None = None
     bos_token: str | None = None
     eos_token: str | None = None
+    chat_template: FilePath | None = None
     lengths: FilePath | None = None
     num_examples: Count = 4096
 

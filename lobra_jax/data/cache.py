@@ -10,12 +10,13 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
 import tempfile
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from lobra_jax.data.chat import ChatTemplate, SpannedText
 from lobra_jax.data.dataset import TokenStore, TokenStoreWriter
 from lobra_jax.data.sources import HubDataset, Source, digest, records, size
-from lobra_jax.data.templates import Piece, RecordError, render, with_columns
+from lobra_jax.data.templates import CHAT_TEMPLATE, Piece, RecordError, render, with_columns
 from lobra_jax.data.tokenizer import TextTokenizer
 from planner.errors import UserError
 
@@ -38,9 +40,14 @@ KEY_DIGITS = 24
 MANIFEST = "manifest.json"
 NO_COLUMNS: Mapping[str, str] = types.MappingProxyType({})
 
-Rendered = list[tuple[Piece, ...]]
-Encoded = list[tuple[np.ndarray, np.ndarray]]
-"""(ids int32 [n], trainable bool [n]) of each record."""
+Rendered = list[tuple[Piece, ...] | SpannedText]
+"""Records as pieces that are encoded apart, or as texts that are encoded whole."""
+Example = tuple[np.ndarray, np.ndarray]
+"""(ids int32 [n], trainable bool [n]) of a record."""
+
+Encoded = list[Example]
+
+Render = Callable[[Any], tuple[Piece, ...] | SpannedText]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +87,8 @@ def cached_tokens(
     """The tokens of the sources, from the cache or tokenised now (with a progress bar on a terminal).
 
     An example is [BOS] + pieces, with EOS after a completion or an assistant's turn, cut at `context_length` + 1 tokens
-    (so `context_length` are fed to the model). `columns`: see `with_columns`.
+    (so `context_length` are fed to the model). A chat template is taken at its word: no BOS or EOS beside those that
+    it writes. `columns`: see `with_columns`.
 
     Raises:
       UserError: a missing, empty or malformed source (with its line), or no example with a token to train.
@@ -89,7 +97,7 @@ def cached_tokens(
         "version": CACHE_VERSION,
         "sources": [digest(source) for source in sources],
         "tokenizer": tokenizer.fingerprint,
-        "template": template,
+        "template": template if template != CHAT_TEMPLATE else _chat_template(tokenizer).fingerprint,
         "columns": dict(columns),
         "context_length": context_length,
     }
@@ -164,7 +172,11 @@ def _tokenize(
     with _writing(folder):
         writer = TokenStoreWriter(folder)
     with writer:
-        for encoded in _encoded(_rendered(sources, template, columns, by_source), tokenizer):
+        if template == CHAT_TEMPLATE:
+            to_text: Render = _chat_template(tokenizer).render
+        else:
+            to_text = functools.partial(render, template=template)
+        for encoded in _encoded(_rendered(sources, to_text, columns, by_source), tokenizer):
             kept: Encoded = []
             numbers: list[int] = []
             for ids, mask in encoded:
@@ -207,21 +219,48 @@ def _encoded(batches: Iterator[Rendered], tokenizer: TextTokenizer) -> Iterator[
 
 def _encode(batch: Rendered, tokenizer: TextTokenizer) -> Encoded:
     """Pieces are encoded apart, a prompt as it will be later."""
-    encoded = iter(tokenizer.encode([piece.text for pieces in batch for piece in pieces]))
-    out = []
-    for pieces in batch:
-        ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        mask = [False] * len(ids)
-        for piece in pieces:
-            part = next(encoded) + ([tokenizer.eos_id] if piece.ends_turn else [])
-            ids += part
-            mask += [piece.trainable] * len(part)
-        out.append((np.asarray(ids, np.int32), np.asarray(mask, bool)))
-    return out
+    pieces = [piece.text for item in batch if not isinstance(item, SpannedText) for piece in item]
+    wholes = [item.text for item in batch if isinstance(item, SpannedText)]
+    encoded = iter(tokenizer.encode(pieces))
+    encoded_wholes = iter(tokenizer.encoder.encode_with_offsets(wholes))
+    return [
+        _mask_spans(*next(encoded_wholes), item.spans)
+        if isinstance(item, SpannedText)
+        else _join(item, encoded, tokenizer)
+        for item in batch
+    ]
+
+
+def _join(pieces: tuple[Piece, ...], encoded: Iterator[list[int]], tokenizer: TextTokenizer) -> Example:
+    ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    mask = [False] * len(ids)
+    for piece in pieces:
+        part = next(encoded) + ([tokenizer.eos_id] if piece.ends_turn else [])
+        ids += part
+        mask += [piece.trainable] * len(part)
+    return np.asarray(ids, np.int32), np.asarray(mask, bool)
+
+
+def _mask_spans(ids: list[int], offsets: list[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> Example:
+    """Trains, for each span of characters, from the first token that reaches into it to the last."""
+    starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
+    mask = np.zeros(len(ids), bool)
+    for start, end in spans:
+        inside = np.flatnonzero((starts < end) & (ends > start))
+        if len(inside):
+            mask[inside[0] : inside[-1] + 1] = True
+    return np.asarray(ids, np.int32), mask
+
+
+def _chat_template(tokenizer: TextTokenizer) -> ChatTemplate:
+    if tokenizer.chat_template is None:
+        expected = "data.chat_template, or a chat_template beside the tokenizer"
+        raise UserError("the tokenizer has no chat template", key="template", value=CHAT_TEMPLATE, expected=expected)
+    return tokenizer.chat_template
 
 
 def _rendered(
-    sources: Sequence[Source], template: str, columns: Mapping[str, str], by_source: list[int]
+    sources: Sequence[Source], to_text: Render, columns: Mapping[str, str], by_source: list[int]
 ) -> Iterator[Rendered]:
     """The records' pieces in batches; counts each source's records in `by_source` on the way."""
     in_rows = any(isinstance(source, HubDataset) for source in sources)
@@ -232,7 +271,7 @@ def _rendered(
         for index, source in enumerate(sources):
             for record in records(source):
                 try:
-                    batch.append(render(with_columns(record.value, columns), template))
+                    batch.append(to_text(with_columns(record.value, columns)))
                 except RecordError as error:
                     raise UserError(error.problem, file=record.where, expected=error.expected) from error
                 by_source[index] += 1

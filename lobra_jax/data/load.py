@@ -15,7 +15,7 @@ from lobra_jax.data.batches import TaskData, TaskSampler, mix, task_key
 from lobra_jax.data.cache import SourceSummary, cached_tokens
 from lobra_jax.data.dataset import TokenDataset, TokenStore, whole
 from lobra_jax.data.sources import FILE_KINDS, HubDataset, Source, expand
-from lobra_jax.data.tokenizer import TextTokenizer, load_tokenizer
+from lobra_jax.data.tokenizer import TOKENIZER_FILES, TextTokenizer, load_tokenizer
 from planner.errors import UserError
 from planner.workload import TaskLengths, Workload
 
@@ -29,7 +29,13 @@ def load_tasks(config: RunConfig) -> tuple[TaskData, ...]:
     if config.data.source == "synthetic":
         workload = Workload.load(config.data.lengths)
         return tuple(_synthetic_task(config, task, workload, vocab_size) for task in config.tasks)
-    tokenizer = load_tokenizer(tokenizer_path(config), bos_token=config.data.bos_token, eos_token=config.data.eos_token)
+    section = config.data
+    tokenizer = load_tokenizer(
+        tokenizer_path(config),
+        bos_token=section.bos_token,
+        eos_token=section.eos_token,
+        chat_template=section.chat_template,
+    )
     return tuple(_text_task(config, task, tokenizer, vocab_size) for task in config.tasks)
 
 
@@ -56,13 +62,14 @@ def _with_held_out(lengths: TaskLengths, task: TaskData) -> TaskLengths:
 
 
 def tokenizer_path(config: RunConfig) -> Path:
-    """`data.tokenizer`, else the model folder's tokenizer.json."""
+    """`data.tokenizer`, else the model folder's tokenizer.json or tokenizer.model."""
     if config.data.tokenizer is not None:
         return config.data.tokenizer
     if config.model.path is None:
         expected = "the path of a tokenizer.json, as model.preset brings none"
         raise UserError("missing", key="data.tokenizer", expected=expected)
-    return config.model.path / "tokenizer.json"
+    places = [config.model.path / name for name in TOKENIZER_FILES]
+    return next((place for place in places if place.is_file()), places[0])
 
 
 def _text_task(config: RunConfig, task: TaskConfig, tokenizer: TextTokenizer, vocab_size: int) -> TaskData:

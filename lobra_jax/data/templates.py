@@ -34,8 +34,12 @@ ALPACA_WITH_INPUT = (
 )
 """Used by `alpaca` for records with a non-empty "input"."""
 
-TEMPLATES = ("auto", *PROMPT_TEMPLATES, "chat")
-"""Names of the registry; `auto` is `chat` for messages and `plain` for everything else."""
+CHAT_TEMPLATE = "chat_template"
+TEMPLATES = ("auto", *PROMPT_TEMPLATES, "chat", CHAT_TEMPLATE)
+"""Names of the registry; `auto` is `chat` for messages and `plain` for everything else.
+
+`chat_template` is the tokenizer's own, see `chat.py`; all others are rendered here.
+"""
 
 
 class RecordError(Exception):
@@ -115,7 +119,7 @@ def render(record: Mapping[str, Any], template: str) -> tuple[Piece, ...]:
 
     Args:
       record: a JSON object.
-      template: a name of `TEMPLATES` or a format string that `check_template` accepts.
+      template: a name of `TEMPLATES` other than `chat_template`, or a format string that `check_template` accepts.
 
     Raises:
       RecordError: the record has none or several of the three forms, a value of a wrong type, or a form that the
