@@ -28,7 +28,7 @@ MARKED = (
     "{%- endfor %}"
 )
 FORGETFUL = (
-    "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.role }}: {{ m.content }}{% endif %}{% endfor %}"
 )
 CONVERSATION = [
     {"role": "user", "content": "what is the quick fox?"},
