@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -17,11 +18,12 @@ import numpy as np
 from jax import Array
 
 from lobra_jax.data.batches import MicroBatchArrays
-from lobra_jax.lora import Adapters, LoraSpec, TaskInputs, adapted_targets, init_adapters
+from lobra_jax.lora import Adapters, LoraSpec, TaskInputs, adapted_targets, init_adapters, set_task_adapter
 from lobra_jax.mesh import cut
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.weights import WeightSource
 from lobra_jax.optim import HyperInputs
+from lobra_jax.peft_folder import TaskAdapter
 from lobra_jax.reduce import AdapterState, GradientSum
 from lobra_jax.replica import Issued, Replica, ReplicaRun, Shape
 from lobra_jax.schedule import Action, dependency
@@ -30,6 +32,8 @@ from planner.plan import Plan
 
 ReplicaBatches = Sequence[Sequence[MicroBatchArrays]]
 """[replica][micro-batch], each replica's most expensive first."""
+
+NOTHING_GIVEN: Mapping[int, TaskAdapter] = types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,9 +139,12 @@ class Engine:
         for replica in self.replicas:
             replica.load(source)
 
-    def init_adapters(self, seeds: Sequence[int]) -> None:
-        """Fresh adapters, one seed a task."""
-        self.set_state(self.gradient_sum.init(init_adapters(self.model, self.specs, seeds)))
+    def init_adapters(self, seeds: Sequence[int], given: Mapping[int, TaskAdapter] = NOTHING_GIVEN) -> None:
+        """Adapters to start from: fresh ones, one seed a task, or those `given` by task."""
+        adapters = init_adapters(self.model, self.specs, seeds)
+        for task, adapter in given.items():
+            set_task_adapter(adapters, task, adapter)
+        self.set_state(self.gradient_sum.init(adapters))
 
     def set_state(self, state: AdapterState) -> None:
         self.state = state

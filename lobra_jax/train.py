@@ -38,7 +38,7 @@ from lobra_jax.metrics import (
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.hf import base_weights
 from lobra_jax.optim import step_inputs
-from lobra_jax.peft_folder import write_peft_adapter
+from lobra_jax.peft_folder import TaskAdapter, write_peft_adapter
 from lobra_jax.reduce import AdapterState
 from lobra_jax.tasks import adapter_seed, lora_spec, task_optimizer
 from lobra_jax.timeline import save_timeline, step_timeline
@@ -50,7 +50,7 @@ CHECKPOINTS_FOLDER = "checkpoints"
 ADAPTERS_FOLDER = "adapters"
 TIMELINE_FILE = "timeline.json"
 NOT_COMPARED = (
-    "name", "files", "dataset", "eval_files", "eval_fraction", "eval_interval", "steps",
+    "name", "files", "dataset", "eval_files", "eval_fraction", "eval_interval", "steps", "adapter",
     "rank", "alpha", "rslora", "targets", "dropout",
 )  # fmt: skip
 """Keys of a task that a resumed run may change, and those that its adapter spec compares already."""
@@ -66,6 +66,8 @@ class Inputs:
     plan: Plan
     costs: CostTable
     devices: tuple[Any, ...]
+    adapters: Mapping[str, TaskAdapter] = dataclasses.field(default_factory=dict)
+    """By task: what to go on training instead of a fresh adapter."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,9 @@ class Trainer:
         started = time.perf_counter()
         source = base_weights(self.inputs.model, path=self.config.model.path, init_seed=self.config.model.init_seed)
         self.engine.load(source)
-        self.engine.init_adapters([adapter_seed(self.config, task) for task in self.task_configs])
+        names = [task.name for task in self.task_configs]
+        given = {names.index(name): adapter for name, adapter in self.inputs.adapters.items()}
+        self.engine.init_adapters([adapter_seed(self.config, task) for task in self.task_configs], given)
         done = 0
         if resume:
             done = self._restore(checkpoints)

@@ -44,7 +44,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, check_files:
     include_task_files(raw, path.resolve())
     applied = [apply_override(raw, parse_override(text)) for text in overrides]
     try:
-        config = RunConfig.model_validate(raw, context={"folder": path.resolve().parent})
+        config = RunConfig.model_validate(raw, context={"folder": path.resolve().parent, "check_files": check_files})
     except ValidationError as error:
         raise _first_error(error, raw, path, applied) from error
     if check_files:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 from lobra_jax.config.fields import (
     Buckets,
@@ -27,6 +28,7 @@ from lobra_jax.config.fields import (
     wrong,
 )
 from lobra_jax.models.config import PRESETS, TARGETS
+from lobra_jax.peft_folder import read_peft_spec
 from planner.plan import REMATS
 
 
@@ -110,7 +112,8 @@ class TaskConfig(Section):
     """One fine-tuning job: data, batches, adapter, optimiser.
 
     `files` and `eval_files` may hold globs; `weights` has one number for each entry of `files`: how often an epoch
-    shows each of its examples. `columns` maps our keys to the records' own. `context_length` is the most tokens of an
+    shows each of its examples. `adapter`, a PEFT folder, is trained on: rank, alpha, rslora and targets are then its
+    own. `columns` maps our keys to the records' own. `context_length` is the most tokens of an
     example that are fed to the model. `eval_interval` counts the task's own steps; null evaluates before the first and
     after the last.
     """
@@ -129,6 +132,7 @@ class TaskConfig(Section):
     eval_interval: Count | None = None
     seed: Seed = 0
 
+    adapter: FilePath | None = None
     rank: Count = 16
     alpha: Positive = 16.0
     rslora: bool = False
@@ -142,6 +146,31 @@ class TaskConfig(Section):
     beta1: Fraction = 0.9
     beta2: Fraction = 0.999
     epsilon: Positive = 1e-8
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_adapter_is(cls, raw: Any, info: ValidationInfo) -> Any:
+        """Takes rank, alpha, rslora and targets from `adapter`; what is stated beside it must agree."""
+        if not isinstance(raw, dict) or not isinstance(raw.get("adapter"), str | Path):
+            return raw
+        context = info.context or {}
+        folder = context.get("folder", Path.cwd()) / Path(raw["adapter"]).expanduser()
+        if not context.get("check_files", True) and not folder.is_dir():
+            return raw
+        spec = read_peft_spec(folder)
+        found = {"rank": spec.rank, "alpha": float(spec.alpha), "rslora": spec.rslora, "targets": list(spec.targets)}
+        return {**found, **raw}
+
+    @model_validator(mode="after")
+    def _agrees_with_the_adapter(self, info: ValidationInfo) -> TaskConfig:
+        if self.adapter is None or (not (info.context or {}).get("check_files", True) and not self.adapter.is_dir()):
+            return self
+        spec = read_peft_spec(self.adapter)
+        for key in ("rank", "alpha", "rslora", "targets"):
+            stated, found = getattr(self, key), getattr(spec, key)
+            if stated != found:
+                wrong(f"{key} = {stated!r} beside an adapter of another", expected=f"{found!r} as in {self.adapter}")
+        return self
 
     @property
     def has_evaluation(self) -> bool:

@@ -50,7 +50,7 @@ def _with_paths_from(folder: Path, task: dict[str, Any]) -> dict[str, Any]:
             return [resolved(item) for item in value]
         return os.path.join(folder, os.path.expanduser(value)) if isinstance(value, str) else value
 
-    out = {key: resolved(value) if key in ("files", "eval_files") else value for key, value in task.items()}
+    out = {key: resolved(value) if key in ("files", "eval_files", "adapter") else value for key, value in task.items()}
     if isinstance(out.get("dataset"), dict) and "path" in out["dataset"]:
         out["dataset"] = {**out["dataset"], "path": resolved(out["dataset"]["path"])}
     return out
