@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -22,7 +22,7 @@ from lobra_jax.lora import Adapters, LoraSpec, TaskInputs, adapted_targets, init
 from lobra_jax.mesh import cut
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.weights import WeightSource
-from lobra_jax.optim import HyperInputs
+from lobra_jax.optim import OPTIMIZERS, HyperInputs, no_inputs
 from lobra_jax.peft_folder import TaskAdapter
 from lobra_jax.reduce import AdapterState, GradientSum
 from lobra_jax.replica import Issued, Replica, ReplicaRun, Shape
@@ -96,6 +96,7 @@ class Engine:
       specs: one adapter each task.
       dtype: of base weights and activations.
       devices: all devices by default; the plan takes the first.
+      optimizers: names of those that the tasks use.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Engine:
         *,
         dtype: Any,
         devices: Sequence[Any] | None = None,
+        optimizers: Collection[str] = ("adamw",),
     ) -> None:
         self.plan = plan
         self.model = model
@@ -123,7 +125,9 @@ class Engine:
             )
             for index, submesh in enumerate(cut(plan, devices))
         )
-        self.gradient_sum = GradientSum(self.replicas, model.num_layers, len(specs))
+        self.gradient_sum = GradientSum(
+            self.replicas, model.num_layers, len(specs), tuple(name for name in OPTIMIZERS if name in optimizers)
+        )
         tasks = TaskInputs(
             scales=np.asarray([spec.scale for spec in specs], np.float32),
             dropout_rates=np.asarray([spec.dropout for spec in specs], np.float32),
@@ -174,11 +178,7 @@ class Engine:
 
     def warm_up(self) -> None:
         """Runs the sum, the update and the spreading once without any work, so that they are compiled too."""
-        off = np.zeros(len(self.specs), np.float32)
-        hyper = HyperInputs(
-            **{f.name: off if f.name != "active" else off.astype(bool) for f in dataclasses.fields(HyperInputs)}
-        )
-        self.finish(self.issue([()] * len(self.replicas), hyper))
+        self.finish(self.issue([()] * len(self.replicas), no_inputs(len(self.specs))))
         self.pause()
 
     def issue(self, batches: ReplicaBatches, hyper: HyperInputs) -> IssuedStep:

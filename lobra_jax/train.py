@@ -104,6 +104,7 @@ class Trainer:
             [lora_spec(task) for task in self.task_configs],
             dtype=jnp.dtype(self.config.model.dtype),
             devices=inputs.devices,
+            optimizers={optimizer.kind for optimizer in self.optimizers},
         )
         self.num_steps = max(task.steps for task in self.task_configs)
         self.stopped: dict[str, int] = {}

@@ -80,11 +80,15 @@ class DataConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning rate over a task's own steps: linear warm-up, then constant or a fall to `final_fraction` x lr."""
+    """Learning rate over a task's own steps: linear warm-up, then constant or a fall to `final_fraction` x lr.
 
-    kind: Literal["constant", "linear", "cosine"] = "constant"
+    "wsd" (warm-up, stable, decay) falls over the last `decay_fraction` of the steps only.
+    """
+
+    kind: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     warmup_steps: NonNegativeInt = 0
     final_fraction: ClosedFraction = 0.0
+    decay_fraction: ClosedFraction = 0.1
 
 
 class DatasetConfig(Section):
@@ -139,13 +143,16 @@ class TaskConfig(Section):
     targets: Targets = TARGETS
     dropout: Fraction = 0.0
 
+    optimizer: Literal["adamw", "sgd", "adafactor", "lion"] = "adamw"
     lr: Positive = 2e-4
+    lora_plus_ratio: Positive = 1.0
     schedule: ScheduleConfig = ScheduleConfig()
     weight_decay: NonNegative = 0.0
     clip_norm: Positive | None = 1.0
     beta1: Fraction = 0.9
     beta2: Fraction = 0.999
     epsilon: Positive = 1e-8
+    momentum: Fraction = 0.0
 
     @model_validator(mode="before")
     @classmethod
@@ -191,6 +198,8 @@ class TaskConfig(Section):
             )
         if self.eval_interval is not None and not self.has_evaluation:
             wrong("eval_interval without evaluation data", expected="eval_files or eval_fraction > 0 beside it")
+        if self.momentum > 0 and self.optimizer != "sgd":
+            wrong(f"momentum with optimizer {self.optimizer}", expected="momentum with optimizer: sgd alone")
         if self.schedule.warmup_steps > self.steps:
             wrong(
                 f"schedule.warmup_steps = {self.schedule.warmup_steps} exceeds steps = {self.steps}",
