@@ -107,8 +107,8 @@ def task_adapter(adapters: Adapters, task: int, spec: LoraSpec) -> Adapters:
     return {
         layer: {
             target: {
-                "a": np.asarray(pair["a"][task])[:, : spec.rank],
-                "b": np.asarray(pair["b"][task])[: spec.rank],
+                "a": np.asarray(pair["a"])[task, :, : spec.rank],
+                "b": np.asarray(pair["b"])[task, : spec.rank],
             }
             for target, pair in targets.items()
             if target in spec.targets

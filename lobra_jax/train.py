@@ -24,6 +24,7 @@ from lobra_jax.data.batches import TaskData
 from lobra_jax.engine import Engine, IssuedStep, StepResult
 from lobra_jax.export import base_model_name
 from lobra_jax.feeder import Feeder, PreparedStep, evaluation_shapes
+from lobra_jax.held_out import BestSoFar, after_evaluation, is_spent, perplexity
 from lobra_jax.lora import task_adapter
 from lobra_jax.metrics import (
     EvalRecord,
@@ -48,9 +49,12 @@ from planner.plan import Plan
 
 CHECKPOINTS_FOLDER = "checkpoints"
 ADAPTERS_FOLDER = "adapters"
+BEST_FOLDER = "best"
+"""Beside the adapters as they are last: each task's at its lowest held-out loss."""
+
 TIMELINE_FILE = "timeline.json"
 NOT_COMPARED = (
-    "name", "files", "dataset", "eval_files", "eval_fraction", "eval_interval", "steps", "adapter",
+    "name", "files", "dataset", "eval_files", "eval_fraction", "eval_interval", "patience", "steps", "adapter",
     "rank", "alpha", "rslora", "targets", "dropout",
 )  # fmt: skip
 """Keys of a task that a resumed run may change, and those that its adapter spec compares already."""
@@ -108,6 +112,8 @@ class Trainer:
         )
         self.num_steps = max(task.steps for task in self.task_configs)
         self.stopped: dict[str, int] = {}
+        self.ended: dict[str, int] = {}
+        self.best: dict[str, BestSoFar] = {}
         self._compiled = 0
         self._timeline: dict[str, Any] | None = None
 
@@ -148,11 +154,15 @@ class Trainer:
         )
         self.engine.set_state(_from_tree(tree, self.engine.state))
         self.stopped = dict(position["stopped"])
+        self.ended = dict(position["ended"])
+        self.best = {name: BestSoFar(**best) for name, best in position["best"].items()}
         self.say(f"resumed after step {done}")
         return done
 
     def _metadata(self) -> CheckpointMetadata:
-        return run_metadata(self.config, self.inputs.model, self.inputs.tasks, self.stopped)
+        best = {name: dataclasses.asdict(best) for name, best in self.best.items()}
+        position = {"stopped": dict(self.stopped), "ended": dict(self.ended), "best": best}
+        return run_metadata(self.config, self.inputs.model, self.inputs.tasks, position)
 
     def run(self, feeder: Feeder, checkpoints: Checkpoints, metrics: MetricsWriter, *, done: int) -> None:
         """Trains from step `done` to the end.
@@ -192,9 +202,12 @@ class Trainer:
 
     def _task_steps(self, step: int) -> dict[str, int | None]:
         return {
-            task.name: step if step < task.steps and task.name not in self.stopped else None
-            for task in self.task_configs
+            task.name: step if step < task.steps and not self._is_out(task.name) else None for task in self.task_configs
         }
+
+    def _is_out(self, name: str) -> bool:
+        """Whether the task stopped before its last step."""
+        return name in self.stopped or name in self.ended
 
     def _issue(self, step: int, task_steps: dict[str, int | None], feeder: Feeder) -> _Pending:
         started = time.perf_counter()
@@ -221,7 +234,7 @@ class Trainer:
             metrics.write(EventRecord(step=done, event="dispatch_cut", message=message))
         counts = pending.prepared.batch.num_sequences
         for index, (name, task_step) in enumerate(pending.prepared.task_steps.items()):
-            if task_step is None or name in self.stopped:
+            if task_step is None or self._is_out(name):
                 continue
             metrics.write(
                 TaskRecord(
@@ -237,7 +250,7 @@ class Trainer:
             )
             if not result.alive[index]:
                 self._stop(name, done, metrics)
-        if all(k is not None or name in self.stopped for name, k in pending.prepared.task_steps.items()):
+        if all(k is not None or self._is_out(name) for name, k in pending.prepared.task_steps.items()):
             self._timeline = step_timeline(
                 done, result, pending.prepared.dispatch, self.engine.replicas, self.inputs.costs
             )
@@ -294,12 +307,13 @@ class Trainer:
     def _milestones(self, done: int, feeder: Feeder, checkpoints: Checkpoints, metrics: MetricsWriter) -> None:
         if self._timeline is not None:
             save_timeline(self._timeline, self.out / TIMELINE_FILE)
-        running = [task for task in self.task_configs if task.name not in self.stopped and done <= task.steps]
+        running = [task for task in self.task_configs if not self._is_out(task.name) and done <= task.steps]
         self._evaluate(done, [task for task in running if _evaluates(task, done)], feeder, metrics)
         for task in running:
             if done == task.steps:
                 metrics.write(EventRecord(step=done, task=task.name, event="finished"))
-        if done == self.num_steps or done % self.config.training.checkpoint_interval == 0:
+        over = all(k is None for k in self._task_steps(done).values())
+        if over or done % self.config.training.checkpoint_interval == 0:
             self._save(done, checkpoints)
             metrics.write(EventRecord(step=done, event="checkpoint"))
         self.engine.pause()
@@ -310,12 +324,13 @@ class Trainer:
             _to_tree(self.engine.state),
             self._metadata(),
         )
-        adapters = jax.tree.map(np.asarray, self.engine.state.adapters)
-        base = base_model_name(self.config.model.preset, self.config.model.path)
         for index, task in enumerate(self.task_configs):
-            spec = lora_spec(task)
-            folder = self.out / ADAPTERS_FOLDER / task.name
-            write_peft_adapter(folder, spec, task_adapter(adapters, index, spec), base)
+            self._write_adapter(index, self.out / ADAPTERS_FOLDER / task.name)
+
+    def _write_adapter(self, index: int, folder: Path) -> None:
+        spec = lora_spec(self.task_configs[index])
+        own = task_adapter(self.engine.state.adapters, index, spec)
+        write_peft_adapter(folder, spec, own, base_model_name(self.config.model.preset, self.config.model.path))
 
     def _evaluate(self, done: int, tasks: Sequence[TaskConfig], feeder: Feeder, metrics: MetricsWriter) -> None:
         names = tuple(task.name for task in tasks if task.has_evaluation)
@@ -330,12 +345,35 @@ class Trainer:
         for index, task in enumerate(self.task_configs):
             if task.name in names:
                 loss = float(totals[index] / tokens[index])
-                record = EvalRecord(step=done, task=task.name, task_step=done, loss=loss, tokens=int(tokens[index]))
+                best = self.best[task.name] = after_evaluation(self.best.get(task.name), loss=loss, step=done)
+                record = EvalRecord(
+                    step=done,
+                    task=task.name,
+                    task_step=done,
+                    loss=loss,
+                    perplexity=perplexity(loss),
+                    best_loss=best.loss,
+                    tokens=int(tokens[index]),
+                )
                 metrics.write(record)
+                if best.step == done:
+                    self._write_adapter(index, self.out / BEST_FOLDER / task.name)
+                elif is_spent(best, task.patience) and done < task.steps:
+                    self._end(task, done, best, metrics)
+
+    def _end(self, task: TaskConfig, done: int, best: BestSoFar, metrics: MetricsWriter) -> None:
+        """Ends a task whose held-out loss no longer falls; the others have the devices to themselves."""
+        self.ended[task.name] = done
+        message = (
+            f"task {task.name!r}: ended after step {done}: held-out loss no lower than {best.loss:.4f} of step "
+            f"{best.step} in {best.misses} evaluations; its best adapter is in {BEST_FOLDER}/{task.name}"
+        )
+        metrics.write(EventRecord(step=done, task=task.name, event="early_stop", message=message))
+        self.say(message)
 
 
 def run_metadata(
-    config: RunConfig, model: LlamaConfig, tasks: Sequence[TaskData], stopped: Mapping[str, int]
+    config: RunConfig, model: LlamaConfig, tasks: Sequence[TaskData], position: Mapping[str, Any]
 ) -> CheckpointMetadata:
     """What a run's checkpoints say they belong to: all that decides what the next step computes.
 
@@ -355,7 +393,7 @@ def run_metadata(
         model_fingerprint=model.fingerprint,
         tasks={task.name: lora_spec(task) for task in config.tasks},
         settings=settings,
-        position={"stopped": dict(stopped)},
+        position=position,
     )
 
 

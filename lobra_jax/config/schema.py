@@ -119,7 +119,7 @@ class TaskConfig(Section):
     shows each of its examples. `adapter`, a PEFT folder, is trained on: rank, alpha, rslora and targets are then its
     own. `columns` maps our keys to the records' own. `context_length` is the most tokens of an
     example that are fed to the model. `eval_interval` counts the task's own steps; null evaluates before the first and
-    after the last.
+    after the last. `patience` is the number of evaluations in a row without a lower loss that ends the task.
     """
 
     name: TaskName
@@ -134,6 +134,7 @@ class TaskConfig(Section):
     eval_files: FilePaths = ()
     eval_fraction: Fraction = 0.0
     eval_interval: Count | None = None
+    patience: Count | None = None
     seed: Seed = 0
 
     adapter: FilePath | None = None
@@ -198,6 +199,8 @@ class TaskConfig(Section):
             )
         if self.eval_interval is not None and not self.has_evaluation:
             wrong("eval_interval without evaluation data", expected="eval_files or eval_fraction > 0 beside it")
+        if self.patience is not None and self.eval_interval is None:
+            wrong("patience without eval_interval", expected="eval_interval beside it: patience counts evaluations")
         if self.momentum > 0 and self.optimizer != "sgd":
             wrong(f"momentum with optimizer {self.optimizer}", expected="momentum with optimizer: sgd alone")
         if self.schedule.warmup_steps > self.steps:

@@ -192,6 +192,7 @@ def test_lists_are_not_called_tuples(folder, override):
         ("tasks.a.eval_interval=2", "tasks.a: eval_interval without evaluation data"),
         ("tasks.a.schedule.warmup_steps=11", "tasks.a: schedule.warmup_steps = 11 exceeds steps = 10"),
         ("tasks.a.momentum=0.9", "tasks.a: momentum with optimizer adamw; expected momentum with optimizer: sgd"),
+        ("tasks.a.patience=2", "tasks.a: patience without eval_interval"),
         ("tasks.a.files=[]", "tasks.a.files: no data"),
         ("tasks.a.files=gone.jsonl", "tasks.a.files: not found (got '"),
         ("tasks.a.eval_files=gone.jsonl", "tasks.a.eval_files: not found (got '"),

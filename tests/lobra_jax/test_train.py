@@ -369,3 +369,58 @@ def test_an_adapter_of_another_model_is_refused(world, finished, tmp_path):
     write_peft_adapter(tmp_path / "narrow", spec, narrow, "base")
     done = go_on(world, tmp_path / "out", tmp_path / "narrow")
     assert "_proj has the wrong shape (got (15, " in done.output
+
+
+NO_PROGRESS = (
+    "--set",
+    "tasks.short.lr=1e-12",
+    "--set",
+    "tasks.short.eval_interval=1",
+    "--set",
+    "tasks.short.patience=1",
+)
+
+
+def test_a_task_without_progress_ends_and_leaves_its_share_to_the_others(world, finished, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        kill_at(patch, 4)
+        train(world, out, *NO_PROGRESS)
+    done = train(world, out, "--resume", *NO_PROGRESS)
+    assert done.exit_code == 0, done.output
+    records = read_metrics(out / "metrics.jsonl")
+    steps = {
+        name: [r["step"] for r in records if r["kind"] == "task" and r["task"] == name] for name in ("short", "long")
+    }
+    assert steps == {"short": [1], "long": [1, 2, 3, 4, 5]}
+    assert [(r["task"], r["step"]) for r in records if r.get("event") == "early_stop"] == [("short", 1)]
+    assert difference(adapter(out, "long"), adapter(finished, "long")) < 1e-5
+
+
+def test_the_best_adapter_is_kept_and_exported(world, finished, tmp_path):
+    records = [r for r in read_metrics(finished / "metrics.jsonl", "eval")]
+    assert [r["step"] for r in records] == [0, 4, 6]
+    assert all(r["perplexity"] == pytest.approx(np.exp(r["loss"])) for r in records)
+    best = min(records, key=lambda r: r["loss"])
+    assert records[-1]["best_loss"] == best["loss"]
+    assert best["step"] == 6, "the losses of this run fall, so that the last adapter is the best"
+    kept = read_peft_adapter(finished / "best" / "short")[1]
+    last = read_peft_adapter(finished / "adapters" / "short")[1]
+    assert all(np.array_equal(kept[n][t][f], last[n][t][f]) for n in last for t in last[n] for f in "ab")
+    done = lobra("export", "--run", finished, "--task", "short", "--best", "--out", tmp_path / "best")
+    assert done.exit_code == 0, done.output
+    missing = lobra("export", "--run", finished, "--task", "long", "--best", "--out", tmp_path / "none")
+    assert missing.exit_code == 2
+    assert "no adapter of this task (got 'long'); expected one of short" in missing.output
+
+
+def test_a_run_is_over_when_every_task_has_ended(world, tmp_path):
+    out = tmp_path / "run"
+    done = train(world, out, "--tasks", "short", *NO_PROGRESS)
+    assert done.exit_code == 0, done.output
+    records = read_metrics(out / "metrics.jsonl")
+    assert max(r["step"] for r in records if r["kind"] == "step") == 1
+    assert [r["step"] for r in records if r.get("event") == "checkpoint"] == [1]
+    start = read_peft_adapter(out / "best" / "short")[1]
+    assert not any(pair["b"].any() for targets in start.values() for pair in targets.values())
+    assert adapter(out, "short").keys()
