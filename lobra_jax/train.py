@@ -38,6 +38,8 @@ from lobra_jax.metrics import (
 )
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.hf import base_weights
+from lobra_jax.models.weight_cache import converted
+from lobra_jax.models.weights import WeightSource
 from lobra_jax.optim import step_inputs
 from lobra_jax.peft_folder import TaskAdapter, write_peft_adapter
 from lobra_jax.reduce import AdapterState
@@ -120,8 +122,7 @@ class Trainer:
     def prepare(self, checkpoints: Checkpoints, *, resume: bool) -> int:
         """Weights, adapters and compiled programs onto the devices; returns the steps already done."""
         started = time.perf_counter()
-        source = base_weights(self.inputs.model, path=self.config.model.path, init_seed=self.config.model.init_seed)
-        self.engine.load(source)
+        self.engine.load(self._base())
         names = [task.name for task in self.task_configs]
         given = {names.index(name): adapter for name, adapter in self.inputs.adapters.items()}
         self.engine.init_adapters([adapter_seed(self.config, task) for task in self.task_configs], given)
@@ -141,6 +142,15 @@ class Trainer:
         self.say(f"weights placed in {weights_s:.1f} s, {programs} programs compiled in {compile_s:.1f} s")
         self._compiled = self.compilations.total
         return done
+
+    def _base(self) -> WeightSource:
+        """The base weights, converted into the cache first where the config names one."""
+        section, model = self.config.model, self.inputs.model
+        source = base_weights(model, path=section.path, init_seed=section.init_seed)
+        if section.cache_dir is None:
+            return source
+        assert section.path is not None, "checked by ModelConfig"
+        return converted(source, model, checkpoint=section.path, dtype=section.dtype, cache_dir=section.cache_dir)
 
     def _restore(self, checkpoints: Checkpoints) -> int:
         done = checkpoints.latest_step()

@@ -39,10 +39,14 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """The base model: shapes by preset name with random weights, or a Hugging Face folder with everything."""
+    """The base model: shapes by preset name with random weights, or a Hugging Face folder with everything.
+
+    With `cache_dir` the folder's weights are converted there once and read from there by later runs.
+    """
 
     preset: str | None = None
     path: FilePath | None = None
+    cache_dir: FilePath | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     init_seed: Seed = 0
 
@@ -51,6 +55,8 @@ class ModelConfig(Section):
         if (self.preset is None) == (self.path is None):
             problem = "neither preset nor path" if self.preset is None else "both preset and path"
             wrong(problem, expected="exactly one of them")
+        if self.cache_dir is not None and self.path is None:
+            wrong("cache_dir beside a preset", expected="cache_dir beside path: random weights are not kept")
         if self.preset is not None and self.preset not in PRESETS:
             wrong(f"unknown preset {self.preset!r}{did_you_mean(self.preset, PRESETS)}", expected=one_of(PRESETS))
         return self

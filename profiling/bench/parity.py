@@ -11,12 +11,8 @@ import dataclasses
 import json
 import math
 import os
-import platform
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +26,7 @@ from lobra_jax.lora_spec import LoraSpec
 from lobra_jax.models.config import LlamaConfig
 from planner.cost import ConfigCost, CostTable
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
+from profiling.bench.provenance import provenance
 
 NUM_STEPS = 20
 NUM_DEVICES = 8
@@ -317,13 +314,9 @@ def main(out: Path) -> None:
         rank = f"{spec.rank} (rsLoRA)" if spec.rslora else str(spec.rank)
         targets = "all" if spec.targets == TARGETS else " ".join(spec.targets)
         click.echo(f"| {key} | {rank} | {targets} | {task.schedule} | {' | '.join(cells)} |")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    names = ("jax", "torch", "transformers", "peft", "optax")
     record = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit or None,
-        "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "simulated_devices": NUM_DEVICES},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
+        **provenance(("jax", "torch", "transformers", "peft", "optax")),
+        "simulated_devices": NUM_DEVICES,
         "num_steps": NUM_STEPS,
         "joint_plan": [f"({tp},{pp}) {remat}" for tp, pp, remat, _ in UNEVEN],
         "relative_difference_from_peft": rows,

@@ -7,24 +7,19 @@ seconds and the process's largest resident size.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
 
-from lobra_jax import __version__
 from lobra_jax.data.cache import cached_tokens
 from lobra_jax.data.tokenizer import load_tokenizer
+from profiling.bench.provenance import provenance
 
 SIZES = (25_000, 100_000, 400_000)
 PROMPT_WORDS, COMPLETION_WORDS = 30, 15
@@ -52,7 +47,9 @@ def main(out: Path, sizes: str) -> None:
                 f"{count:,} records: {results[-1]['records_per_minute']:,.0f} a minute, "
                 f"{results[-1]['max_resident_bytes'] / 2**20:.0f} MiB at most"
             )
-    out.write_text(json.dumps({**_provenance(), "results": results}, indent=1) + "\n", encoding="utf-8")
+    out.write_text(
+        json.dumps({**provenance(("tokenizers", "numpy")), "results": results}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def measure(name: str) -> None:
@@ -106,20 +103,6 @@ def _write_records(path: Path, count: int) -> None:
             words = rng.choice(WORDS, PROMPT_WORDS + COMPLETION_WORDS)
             record = {"prompt": " ".join(words[:PROMPT_WORDS]), "completion": " ".join(words[PROMPT_WORDS:])}
             file.write(json.dumps(record) + "\n")
-
-
-def _provenance() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit or None,
-        "hardware": {"machine": platform.machine(), "cores": len(os.sched_getaffinity(0))},
-        "versions": {
-            "lobra": __version__,
-            "python": platform.python_version(),
-            **{n: version(n) for n in ("tokenizers", "numpy")},
-        },
-    }
 
 
 if __name__ == "__main__":
