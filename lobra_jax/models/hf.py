@@ -79,7 +79,7 @@ class HFWeights:
         stored = index[::-1] if is_transposed(name) else index
         with _opened(self._files[key]) as file:
             array = file.get_slice(key)[stored]
-        return _transposed(array) if is_transposed(name) else np.ascontiguousarray(array)
+        return np.ascontiguousarray(array.T if is_transposed(name) else array)
 
     def _check(self, config: LlamaConfig) -> None:
         wanted: dict[Path, dict[str, tuple[int, ...]]] = {}
@@ -97,12 +97,6 @@ class HFWeights:
                     if key not in present:
                         raise UserError(f"tensor {key!r} is missing", file=path, expected=f"it, as {INDEX_FILE} says")
                     _check_tensor(file, path, key, shape)
-
-
-def _transposed(array: np.ndarray) -> np.ndarray:
-    """A contiguous transpose; as integers, which NumPy moves faster than the bfloat16 that it does not know."""
-    bits = array.view(f"u{array.dtype.itemsize}")
-    return np.ascontiguousarray(bits.T).view(array.dtype)
 
 
 def base_weights(config: LlamaConfig, *, path: Path | None, init_seed: int) -> WeightSource:
