@@ -115,7 +115,11 @@ class GradientSum:
     """Sums gradients over replicas of unlike sharding, updates, and spreads the new adapters."""
 
     def __init__(
-        self, replicas: Sequence[Replica], num_layers: int, num_tasks: int, optimizers: tuple[str, ...]
+        self,
+        replicas: Sequence[Replica],
+        num_layers: int,
+        num_tasks: int,
+        optimizers: tuple[str, ...] = ("adamw",),
     ) -> None:
         self.replicas = replicas
         self.num_tasks = num_tasks
