@@ -52,6 +52,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_every_code_block_works(folder, monkeypatch, page):
     monkeypatch.chdir(folder)
