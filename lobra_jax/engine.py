@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -17,11 +18,12 @@ import numpy as np
 from jax import Array
 
 from lobra_jax.data.batches import MicroBatchArrays
-from lobra_jax.lora import Adapters, LoraSpec, TaskInputs, adapted_targets, init_adapters
+from lobra_jax.lora import Adapters, LoraSpec, TaskInputs, adapted_targets, init_adapters, set_task_adapter
 from lobra_jax.mesh import cut
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.weights import WeightSource
-from lobra_jax.optim import HyperInputs
+from lobra_jax.optim import OPTIMIZERS, HyperInputs, no_inputs
+from lobra_jax.peft_folder import TaskAdapter
 from lobra_jax.reduce import AdapterState, GradientSum
 from lobra_jax.replica import Issued, Replica, ReplicaRun, Shape
 from lobra_jax.schedule import Action, dependency
@@ -30,6 +32,8 @@ from planner.plan import Plan
 
 ReplicaBatches = Sequence[Sequence[MicroBatchArrays]]
 """[replica][micro-batch], each replica's most expensive first."""
+
+NOTHING_GIVEN: Mapping[int, TaskAdapter] = types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,6 +96,7 @@ class Engine:
       specs: one adapter each task.
       dtype: of base weights and activations.
       devices: all devices by default; the plan takes the first.
+      optimizers: names of those that the tasks use.
     """
 
     def __init__(
@@ -102,6 +107,7 @@ class Engine:
         *,
         dtype: Any,
         devices: Sequence[Any] | None = None,
+        optimizers: Collection[str] = ("adamw",),
     ) -> None:
         self.plan = plan
         self.model = model
@@ -119,7 +125,9 @@ class Engine:
             )
             for index, submesh in enumerate(cut(plan, devices))
         )
-        self.gradient_sum = GradientSum(self.replicas, model.num_layers, len(specs))
+        self.gradient_sum = GradientSum(
+            self.replicas, model.num_layers, len(specs), tuple(name for name in OPTIMIZERS if name in optimizers)
+        )
         tasks = TaskInputs(
             scales=np.asarray([spec.scale for spec in specs], np.float32),
             dropout_rates=np.asarray([spec.dropout for spec in specs], np.float32),
@@ -135,9 +143,12 @@ class Engine:
         for replica in self.replicas:
             replica.load(source)
 
-    def init_adapters(self, seeds: Sequence[int]) -> None:
-        """Fresh adapters, one seed a task."""
-        self.set_state(self.gradient_sum.init(init_adapters(self.model, self.specs, seeds)))
+    def init_adapters(self, seeds: Sequence[int], given: Mapping[int, TaskAdapter] = NOTHING_GIVEN) -> None:
+        """Adapters to start from: fresh ones, one seed a task, or those `given` by task."""
+        adapters = init_adapters(self.model, self.specs, seeds)
+        for task, adapter in given.items():
+            set_task_adapter(adapters, task, adapter)
+        self.set_state(self.gradient_sum.init(adapters))
 
     def set_state(self, state: AdapterState) -> None:
         self.state = state
@@ -171,11 +182,7 @@ class Engine:
 
     def warm_up(self) -> None:
         """Runs the sum, the update and the spreading once without any work, so that they are compiled too."""
-        off = np.zeros(len(self.specs), np.float32)
-        hyper = HyperInputs(
-            **{f.name: off if f.name != "active" else off.astype(bool) for f in dataclasses.fields(HyperInputs)}
-        )
-        self.finish(self.issue([()] * len(self.replicas), hyper))
+        self.finish(self.issue([()] * len(self.replicas), no_inputs(len(self.specs))))
         self.pause()
 
     def issue(self, batches: ReplicaBatches, hyper: HyperInputs) -> IssuedStep:

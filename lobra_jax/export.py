@@ -60,12 +60,14 @@ def base_model_name(preset: str | None, path: Path | None) -> str:
     return name
 
 
-def task_folder(run: Path, task: str) -> Path:
-    """RUN/adapters/TASK; UserError naming the tasks there are if it does not exist."""
-    folder = run / "adapters" / task
+def task_folder(run: Path, task: str, *, best: bool = False) -> Path:
+    """RUN/adapters/TASK, or RUN/best/TASK; UserError naming the tasks there are if it does not exist."""
+    parent = run / ("best" if best else "adapters")
+    folder = parent / task
     if not folder.is_dir():
-        names = sorted(path.name for path in (run / "adapters").glob("*") if path.is_dir())
-        expected = "one of " + ", ".join(names) if names else "a run folder of `lobra train` with adapters"
+        names = sorted(path.name for path in parent.glob("*") if path.is_dir())
+        kind = "tasks with held-out data" if best else "adapters"
+        expected = "one of " + ", ".join(names) if names else f"a run folder of `lobra train` with {kind}"
         raise UserError("no adapter of this task", file=run, key="--task", value=task, expected=expected)
     return folder
 
@@ -102,7 +104,7 @@ def export_merged(
                 for file in path.glob(pattern):
                     shutil.copy(file, partial / file.name)
         if tokenizer is not None:
-            shutil.copy(tokenizer, partial / "tokenizer.json")
+            shutil.copy(tokenizer, partial / ("tokenizer.model" if tokenizer.suffix == ".model" else "tokenizer.json"))
 
 
 @contextlib.contextmanager

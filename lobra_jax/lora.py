@@ -21,7 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lobra_jax.lora_spec import LoraSpec
 from lobra_jax.models.config import TARGETS, LlamaConfig
+from lobra_jax.peft_folder import TaskAdapter
 
 Adapters = dict[str, dict[str, dict[str, Array]]]
 """layer index as a string -> target -> {"a", "b"}."""
@@ -29,31 +31,6 @@ Adapters = dict[str, dict[str, dict[str, Array]]]
 DROPOUT_SITES = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 2, "up": 2, "down": 3}
 """Linears that read the same activation share one dropout mask."""
 NUM_DROPOUT_SITES = 4
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraSpec:
-    """One task's adapter: rank, alpha, scaling rule, adapted linears, dropout on the adapter's input."""
-
-    rank: int
-    alpha: float
-    rslora: bool = False
-    targets: tuple[str, ...] = TARGETS
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"LoraSpec.rank = {self.rank}: expected >= 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"LoraSpec.dropout = {self.dropout}: expected 0 <= dropout < 1")
-        unknown = [target for target in self.targets if target not in TARGETS]
-        if unknown or not self.targets:
-            raise ValueError(f"LoraSpec.targets = {self.targets}: expected some of {', '.join(TARGETS)}")
-
-    @property
-    def scale(self) -> float:
-        """alpha / rank, or alpha / sqrt(rank) with rank-stabilised LoRA (Kalajdzievski, 2023)."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 @jax.tree_util.register_dataclass
@@ -116,13 +93,22 @@ def init_adapters(config: LlamaConfig, specs: Sequence[LoraSpec], seeds: Sequenc
     return adapters
 
 
+def set_task_adapter(adapters: Adapters, task: int, given: TaskAdapter) -> None:
+    """Puts one task's own adapter into its place in fresh stacked ones (NumPy), padding left zero."""
+    for layer, targets in given.items():
+        for target, pair in targets.items():
+            rank = pair["a"].shape[1]
+            adapters[layer][target]["a"][task, :, :rank] = pair["a"]
+            adapters[layer][target]["b"][task, :rank] = pair["b"]
+
+
 def task_adapter(adapters: Adapters, task: int, spec: LoraSpec) -> Adapters:
     """One task's own adapter, padding cut off: {layer: {target: {"a": [in, rank], "b": [rank, out]}}}."""
     return {
         layer: {
             target: {
-                "a": np.asarray(pair["a"][task])[:, : spec.rank],
-                "b": np.asarray(pair["b"][task])[: spec.rank],
+                "a": np.asarray(pair["a"])[task, :, : spec.rank],
+                "b": np.asarray(pair["b"])[task, : spec.rank],
             }
             for target, pair in targets.items()
             if target in spec.targets

@@ -100,19 +100,21 @@ class TaskRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalRecord:
-    """One task's held-out loss, the mean over `tokens` targets."""
+    """One task's held-out loss, the mean over `tokens` targets, its exponential, and the lowest loss so far."""
 
     kind: ClassVar[str] = "eval"
     step: int
     task: str
     task_step: int
     loss: float
+    perplexity: float
+    best_loss: float
     tokens: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EventRecord:
-    """Something that happened once: "finished", "nan", "checkpoint", "resumed" ..."""
+    """Something that happened once: "finished", "early_stop", "nan", "checkpoint", "resumed" ..."""
 
     kind: ClassVar[str] = "event"
     step: int
@@ -256,6 +258,6 @@ def _scalars(record: Record) -> dict[str, float]:
         case TaskRecord():
             return {f"{record.task}/{name}": getattr(record, name) for name in ("loss", "lr", "grad_norm", "tokens")}
         case EvalRecord():
-            return {f"{record.task}/eval_loss": record.loss}
+            return {f"{record.task}/eval_loss": record.loss, f"{record.task}/perplexity": record.perplexity}
         case EventRecord():
             return {}

@@ -1,12 +1,17 @@
 """One optimiser step for all tasks: optax, vectorised over the task axis, every hyper-parameter an array [T].
 
-Knows nothing of shardings. State is kept by layer, so that a layer can live on any device.
+Each task has an optimiser of its own out of `OPTIMIZERS`. The one compiled step computes those that the run's tasks use
+(their state says which) and each task takes its own. Knows nothing of shardings. State is kept by layer, so that a
+layer can live on any device.
+
+Ranks are padded with zeros, and padding must never reach a task's numbers: zero gradients give zero updates with every
+optimiser here, and Adafactor's root mean squares are over a task's real elements.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,27 +24,51 @@ CLIP_EPSILON = 1e-6
 """Added to the norm before dividing, as `torch.nn.utils.clip_grad_norm_` does."""
 
 
+ADAFACTOR_DECAY = 0.8
+"""Of the second moment: step t keeps 1 - t ** -0.8 of it (Shazeer and Stern, 2018)."""
+ADAFACTOR_CLIP = 1.0
+"""Largest root mean square of an Adafactor update before it is scaled."""
+ADAFACTOR_MIN_SCALE = 1e-3
+"""Smallest root mean square of a parameter that an Adafactor update is scaled by."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HyperInputs:
-    """Hyper-parameters of one step, each [T] float32; `active` [T] bool says which tasks train in this step."""
+    """Hyper-parameters of one step, each [T] float32.
+
+    Attributes:
+      b_ratio: learning rate of b over that of a (LoRA+).
+      rank_share: the task's rank over the padded rank.
+      kind: [T] int32, place of the task's optimiser in `OPTIMIZERS`.
+      active: [T] bool, which tasks train in this step.
+    """
 
     learning_rate: Array
     weight_decay: Array
     beta1: Array
     beta2: Array
     epsilon: Array
+    momentum: Array
     clip_norm: Array
+    b_ratio: Array
+    rank_share: Array
+    kind: Array
     active: Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskOptimizer:
-    """One task's AdamW hyper-parameters and learning-rate schedule.
+    """One task's optimiser, its hyper-parameters and learning-rate schedule.
 
     Attributes:
       learning_rates: [steps] float32, the rate of each of the task's own steps.
+      weight_decay: decoupled and times the rate; with sgd added to the gradient, as torch does.
+      beta1, beta2: of adamw and lion; `epsilon` of adamw; `momentum` of sgd.
       clip_norm: largest gradient norm of the task, inf for no clipping.
+      kind: one of `OPTIMIZERS`.
+      b_ratio: learning rate of b over that of a (LoRA+, Hayou et al., 2024).
+      rank: of the task's adapter; adafactor needs it, whose arrays are padded to the largest.
     """
 
     learning_rates: np.ndarray
@@ -48,15 +77,32 @@ class TaskOptimizer:
     beta2: float
     epsilon: float
     clip_norm: float
+    kind: str = "adamw"
+    momentum: float = 0.0
+    b_ratio: float = 1.0
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in OPTIMIZERS:
+            raise ValueError(f"TaskOptimizer.kind = {self.kind!r}: expected one of {', '.join(OPTIMIZERS)}")
+        if self.kind == "adafactor" and self.rank is None:
+            raise ValueError("TaskOptimizer.rank is None: adafactor needs it")
 
 
-def learning_rates(kind: str, peak: float, *, steps: int, warmup_steps: int, final_fraction: float) -> np.ndarray:
-    """[steps] float32: linear warm-up to `peak`, then constant, linear or cosine to `final_fraction` of it."""
+def learning_rates(
+    kind: str, peak: float, *, steps: int, warmup_steps: int, final_fraction: float, decay_fraction: float = 0.1
+) -> np.ndarray:
+    """[steps] float32: linear warm-up to `peak`, then constant, or linear or cosine to `final_fraction` of it.
+
+    "wsd" (warm-up, stable, decay) stays at the peak and falls in a line over the last `decay_fraction` of all steps.
+    """
     rest = max(steps - warmup_steps, 1)
+    falling = min(max(round(decay_fraction * steps), 1), rest)
     after = {
         "constant": lambda: optax.constant_schedule(peak),
         "linear": lambda: optax.linear_schedule(peak, peak * final_fraction, rest),
         "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=final_fraction),
+        "wsd": lambda: optax.linear_schedule(peak, peak * final_fraction, falling, transition_begin=rest - falling),
     }
     if kind not in after:
         raise ValueError(f"schedule kind = {kind!r}: expected one of {', '.join(after)}")
@@ -73,14 +119,30 @@ def step_inputs(optimizers: Sequence[TaskOptimizer], task_steps: Sequence[int | 
         return np.asarray(values, np.float32)
 
     rates = [0.0 if k is None else float(o.learning_rates[k]) for o, k in zip(optimizers, task_steps, strict=True)]
+    max_rank = max((o.rank or 1 for o in optimizers), default=1)
+    names = list(OPTIMIZERS)
     return HyperInputs(
         learning_rate=column(rates),
         weight_decay=column([o.weight_decay for o in optimizers]),
         beta1=column([o.beta1 for o in optimizers]),
         beta2=column([o.beta2 for o in optimizers]),
         epsilon=column([o.epsilon for o in optimizers]),
+        momentum=column([o.momentum for o in optimizers]),
         clip_norm=column([o.clip_norm for o in optimizers]),
+        b_ratio=column([o.b_ratio for o in optimizers]),
+        rank_share=column([(o.rank or max_rank) / max_rank for o in optimizers]),
+        kind=np.asarray([names.index(o.kind) for o in optimizers], np.int32),
         active=np.asarray([k is not None for k in task_steps], bool),
+    )
+
+
+def no_inputs(num_tasks: int) -> HyperInputs:
+    """Of a step in which no task trains."""
+    ones = np.ones(num_tasks, np.float32)
+    return HyperInputs(
+        **{f.name: ones for f in dataclasses.fields(HyperInputs) if f.name not in ("kind", "active")},
+        kind=np.zeros(num_tasks, np.int32),
+        active=np.zeros(num_tasks, bool),
     )
 
 
@@ -90,16 +152,67 @@ def _adamw(hyper: HyperInputs) -> optax.GradientTransformation:
     )
 
 
-def init_state(parameters: Any, num_tasks: int) -> Any:
-    """Optimiser state of a pytree of leaves [T, ...]; every leaf of the state has the task axis first too."""
-    ones = jnp.ones((num_tasks,), jnp.float32)
-    hyper = HyperInputs(**{field.name: ones for field in dataclasses.fields(HyperInputs)})
-    return jax.vmap(lambda p, h: _adamw(h).init(p))(parameters, hyper)
+def _sgd(hyper: HyperInputs) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.add_decayed_weights(hyper.weight_decay),
+        optax.trace(hyper.momentum),
+        optax.scale_by_learning_rate(hyper.learning_rate),
+    )
+
+
+def _lion(hyper: HyperInputs) -> optax.GradientTransformation:
+    return optax.lion(hyper.learning_rate, b1=hyper.beta1, b2=hyper.beta2, weight_decay=hyper.weight_decay)
+
+
+def _adafactor(hyper: HyperInputs) -> optax.GradientTransformation:
+    """Adafactor with whole second moments: factors would save little of an adapter, whose one side is its rank."""
+
+    def root_mean_square(x: Array) -> Array:
+        return jnp.sqrt(jnp.sum(jnp.square(x)) / (x.size * hyper.rank_share))
+
+    def scaled(update: Array, parameter: Array) -> Array:
+        clipped = update / jnp.maximum(1.0, root_mean_square(update) / ADAFACTOR_CLIP)
+        return clipped * jnp.maximum(root_mean_square(parameter), ADAFACTOR_MIN_SCALE)
+
+    return optax.chain(
+        optax.scale_by_factored_rms(factored=False, decay_rate=ADAFACTOR_DECAY),
+        optax.stateless(lambda updates, parameters: jax.tree.map(scaled, updates, parameters)),
+        optax.add_decayed_weights(hyper.weight_decay),
+        optax.scale_by_learning_rate(hyper.learning_rate),
+    )
+
+
+OPTIMIZERS: Mapping[str, Callable[[HyperInputs], optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "sgd": _sgd,
+    "adafactor": _adafactor,
+    "lion": _lion,
+}
+"""Optimiser by name; the numbers of a task's `HyperInputs.kind` count in this order."""
+
+
+def init_state(parameters: Any, num_tasks: int, kinds: tuple[str, ...] = ("adamw",)) -> dict[str, Any]:
+    """{kind: state} over a pytree of leaves [T, ...]; every leaf of the state has the task axis first too."""
+    hyper = jax.tree.map(jnp.asarray, no_inputs(num_tasks))
+    return {kind: jax.vmap(lambda p, h, k=kind: OPTIMIZERS[k](h).init(p))(parameters, hyper) for kind in kinds}
 
 
 def squared_norms(gradients: Any) -> Array:
     """[T] float32: sum of squares over everything but the task axis."""
     return sum(jnp.sum(jnp.square(leaf), axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(gradients))
+
+
+def _choose(condition: Array, yes: Any, no: Any) -> Any:
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), yes, no)
+
+
+def _with_ratio(updates: Any, b_ratio: Array) -> Any:
+    """Updates are proportional to the learning rate, so b's own rate is a factor on b's updates."""
+
+    def scaled(path: tuple[Any, ...], update: Array) -> Array:
+        return update * b_ratio if path[-1] == jax.tree_util.DictKey("b") else update
+
+    return jax.tree_util.tree_map_with_path(scaled, updates)
 
 
 @jax.tree_util.register_dataclass
@@ -110,7 +223,7 @@ class TaskState:
     Attributes:
       adapters: current.
       last_good: the adapters of the last step whose gradient was finite, what a task falls back to.
-      moments: optax state.
+      moments: optax state by optimiser, of those that the run's tasks use.
     """
 
     adapters: dict[str, Any]
@@ -121,7 +234,7 @@ class TaskState:
 def update(
     state: TaskState, gradients: dict[str, Any], hyper: HyperInputs, squared_norm: Array, alive: Array
 ) -> tuple[TaskState, Array, Array]:
-    """One AdamW step of every task that is active, alive and has a finite gradient; the others keep all they have.
+    """One step of every task that is active, alive and has a finite gradient; the others keep all they have.
 
     A task whose gradient is not finite goes back to its last good adapters and is not alive any more.
 
@@ -141,12 +254,17 @@ def update(
     clip = jnp.minimum(1.0, hyper.clip_norm / (norm + CLIP_EPSILON))
 
     def one_task(p: Any, good: Any, s: Any, g: Any, h: HyperInputs, clip: Array, moves: Array, fails: Array) -> tuple:
-        # optax raises the float32 beta to the integer count, which strict promotion refuses.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, new_s = _adamw(h).update(jax.tree.map(lambda x: x * clip, g), s, p)
-        moved = (optax.apply_updates(p, updates), p, new_s)
-        kept = (jax.tree.map(lambda back, now: jnp.where(fails, back, now), good, p), good, s)
-        return jax.tree.map(lambda after, before: jnp.where(moves, after, before), moved, kept)
+        clipped = jax.tree.map(lambda x: x * clip, g)
+        moved, states = p, {}
+        for kind, before in s.items():
+            chosen = moves & (h.kind == list(OPTIMIZERS).index(kind))
+            # optax raises the float32 beta to the integer count, which strict promotion refuses.
+            with jax.numpy_dtype_promotion("standard"):
+                updates, after = OPTIMIZERS[kind](h).update(clipped, before, p)
+            new_p = optax.apply_updates(p, _with_ratio(updates, h.b_ratio))
+            moved, states[kind] = _choose(chosen, (new_p, after), (moved, before))
+        kept = jax.tree.map(lambda back, now: jnp.where(fails, back, now), good, p)
+        return *_choose(moves, (moved, p), (kept, good)), states
 
     new = {
         layer: jax.vmap(one_task)(

@@ -1,4 +1,4 @@
-"""Adapters as PEFT folders, written and read. Knows neither runs nor devices.
+"""Adapters as PEFT folders, written and read. Knows neither runs nor devices, imports no JAX.
 
 PEFT keeps Linear layouts: `lora_A.weight` [rank, in] and `lora_B.weight` [out, rank], the transposes of our a and b.
 """
@@ -16,8 +16,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from lobra_jax.lora import LoraSpec
-from lobra_jax.models.config import TARGETS
+from lobra_jax.lora_spec import LoraSpec
+from lobra_jax.models.config import TARGETS, LlamaConfig
 from lobra_jax.models.hf import module_name
 from planner.errors import UserError
 
@@ -101,6 +101,27 @@ def read_peft_adapter(folder: str | Path) -> tuple[LoraSpec, TaskAdapter]:
                     missing = _tensor_name(layer, target, letter.upper())
                     raise UserError(f"tensor {missing!r} is missing", file=weights_file, expected="both of each pair")
     return spec, {layer: adapter[layer] for layer in sorted(adapter, key=int)}
+
+
+def read_peft_spec(folder: str | Path) -> LoraSpec:
+    """The spec alone, from the folder's `adapter_config.json`. Raises UserError like `read_peft_adapter`."""
+    file = Path(folder) / ADAPTER_CONFIG_FILE
+    return _spec(_read_adapter_config(file), file)
+
+
+def check_fits(folder: str | Path, adapter: TaskAdapter, model: LlamaConfig) -> None:
+    """Raises UserError if the adapter, read from `folder`, is not one of this model: its layers and shapes."""
+    file = Path(folder) / ADAPTER_WEIGHTS_FILE
+    layers = [str(layer) for layer in range(model.num_layers)]
+    if list(adapter) != layers:
+        problem = "an adapter of other layers than the model's"
+        raise UserError(problem, file=file, value=f"{len(adapter)} layers", expected=f"{len(layers)} of {model.name}")
+    for layer, targets in adapter.items():
+        for target, pair in targets.items():
+            found, expected = (pair["a"].shape[0], pair["b"].shape[1]), model.target_shapes[target]
+            if found != tuple(expected):
+                problem = f"layer {layer}: {_PEFT_NAMES[target]} has the wrong shape"
+                raise UserError(problem, file=file, value=found, expected=f"{tuple(expected)} of {model.name}")
 
 
 def _tensor_name(layer: str, target: str, letter: str) -> str:

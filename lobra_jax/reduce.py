@@ -108,15 +108,22 @@ def _add_up(norms: list[Array]) -> Array:
 
 _update = jax.jit(optim.update)
 _pack_some = jax.jit(pack, static_argnums=1)
-_init_moments = jax.jit(optim.init_state, static_argnums=1)
+_init_moments = jax.jit(optim.init_state, static_argnums=(1, 2))
 
 
 class GradientSum:
     """Sums gradients over replicas of unlike sharding, updates, and spreads the new adapters."""
 
-    def __init__(self, replicas: Sequence[Replica], num_layers: int, num_tasks: int) -> None:
+    def __init__(
+        self,
+        replicas: Sequence[Replica],
+        num_layers: int,
+        num_tasks: int,
+        optimizers: tuple[str, ...] = ("adamw",),
+    ) -> None:
         self.replicas = replicas
         self.num_tasks = num_tasks
+        self.optimizers = optimizers
         self.homes = assign_homes(num_layers, [d for replica in replicas for d in replica.submesh.devices])
         self._routes = {
             (replica.index, stage): self._route(layout, layers)
@@ -156,7 +163,7 @@ class GradientSum:
         placed = {layer: jax.device_put(pairs, self.home_of(layer).sharding) for layer, pairs in adapters.items()}
         # Zeros depend on no argument's values, so XLA would leave them on the default device.
         moments = {
-            layer: jax.device_put(_init_moments(pairs, self.num_tasks), self.home_of(layer).sharding)
+            layer: jax.device_put(_init_moments(pairs, self.num_tasks, self.optimizers), self.home_of(layer).sharding)
             for layer, pairs in placed.items()
         }
         return AdapterState(

@@ -24,6 +24,7 @@ from lobra_jax.data.batches import TaskData
 from lobra_jax.engine import Engine, IssuedStep, StepResult
 from lobra_jax.export import base_model_name
 from lobra_jax.feeder import Feeder, PreparedStep, evaluation_shapes
+from lobra_jax.held_out import BestSoFar, after_evaluation, is_spent, perplexity
 from lobra_jax.lora import task_adapter
 from lobra_jax.metrics import (
     EvalRecord,
@@ -38,8 +39,10 @@ from lobra_jax.metrics import (
 )
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.hf import base_weights
+from lobra_jax.models.weight_cache import converted
+from lobra_jax.models.weights import WeightSource
 from lobra_jax.optim import step_inputs
-from lobra_jax.peft_folder import write_peft_adapter
+from lobra_jax.peft_folder import TaskAdapter, write_peft_adapter
 from lobra_jax.reduce import AdapterState
 from lobra_jax.tasks import adapter_seed, lora_spec, task_optimizer
 from lobra_jax.timeline import save_timeline, step_timeline
@@ -49,9 +52,12 @@ from planner.plan import Plan
 
 CHECKPOINTS_FOLDER = "checkpoints"
 ADAPTERS_FOLDER = "adapters"
+BEST_FOLDER = "best"
+"""Beside the adapters as they are last: each task's at its lowest held-out loss."""
+
 TIMELINE_FILE = "timeline.json"
 NOT_COMPARED = (
-    "name", "files", "eval_files", "eval_fraction", "eval_interval", "steps",
+    "name", "files", "dataset", "eval_files", "eval_fraction", "eval_interval", "patience", "steps", "adapter",
     "rank", "alpha", "rslora", "targets", "dropout",
 )  # fmt: skip
 """Keys of a task that a resumed run may change, and those that its adapter spec compares already."""
@@ -67,6 +73,8 @@ class Inputs:
     plan: Plan
     costs: CostTable
     devices: tuple[Any, ...]
+    adapters: Mapping[str, TaskAdapter] = dataclasses.field(default_factory=dict)
+    """By task: what to go on training instead of a fresh adapter."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,18 +111,22 @@ class Trainer:
             [lora_spec(task) for task in self.task_configs],
             dtype=jnp.dtype(self.config.model.dtype),
             devices=inputs.devices,
+            optimizers={optimizer.kind for optimizer in self.optimizers},
         )
         self.num_steps = max(task.steps for task in self.task_configs)
         self.stopped: dict[str, int] = {}
+        self.ended: dict[str, int] = {}
+        self.best: dict[str, BestSoFar] = {}
         self._compiled = 0
         self._timeline: dict[str, Any] | None = None
 
     def prepare(self, checkpoints: Checkpoints, *, resume: bool) -> int:
         """Weights, adapters and compiled programs onto the devices; returns the steps already done."""
         started = time.perf_counter()
-        source = base_weights(self.inputs.model, path=self.config.model.path, init_seed=self.config.model.init_seed)
-        self.engine.load(source)
-        self.engine.init_adapters([adapter_seed(self.config, task) for task in self.task_configs])
+        self.engine.load(self._base())
+        names = [task.name for task in self.task_configs]
+        given = {names.index(name): adapter for name, adapter in self.inputs.adapters.items()}
+        self.engine.init_adapters([adapter_seed(self.config, task) for task in self.task_configs], given)
         done = 0
         if resume:
             done = self._restore(checkpoints)
@@ -132,6 +144,15 @@ class Trainer:
         self._compiled = self.compilations.total
         return done
 
+    def _base(self) -> WeightSource:
+        """The base weights, converted into the cache first where the config names one."""
+        section, model = self.config.model, self.inputs.model
+        source = base_weights(model, path=section.path, init_seed=section.init_seed)
+        if section.cache_dir is None:
+            return source
+        assert section.path is not None, "checked by ModelConfig"
+        return converted(source, model, checkpoint=section.path, dtype=section.dtype, cache_dir=section.cache_dir)
+
     def _restore(self, checkpoints: Checkpoints) -> int:
         done = checkpoints.latest_step()
         if done is None:
@@ -144,11 +165,15 @@ class Trainer:
         )
         self.engine.set_state(_from_tree(tree, self.engine.state))
         self.stopped = dict(position["stopped"])
+        self.ended = dict(position["ended"])
+        self.best = {name: BestSoFar(**best) for name, best in position["best"].items()}
         self.say(f"resumed after step {done}")
         return done
 
     def _metadata(self) -> CheckpointMetadata:
-        return run_metadata(self.config, self.inputs.model, self.inputs.tasks, self.stopped)
+        best = {name: dataclasses.asdict(best) for name, best in self.best.items()}
+        position = {"stopped": dict(self.stopped), "ended": dict(self.ended), "best": best}
+        return run_metadata(self.config, self.inputs.model, self.inputs.tasks, position)
 
     def run(self, feeder: Feeder, checkpoints: Checkpoints, metrics: MetricsWriter, *, done: int) -> None:
         """Trains from step `done` to the end.
@@ -188,9 +213,12 @@ class Trainer:
 
     def _task_steps(self, step: int) -> dict[str, int | None]:
         return {
-            task.name: step if step < task.steps and task.name not in self.stopped else None
-            for task in self.task_configs
+            task.name: step if step < task.steps and not self._is_out(task.name) else None for task in self.task_configs
         }
+
+    def _is_out(self, name: str) -> bool:
+        """Whether the task stopped before its last step."""
+        return name in self.stopped or name in self.ended
 
     def _issue(self, step: int, task_steps: dict[str, int | None], feeder: Feeder) -> _Pending:
         started = time.perf_counter()
@@ -218,7 +246,7 @@ class Trainer:
         batch = pending.prepared.batch
         counts = batch.num_sequences
         for index, (name, task_step) in enumerate(pending.prepared.task_steps.items()):
-            if task_step is None or name in self.stopped:
+            if task_step is None or self._is_out(name):
                 continue
             metrics.write(
                 TaskRecord(
@@ -235,7 +263,7 @@ class Trainer:
             )
             if not result.alive[index]:
                 self._stop(name, done, metrics)
-        if all(k is not None or name in self.stopped for name, k in pending.prepared.task_steps.items()):
+        if all(k is not None or self._is_out(name) for name, k in pending.prepared.task_steps.items()):
             self._timeline = step_timeline(
                 done, result, pending.prepared.dispatch, self.engine.replicas, self.inputs.costs
             )
@@ -292,12 +320,13 @@ class Trainer:
     def _milestones(self, done: int, feeder: Feeder, checkpoints: Checkpoints, metrics: MetricsWriter) -> None:
         if self._timeline is not None:
             save_timeline(self._timeline, self.out / TIMELINE_FILE)
-        running = [task for task in self.task_configs if task.name not in self.stopped and done <= task.steps]
+        running = [task for task in self.task_configs if not self._is_out(task.name) and done <= task.steps]
         self._evaluate(done, [task for task in running if _evaluates(task, done)], feeder, metrics)
         for task in running:
             if done == task.steps:
                 metrics.write(EventRecord(step=done, task=task.name, event="finished"))
-        if done == self.num_steps or done % self.config.training.checkpoint_interval == 0:
+        over = all(k is None for k in self._task_steps(done).values())
+        if over or done % self.config.training.checkpoint_interval == 0:
             self._save(done, checkpoints)
             metrics.write(EventRecord(step=done, event="checkpoint"))
         self.engine.pause()
@@ -308,12 +337,13 @@ class Trainer:
             _to_tree(self.engine.state),
             self._metadata(),
         )
-        adapters = jax.tree.map(np.asarray, self.engine.state.adapters)
-        base = base_model_name(self.config.model.preset, self.config.model.path)
         for index, task in enumerate(self.task_configs):
-            spec = lora_spec(task)
-            folder = self.out / ADAPTERS_FOLDER / task.name
-            write_peft_adapter(folder, spec, task_adapter(adapters, index, spec), base)
+            self._write_adapter(index, self.out / ADAPTERS_FOLDER / task.name)
+
+    def _write_adapter(self, index: int, folder: Path) -> None:
+        spec = lora_spec(self.task_configs[index])
+        own = task_adapter(self.engine.state.adapters, index, spec)
+        write_peft_adapter(folder, spec, own, base_model_name(self.config.model.preset, self.config.model.path))
 
     def _evaluate(self, done: int, tasks: Sequence[TaskConfig], feeder: Feeder, metrics: MetricsWriter) -> None:
         names = tuple(task.name for task in tasks if task.has_evaluation)
@@ -328,12 +358,35 @@ class Trainer:
         for index, task in enumerate(self.task_configs):
             if task.name in names:
                 loss = float(totals[index] / tokens[index])
-                record = EvalRecord(step=done, task=task.name, task_step=done, loss=loss, tokens=int(tokens[index]))
+                best = self.best[task.name] = after_evaluation(self.best.get(task.name), loss=loss, step=done)
+                record = EvalRecord(
+                    step=done,
+                    task=task.name,
+                    task_step=done,
+                    loss=loss,
+                    perplexity=perplexity(loss),
+                    best_loss=best.loss,
+                    tokens=int(tokens[index]),
+                )
                 metrics.write(record)
+                if best.step == done:
+                    self._write_adapter(index, self.out / BEST_FOLDER / task.name)
+                elif is_spent(best, task.patience) and done < task.steps:
+                    self._end(task, done, best, metrics)
+
+    def _end(self, task: TaskConfig, done: int, best: BestSoFar, metrics: MetricsWriter) -> None:
+        """Ends a task whose held-out loss no longer falls; the others have the devices to themselves."""
+        self.ended[task.name] = done
+        message = (
+            f"task {task.name!r}: ended after step {done}: held-out loss no lower than {best.loss:.4f} of step "
+            f"{best.step} in {best.misses} evaluations; its best adapter is in {BEST_FOLDER}/{task.name}"
+        )
+        metrics.write(EventRecord(step=done, task=task.name, event="early_stop", message=message))
+        self.say(message)
 
 
 def run_metadata(
-    config: RunConfig, model: LlamaConfig, tasks: Sequence[TaskData], stopped: Mapping[str, int]
+    config: RunConfig, model: LlamaConfig, tasks: Sequence[TaskData], position: Mapping[str, Any]
 ) -> CheckpointMetadata:
     """What a run's checkpoints say they belong to: all that decides what the next step computes.
 
@@ -353,7 +406,7 @@ def run_metadata(
         model_fingerprint=model.fingerprint,
         tasks={task.name: lora_spec(task) for task in config.tasks},
         settings=settings,
-        position={"stopped": dict(stopped)},
+        position=position,
     )
 
 

@@ -69,6 +69,7 @@ def check_drift(
             plan.num_devices,
             buckets=buckets,
             num_buckets=number or len(plan.buckets),
+            row_options=plan.row_options,
             time_limit_s=time_limit_s,
         )
         chosen = plan if table is in_use else solver("exact")(problem)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lobra_jax.config import RunConfig, TaskConfig, load_config
-from lobra_jax.data.templates import TEMPLATES
+from lobra_jax.data.templates import TEMPLATES, render, with_columns
 from lobra_jax.models.config import PRESETS
 from planner.workload import Workload
 
@@ -28,6 +28,21 @@ def test_run_config_loads_and_says_how_to_run_it(path):
 def test_gin_and_yaml_examples_are_the_same_run():
     runs = CONFIGS / "runs"
     assert load_config(runs / "synthetic_tiny.gin") == load_config(runs / "synthetic_tiny.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "tasks").iterdir()), ids=lambda path: path.name)
+def test_task_config_loads_and_says_how_to_use_it(path, tmp_path):
+    run = tmp_path / "run.yaml"
+    run.write_text(f"model: {{preset: tiny}}\ntasks:\n  - {{use: {path}}}\n", encoding="utf-8")
+    (task,) = load_config(run, check_files=False).tasks
+    assert task.name == path.stem
+    assert {"prompt", "completion"} <= set(task.columns)
+    assert "/" in task.dataset.name
+    assert f"{{use: configs/tasks/{path.name}, " in path.read_text(encoding="utf-8")
+    record = {
+        column.partition(".")[0]: {"contexts": ["x"]} if "." in column else "x" for column in task.columns.values()
+    }
+    assert render(with_columns(record, task.columns), task.template)[-1].text == "x"
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "lengths").iterdir()), ids=lambda path: path.name)

@@ -15,8 +15,9 @@ import click
 @click.option("--run", type=click.Path(path_type=Path), required=True, help="Run folder of `lobra train`.")
 @click.option("--task", required=True, help="Name of the task.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to make; never overwritten.")
+@click.option("--best", is_flag=True, help="The adapter at the lowest held-out loss instead of the last.")
 @click.option("--merged", is_flag=True, help="Write the whole model, adapter merged in, for transformers.")
-def export(run: Path, task: str, out: Path, merged: bool) -> None:
+def export(run: Path, task: str, out: Path, best: bool, merged: bool) -> None:
     """Write one task's adapter as PEFT reads it, or the merged model."""
     from tqdm import tqdm
 
@@ -24,7 +25,7 @@ def export(run: Path, task: str, out: Path, merged: bool) -> None:
     from lobra_jax.export import base_model_name, export_adapter, export_merged, task_folder
     from lobra_jax.models.weights import weight_shapes
 
-    folder = task_folder(run, task)
+    folder = task_folder(run, task, best=best)
     config = load_config(run / "config.yaml", check_files=False)
     if not merged:
         export_adapter(folder, out, base_model_name(config.model.preset, config.model.path))

@@ -29,7 +29,13 @@ WIDTH_IN_FILES = 120
     type=click.Path(path_type=Path, dir_okay=False),
     help="Also write each task's distribution of training lengths (hist.json), as `lobra plan --lengths` reads it.",
 )
-def tokenize(config_path: Path, overrides: tuple[str, ...], lengths_out: Path | None) -> None:
+@click.option(
+    "--picture",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also draw each task's histogram of lengths (.png, .svg or .pdf).",
+)
+def tokenize(config_path: Path, overrides: tuple[str, ...], lengths_out: Path | None, picture: Path | None) -> None:
     """Turn the tasks' text into the token cache and print length statistics.
 
     The cache is reused as long as data files, tokenizer, template and context length stay the same.
@@ -61,6 +67,11 @@ def tokenize(config_path: Path, overrides: tuple[str, ...], lengths_out: Path | 
         except OSError as error:
             raise UserError(f"cannot write: {error.strerror}", file=lengths_out, key="--lengths-out") from error
         console.print(f"lengths written to {lengths_out}", highlight=False, markup=False, soft_wrap=True)
+    if picture is not None:
+        from lobra_jax.report.lengths import save_length_picture
+
+        save_length_picture(tasks, picture)
+        console.print(f"histograms drawn in {picture}", highlight=False, markup=False, soft_wrap=True)
 
 
 def statistics_table(tasks: Sequence[TaskData]) -> Table:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lobra_jax.config import RunConfig
     from lobra_jax.data.batches import TaskData
     from lobra_jax.models.config import LlamaConfig
+    from lobra_jax.peft_folder import TaskAdapter
     from planner.cost import CostTable
     from planner.plan import Plan
     from planner.workload import Workload
@@ -68,6 +69,7 @@ def train(
     from lobra_jax.train import train as run
 
     devices = run_devices(config.devices)
+    adapters = _given_adapters(config, model)
     if resume:
         _check_checkpoint(config, model, data, out)
     _check_devices(plan, model, devices)
@@ -78,9 +80,23 @@ def train(
     workload.save(out / LENGTHS_FILE)
     _report_data(data)
     click.echo(f"plan: {plan}")
-    inputs = Inputs(config=config, model=model, tasks=data, plan=plan, costs=costs, devices=tuple(devices))
+    inputs = Inputs(
+        config=config, model=model, tasks=data, plan=plan, costs=costs, devices=tuple(devices), adapters=adapters
+    )
     run(inputs, out, resume=resume, say=click.echo)
     click.echo(f"{out}: adapters of {', '.join(task.name for task in config.tasks)}")
+
+
+def _given_adapters(config: RunConfig, model: LlamaConfig) -> dict[str, TaskAdapter]:
+    """The adapters that tasks go on training, by task."""
+    from lobra_jax.peft_folder import check_fits, read_peft_adapter
+
+    given = {}
+    for task in config.tasks:
+        if task.adapter is not None:
+            _, given[task.name] = read_peft_adapter(task.adapter)
+            check_fits(task.adapter, given[task.name], model)
+    return given
 
 
 def _report_data(data: tuple[TaskData, ...]) -> None:

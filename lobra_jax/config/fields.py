@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 from lobra_jax.data.templates import check_template
 from lobra_jax.models.config import TARGETS
 from planner.bucketing import PRESETS as STATIC_BUCKETS
+from planner.lattice import MAX_ROW_OPTIONS
 
 USER_ERROR_TYPE = "lobra_user"
 """Type of the validation errors made by `wrong`; their context carries "problem" and "expected"."""
@@ -90,6 +91,12 @@ def _template(value: str) -> str:
     return value
 
 
+def _identifier(value: str) -> str:
+    if not value.isidentifier():
+        wrong("not a key", expected="prompt, completion, text, messages, or a name that the template has in braces")
+    return value
+
+
 def _buckets(value: Any) -> Any:
     if isinstance(value, str):
         names = ["dynamic", *STATIC_BUCKETS]
@@ -106,6 +113,7 @@ def _buckets(value: Any) -> Any:
 
 Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=1)]
 """An integer >= 1."""
+RowOptions = Annotated[int, BeforeValidator(_not_bool), Field(ge=1, le=MAX_ROW_OPTIONS)]
 Seed = Annotated[int, BeforeValidator(_not_bool), Field(ge=0, lt=2**32)]
 NonNegativeInt = Annotated[int, BeforeValidator(_not_bool), Field(ge=0)]
 Positive = Annotated[float, BeforeValidator(_not_bool), Field(gt=0)]
@@ -124,5 +132,6 @@ Targets = Annotated[tuple[Target, ...], BeforeValidator(_as_list), AfterValidato
 TaskName = Annotated[str, AfterValidator(_name)]
 Template = Annotated[str, AfterValidator(_template)]
 """A template's name or a format string with {prompt}."""
+Identifier = Annotated[str, AfterValidator(_identifier)]
 Buckets = Annotated[Any, BeforeValidator(_buckets)]
 """A preset's name or a tuple of ascending lengths."""

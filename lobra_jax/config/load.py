@@ -5,6 +5,7 @@ Every mistake is a `UserError` of one line: file (or the `--set` it came from), 
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -16,6 +17,9 @@ from lobra_jax.config.fields import NAME_PATTERN, USER_ERROR_TYPE, did_you_mean,
 from lobra_jax.config.gin_file import read_gin
 from lobra_jax.config.overrides import Location, Override, apply_override, parse_override
 from lobra_jax.config.schema import RunConfig
+from lobra_jax.config.task_files import include_task_files
+from lobra_jax.config.yaml_file import read_yaml
+from lobra_jax.data.sources import FILE_KINDS, expand
 from lobra_jax.models.config import PRESETS, LlamaConfig
 from lobra_jax.models.hf_config import load_llama_config
 from planner.errors import UserError
@@ -37,9 +41,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, check_files:
     """
     path = Path(path)
     raw = _read(path)
+    include_task_files(raw, path.resolve())
     applied = [apply_override(raw, parse_override(text)) for text in overrides]
     try:
-        config = RunConfig.model_validate(raw, context={"folder": path.resolve().parent})
+        config = RunConfig.model_validate(raw, context={"folder": path.resolve().parent, "check_files": check_files})
     except ValidationError as error:
         raise _first_error(error, raw, path, applied) from error
     if check_files:
@@ -72,19 +77,6 @@ def model_config(config: RunConfig) -> LlamaConfig:
     return load_llama_config(config.model.path)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML, but a key given twice is an error instead of a silent loss."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if isinstance(key_node, yaml.ScalarNode) and key != "<<" and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key if isinstance(key_node, yaml.ScalarNode) else id(key_node))
-        return super().construct_mapping(node, deep)
-
-
 def _read(path: Path) -> dict[str, Any]:
     expected = "a YAML or gin file"
     if path.suffix not in (".yaml", ".yml", ".gin"):
@@ -97,24 +89,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError("not UTF-8 text", file=path, expected=expected) from error
     if path.suffix == ".gin":
         return read_gin(text, path)
-    try:
-        raw = yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        line = "" if error.problem_mark is None else f":{error.problem_mark.line + 1}"
-        raise UserError(f"not YAML: {error.problem}", file=f"{path}{line}", expected="a YAML mapping") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"not YAML: {error}", file=path, expected="a YAML mapping") from error
-    if not isinstance(raw, dict):
-        problem = "an empty config" if raw is None else "not a mapping"
-        raise UserError(problem, file=path, expected=f"a mapping with {', '.join(RunConfig.model_fields)}")
-    return _unshared(raw)
-
-
-def _unshared(value: Any) -> Any:
-    """A copy in which YAML's aliases are apart, so that an override of one task leaves the others alone."""
-    if isinstance(value, dict):
-        return {key: _unshared(item) for key, item in value.items()}
-    return [_unshared(item) for item in value] if isinstance(value, list) else value
+    return read_yaml(text, path, keys=RunConfig.model_fields)
 
 
 def _first_error(error: ValidationError, raw: dict[str, Any], path: Path, overrides: Sequence[Override]) -> UserError:
@@ -179,7 +154,13 @@ def _section(location: Location) -> Any:
     """The type at `location`, a schema class if it is a section; `KeyError` if the schema has no such place."""
     section: Any = RunConfig
     for part in location:
-        section = get_args(section)[0] if isinstance(part, int) else section.model_fields[part].annotation
+        if isinstance(part, int):
+            section = get_args(section)[0]
+            continue
+        section = section.model_fields[part].annotation
+        sections = [kind for kind in get_args(section) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if isinstance(section, types.UnionType) and sections:
+            section = sections[0]
     return section
 
 
@@ -196,9 +177,21 @@ def _check_files(config: RunConfig, path: Path) -> None:
         return
     if config.data.tokenizer is not None:
         require(config.data.tokenizer.is_file(), "data.tokenizer", config.data.tokenizer, "a tokenizer.json")
+    if config.data.chat_template is not None:
+        template = config.data.chat_template
+        require(template.is_file(), "data.chat_template", template, "a Jinja chat template")
     for task in config.tasks:
-        if not task.files:
-            raise UserError("no data", file=path, key=f"tasks.{task.name}.files", expected="one or more JSONL files")
+        if task.dataset is None:
+            if not task.files:
+                expected = f"files ({FILE_KINDS}) or dataset"
+                raise UserError("no data", file=path, key=f"tasks.{task.name}.files", expected=expected)
+        elif task.dataset.path is not None:
+            place = task.dataset.path
+            require(place.is_dir(), f"tasks.{task.name}.dataset.path", place, "the folder of a data set")
         for key in ("files", "eval_files"):
-            for file in getattr(task, key):
-                require(file.is_file(), f"tasks.{task.name}.{key}", file, "an existing JSONL file")
+            for entry in getattr(task, key):
+                found = expand(entry)
+                expected = f"{FILE_KINDS}, or a glob that matches one"
+                require(
+                    bool(found) and all(file.is_file() for file in found), f"tasks.{task.name}.{key}", entry, expected
+                )

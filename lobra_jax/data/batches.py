@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lobra_jax.data.dataset import TokenDataset
+from planner.errors import UserError
 
 if TYPE_CHECKING:
     from lobra_jax.data.cache import SourceSummary
@@ -34,23 +35,38 @@ class TaskSampler:
       dataset: the task's training examples, at least one.
       key: 128 bits, see `task_key`.
       batch_size: rows a step; may exceed the data set, a step then spans several epochs.
+      weights: how often an epoch shows each row, float [n]; once by default. Of rows of weight 0.3 an epoch shows three
+        tenths, drawn anew each time; of weight 2.3 each twice and three tenths of them once more.
+
+    Raises:
+      UserError: weights so small that an epoch shows nothing.
     """
 
-    def __init__(self, dataset: TokenDataset, key: int, batch_size: int) -> None:
+    def __init__(self, dataset: TokenDataset, key: int, batch_size: int, weights: np.ndarray | None = None) -> None:
         if len(dataset) < 1 or batch_size < 1:
             raise ValueError(f"TaskSampler: {len(dataset)} examples, batch_size = {batch_size}: expected both >= 1")
         self.dataset = dataset
         self.key = key
         self.batch_size = batch_size
+        self.epoch_size = len(dataset) if weights is None else len(weighted_rows(key, weights, 0))
+        if self.epoch_size == 0:
+            expected = "weights that leave an epoch one example or more"
+            raise UserError("an epoch without examples", key=f"tasks.{dataset.task}.weights", expected=expected)
+
+        def epoch(number: int) -> np.ndarray:
+            order = epoch_order(key, self.epoch_size, number)
+            return order if weights is None else weighted_rows(key, weights, number)[order]
+
         # A memo of a pure function: consecutive steps fall into the same one or two epochs.
-        self._epoch_order = functools.lru_cache(maxsize=2)(functools.partial(epoch_order, key, len(dataset)))
+        self.epoch = functools.lru_cache(maxsize=2)(epoch)
+        """The rows of one epoch in the order in which steps cut them."""
 
     def indices(self, step: int) -> np.ndarray:
         """Rows of `dataset` at task step `step` (from 0): int64 [batch_size]."""
         if step < 0:
             raise ValueError(f"TaskSampler.indices: step = {step}, expected >= 0")
-        epochs, places = np.divmod(np.arange(step * self.batch_size, (step + 1) * self.batch_size), len(self.dataset))
-        parts = [self._epoch_order(epoch)[places[epochs == epoch]] for epoch in range(epochs[0], epochs[-1] + 1)]
+        epochs, places = np.divmod(np.arange(step * self.batch_size, (step + 1) * self.batch_size), self.epoch_size)
+        parts = [self.epoch(epoch)[places[epochs == epoch]] for epoch in range(epochs[0], epochs[-1] + 1)]
         return np.concatenate(parts)
 
     def dropout_ids(self, step: int) -> np.ndarray:
@@ -68,6 +84,20 @@ def epoch_order(key: int, size: int, epoch: int) -> np.ndarray:
     order = np.argsort(words, kind="stable")
     order.flags.writeable = False
     return order
+
+
+def weighted_rows(key: int, weights: np.ndarray, epoch: int) -> np.ndarray:
+    """The rows of one epoch, not shuffled: each floor(weight) times, and of the fraction's rows a fresh draw.
+
+    The number of rows is the same in every epoch.
+    """
+    parts = []
+    for group, weight in enumerate(np.unique(weights)):
+        rows = np.flatnonzero(weights == weight)
+        count = round(len(rows) * float(weight % 1))
+        drawn = epoch_order(key ^ mix(np.uint64(group + 1)).item(), len(rows), epoch)[:count]
+        parts += [rows] * int(weight) + [rows[drawn]]
+    return np.concatenate(parts)
 
 
 def mix(x: np.ndarray | np.uint64) -> np.ndarray:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from lobra_jax.config.fields import did_you_mean, one_of
 from lobra_jax.config.load import model_config
-from lobra_jax.config.schema import RunConfig, TaskConfig
+from lobra_jax.config.schema import DatasetConfig, RunConfig, TaskConfig
 from lobra_jax.data.batches import TaskData, TaskSampler, mix, task_key
 from lobra_jax.data.cache import SourceSummary, cached_tokens
 from lobra_jax.data.dataset import TokenDataset, TokenStore, whole
-from lobra_jax.data.tokenizer import TextTokenizer, load_tokenizer
+from lobra_jax.data.sources import FILE_KINDS, HubDataset, Source, expand
+from lobra_jax.data.tokenizer import TOKENIZER_FILES, TextTokenizer, load_tokenizer
 from planner.errors import UserError
 from planner.workload import TaskLengths, Workload
 
@@ -27,18 +29,26 @@ def load_tasks(config: RunConfig) -> tuple[TaskData, ...]:
     if config.data.source == "synthetic":
         workload = Workload.load(config.data.lengths)
         return tuple(_synthetic_task(config, task, workload, vocab_size) for task in config.tasks)
-    tokenizer = load_tokenizer(tokenizer_path(config), bos_token=config.data.bos_token, eos_token=config.data.eos_token)
+    section = config.data
+    tokenizer = load_tokenizer(
+        tokenizer_path(config),
+        bos_token=section.bos_token,
+        eos_token=section.eos_token,
+        chat_template=section.chat_template,
+    )
     return tuple(_text_task(config, task, tokenizer, vocab_size) for task in config.tasks)
 
 
 def task_lengths(config: RunConfig) -> Workload:
-    """The distribution of lengths over each task's training examples; its longest held-out length has share 0."""
+    """The distribution of lengths over each task's first epoch; its longest held-out length has share 0."""
     return workload_of(load_tasks(config))
 
 
 def workload_of(tasks: tuple[TaskData, ...]) -> Workload:
     """As `task_lengths`, of data that is loaded already."""
-    trained = Workload.from_samples({task.name: (task.sampler.batch_size, task.train.lengths) for task in tasks})
+    trained = Workload.from_samples(
+        {task.name: (task.sampler.batch_size, task.train.lengths[task.sampler.epoch(0)]) for task in tasks}
+    )
     return Workload(
         tasks=tuple(_with_held_out(lengths, task) for lengths, task in zip(trained.tasks, tasks, strict=True))
     )
@@ -52,47 +62,98 @@ def _with_held_out(lengths: TaskLengths, task: TaskData) -> TaskLengths:
 
 
 def tokenizer_path(config: RunConfig) -> Path:
-    """`data.tokenizer`, else the model folder's tokenizer.json."""
+    """`data.tokenizer`, else the model folder's tokenizer.json or tokenizer.model."""
     if config.data.tokenizer is not None:
         return config.data.tokenizer
     if config.model.path is None:
         expected = "the path of a tokenizer.json, as model.preset brings none"
         raise UserError("missing", key="data.tokenizer", expected=expected)
-    return config.model.path / "tokenizer.json"
+    places = [config.model.path / name for name in TOKENIZER_FILES]
+    return next((place for place in places if place.is_file()), places[0])
 
 
 def _text_task(config: RunConfig, task: TaskConfig, tokenizer: TextTokenizer, vocab_size: int) -> TaskData:
-    def read(files: tuple[Path, ...], split: str) -> tuple[TokenDataset, SourceSummary]:
+    def read(sources: Sequence[Source], split: str) -> tuple[TokenDataset, SourceSummary]:
         store, summary = cached_tokens(
-            files,
+            sources,
             cache_dir=config.data.cache_dir,
             task=task.name,
             split=split,
             template=task.template,
             context_length=task.context_length,
             tokenizer=tokenizer,
+            columns=task.columns,
         )
         if summary.max_token >= vocab_size:
             problem = f"the tokenizer gives token {summary.max_token} in task {task.name!r}"
             raise UserError(problem, file=tokenizer_path(config), expected=f"ids below the model's {vocab_size}")
         return whole(task.name, store), summary
 
-    if not task.files:
-        raise UserError("no data", key=f"tasks.{task.name}.files", expected="one or more JSONL files")
-    if task.eval_files:
-        train, train_summary = read(task.files, "train")
-        evaluation, eval_summary = read(task.eval_files, "eval")
-        return _task_data(config, task, train, evaluation, (train_summary, eval_summary))
+    sources, weights = training_sources(task)
+    eval_sources = evaluation_sources(task)
+    if eval_sources:
+        train, train_summary = read(sources, "train")
+        evaluation, eval_summary = read(eval_sources, "eval")
+        return _task_data(config, task, train, evaluation, (train_summary, eval_summary), weights)
     # The cache knows nothing of the split: another fraction or seed finds the same tokens.
-    every, summary = read(task.files, "train" if task.eval_fraction == 0 else "train+eval")
-    return _split_task(config, task, every, summary)
+    every, summary = read(sources, "train" if task.eval_fraction == 0 else "train+eval")
+    return _split_task(config, task, every, summary, weights)
 
 
-def _split_task(config: RunConfig, task: TaskConfig, every: TokenDataset, summary: SourceSummary) -> TaskData:
+def training_sources(task: TaskConfig) -> tuple[Sequence[Source], Sequence[float]]:
+    """(sources, weight of each): the task's files with globs expanded, or its data set."""
+    if task.dataset is not None:
+        return [_hub_dataset(task.dataset, task.dataset.split)], [1.0]
+    sources, weights = [], []
+    for entry, weight in zip(task.files, task.weights or [1.0] * len(task.files), strict=True):
+        found = _files(task, "files", entry)
+        sources += found
+        weights += [weight] * len(found)
+    if not sources:
+        raise UserError("no data", key=f"tasks.{task.name}.files", expected=f"files ({FILE_KINDS}) or dataset")
+    return sources, weights
+
+
+def evaluation_sources(task: TaskConfig) -> Sequence[Source]:
+    """The task's held-out files or split; none where it has neither."""
+    if task.dataset is not None and task.dataset.eval_split is not None:
+        return [_hub_dataset(task.dataset, task.dataset.eval_split)]
+    return [file for entry in task.eval_files for file in _files(task, "eval_files", entry)]
+
+
+def _files(task: TaskConfig, key: str, entry: Path) -> Sequence[Path]:
+    found = expand(entry)
+    if not found:
+        raise UserError("no file matches", key=f"tasks.{task.name}.{key}", value=str(entry), expected=FILE_KINDS)
+    return found
+
+
+def _hub_dataset(dataset: DatasetConfig, split: str) -> HubDataset:
+    return HubDataset(
+        name=dataset.name, path=dataset.path, config=dataset.config, split=split, revision=dataset.revision
+    )
+
+
+def row_weights(dataset: TokenDataset, summary: SourceSummary, weights: Sequence[float]) -> np.ndarray | None:
+    """How often an epoch shows each row: float64 [n], or None where each is shown once."""
+    if all(weight == 1 for weight in weights):
+        return None
+    ends = np.cumsum(summary.records_by_source)
+    records = np.asarray(dataset.store.sources)[dataset.rows]
+    return np.asarray(weights, np.float64)[np.searchsorted(ends, records, side="right")]
+
+
+def _split_task(
+    config: RunConfig,
+    task: TaskConfig,
+    every: TokenDataset,
+    summary: SourceSummary,
+    weights: Sequence[float] = (),
+) -> TaskData:
     if task.eval_fraction == 0:
-        return _task_data(config, task, every, None, (summary,))
+        return _task_data(config, task, every, None, (summary,), weights)
     train, evaluation = split(every, task.eval_fraction, _key(config, task, "split"))
-    return _task_data(config, task, train, evaluation, (summary,))
+    return _task_data(config, task, train, evaluation, (summary,), weights)
 
 
 def _task_data(
@@ -101,8 +162,10 @@ def _task_data(
     train: TokenDataset,
     evaluation: TokenDataset | None,
     summaries: tuple[SourceSummary, ...],
+    weights: Sequence[float],
 ) -> TaskData:
-    sampler = TaskSampler(train, _key(config, task, "batches"), task.batch_size)
+    by_row = row_weights(train, summaries[0], weights)
+    sampler = TaskSampler(train, _key(config, task, "batches"), task.batch_size, by_row)
     return TaskData(name=task.name, train=train, evaluation=evaluation, sampler=sampler, sources=summaries)
 
 

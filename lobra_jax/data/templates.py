@@ -1,7 +1,8 @@
 """From one JSONL record to text pieces, each knowing whether the loss counts its tokens.
 
 Records: {"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [{"role": ..., "content": ...}, ...]}.
-Other keys are ignored unless a format string names them.
+Other keys are ignored unless a format string names them. Messages may also be in ShareGPT's words (`from`, `value`,
+"human", "gpt").
 """
 
 from __future__ import annotations
@@ -33,8 +34,12 @@ ALPACA_WITH_INPUT = (
 )
 """Used by `alpaca` for records with a non-empty "input"."""
 
-TEMPLATES = ("auto", *PROMPT_TEMPLATES, "chat")
-"""Names of the registry; `auto` is `chat` for messages and `plain` for everything else."""
+CHAT_TEMPLATE = "chat_template"
+TEMPLATES = ("auto", *PROMPT_TEMPLATES, "chat", CHAT_TEMPLATE)
+"""Names of the registry; `auto` is `chat` for messages and `plain` for everything else.
+
+`chat_template` is the tokenizer's own, see `chat.py`; all others are rendered here.
+"""
 
 
 class RecordError(Exception):
@@ -53,6 +58,36 @@ class Piece:
     text: str
     trainable: bool
     ends_turn: bool = False
+
+
+SHAREGPT_ROLES: Mapping[str, str] = {"human": "user", "gpt": "assistant"}
+LIST_SEPARATOR = "\n\n"
+"""Between the strings of a list that a column maps to one string."""
+
+
+def with_columns(record: Any, columns: Mapping[str, str]) -> Any:
+    """The record with our keys filled from its own columns; as it is without any.
+
+    Args:
+      record: a JSON object.
+      columns: our key -> the record's; dots lead into nested objects ("context.contexts"). Of "text", "prompt",
+        "completion" and "messages" only those named here count then. A list of strings becomes one string, except for
+        "messages"; a column that is absent leaves its key out.
+    """
+    if not columns or not isinstance(record, Mapping):
+        return record
+    out = {key: value for key, value in record.items() if key not in RECORD_KEYS}
+    for key, path in columns.items():
+        value: Any = record
+        for part in [path] if path in record else path.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, list) and key != "messages" and all(isinstance(item, str) for item in value):
+            value = LIST_SEPARATOR.join(value)
+        if value is None and key in RECORD_KEYS:
+            raise RecordError(f'has no "{path}"', expected=f'"{path}", the column of "{key}"')
+        if value is not None:
+            out[key] = value
+    return out
 
 
 def check_template(template: str) -> RecordError | None:
@@ -84,7 +119,7 @@ def render(record: Mapping[str, Any], template: str) -> tuple[Piece, ...]:
 
     Args:
       record: a JSON object.
-      template: a name of `TEMPLATES` or a format string that `check_template` accepts.
+      template: a name of `TEMPLATES` other than `chat_template`, or a format string that `check_template` accepts.
 
     Raises:
       RecordError: the record has none or several of the three forms, a value of a wrong type, or a form that the
@@ -142,6 +177,9 @@ def _chat(messages: Any) -> tuple[Piece, ...]:
         raise RecordError('"messages" is not a list of messages', expected=expected)
     pieces = []
     for index, message in enumerate(messages):
+        if isinstance(message, Mapping) and "from" in message:
+            role = SHAREGPT_ROLES.get(message["from"], message["from"])
+            message = {"role": role, "content": message.get("value")}
         if not isinstance(message, Mapping) or "role" not in message:
             raise RecordError(f"messages[{index}] has no role", expected=expected)
         role = message["role"]

@@ -134,7 +134,8 @@ def make_engine(plan: Plan, tasks: Sequence[Task], model: LlamaConfig = MODEL) -
 
     from lobra_jax.engine import Engine
 
-    engine = Engine(plan, model, [task.spec for task in tasks], dtype=jnp.float32)
+    kinds = {task.optimizer.kind for task in tasks}
+    engine = Engine(plan, model, [task.spec for task in tasks], dtype=jnp.float32, optimizers=kinds)
     engine.load(RandomWeights(model, seed=0))
     engine.init_adapters([task.seed for task in tasks])
     shapes = [[(ROWS, bucket) for bucket in plan.buckets]] * plan.num_replicas

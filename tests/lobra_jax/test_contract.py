@@ -101,3 +101,61 @@ def test_thirty_two_tasks_of_mixed_ranks_share_a_step(world):
     for task in (tasks[0], tasks[31]):
         alone = world.gradients(world.engine(world.plan((1, 1, "none")), [task]), [task])
         assert world.difference(together[task.data.name], alone[task.data.name]) < TOLERANCE
+
+
+OPTIMIZERS = {
+    "adamw": {"b_ratio": 4.0},
+    "sgd": {"momentum": 0.8},
+    "adafactor": {},
+    "lion": {"beta2": 0.95},
+}
+FEW_STEPS = 6
+MAX_SHARE_OF_FLIPS = 1e-3
+"""Lion and Adafactor's first step take the sign of a gradient: where it cancels to rounding noise, so does its sign."""
+
+
+def one_task_an_optimizer(world):
+    """All but the first share a shape, so that their solo runs share programs; the first pads them."""
+    tasks = []
+    for seed, (kind, rest) in enumerate(OPTIMIZERS.items(), start=1):
+        spec = LoraSpec(rank=5 if seed == 1 else 2, alpha=4.0, targets=("q", "down"))
+        peak = 0.3 if kind == "sgd" else 3e-3
+        task = world.make_task(
+            kind, batch_size=3, steps=FEW_STEPS, seed=seed, clip=1.0, spec=spec, **{**CONSTANT, "peak": peak}
+        )
+        optimizer = dataclasses.replace(task.optimizer, kind=kind, rank=spec.rank, **rest)
+        tasks.append(dataclasses.replace(task, optimizer=optimizer))
+    return tasks
+
+
+def share_of_unlike(found, expected):
+    """Share of an adapter's elements that differ by more than the tolerance, relative to their array's largest."""
+    unlike = total = 0
+    for layer, targets in expected.items():
+        for target, pair in targets.items():
+            for factor, wanted in pair.items():
+                assert np.abs(wanted).max() > 0
+                unlike += np.sum(np.abs(found[layer][target][factor] - wanted) > TOLERANCE * np.abs(wanted).max())
+                total += wanted.size
+    return unlike / total
+
+
+@pytest.fixture(scope="module")
+def jointly_by_optimizer(world):
+    tasks = one_task_an_optimizer(world)
+    return world.train(world.engine(world.plan((1, 1, "none")), tasks), tasks, FEW_STEPS)[0]
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adafactor", "lion"])
+def test_with_any_optimizer_a_task_alone_trains_as_among_others(world, jointly_by_optimizer, kind):
+    (task,) = [task for task in one_task_an_optimizer(world) if task.data.name == kind]
+    found, _ = world.train(world.engine(world.plan((1, 1, "none")), [task]), [task], FEW_STEPS, seed=5)
+    assert share_of_unlike(found[kind], jointly_by_optimizer[kind]) <= MAX_SHARE_OF_FLIPS
+
+
+def test_any_plan_trains_the_same_adapters_with_any_optimizer(world, jointly_by_optimizer):
+    tasks = one_task_an_optimizer(world)
+    plan = world.plan((1, 1, "none"), (2, 1, "full"))
+    found, _ = world.train(world.engine(plan, tasks), tasks, FEW_STEPS, seed=9)
+    for kind in OPTIMIZERS:
+        assert share_of_unlike(found[kind], jointly_by_optimizer[kind]) <= MAX_SHARE_OF_FLIPS

@@ -53,7 +53,7 @@ def task_record(step: int, *, task: str = "answers", loss: float = 2.5) -> TaskR
 
 
 def eval_record(step: int) -> EvalRecord:
-    return EvalRecord(step=step, task="answers", task_step=step, loss=2.0, tokens=50)
+    return EvalRecord(step=step, task="answers", task_step=step, loss=2.0, perplexity=7.4, best_loss=1.5, tokens=50)
 
 
 def test_records_read_back_as_they_were_written(tmp_path: Path) -> None:

@@ -108,3 +108,78 @@ def test_a_finished_task_has_no_rate():
     hyper = step_inputs([task_optimizer(1e-2)] * 2, [3, None])
     assert hyper.active.tolist() == [True, False]
     assert hyper.learning_rate.tolist() == [np.float32(1e-2), 0]
+
+
+def test_wsd_stays_at_the_peak_until_the_last_share_of_the_steps():
+    rates = learning_rates("wsd", 1.0, steps=10, warmup_steps=2, final_fraction=0.2, decay_fraction=0.4)
+    np.testing.assert_allclose(rates, [0.5, 1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4], rtol=1e-5)
+
+
+CHAINS = {
+    "sgd": lambda: optax.sgd(1e-2, momentum=0.9),
+    "lion": lambda: optax.lion(1e-2, b1=0.9, b2=0.95, weight_decay=0.1),
+    "adafactor": lambda: optax.adafactor(1e-2, factored=False),
+    "adamw": lambda: optax.adamw(1e-2, b2=0.95, weight_decay=0.1),
+}
+SETTINGS = {
+    "sgd": {"momentum": 0.9},
+    "lion": {"beta2": 0.95, "weight_decay": 0.1},
+    "adafactor": {},
+    "adamw": {"beta2": 0.95, "weight_decay": 0.1},
+}
+
+
+def test_every_task_follows_its_own_optimizer_in_one_program():
+    """Task t has rank t + 1 of 4; what the others' ranks pad it with never reaches it."""
+    rng = np.random.default_rng(0)
+
+    def draw():
+        out = {"a": rng.normal(size=(4, 6, 4)), "b": rng.normal(size=(4, 4, 5))}
+        for task in range(4):
+            out["a"][task, :, task + 1 :] = 0
+            out["b"][task, task + 1 :] = 0
+        return {"0": {"q": {name: jnp.asarray(x, jnp.float32) for name, x in out.items()}}}
+
+    def own(tree, task):
+        pair = tree["0"]["q"]
+        return {"a": pair["a"][task, :, : task + 1], "b": pair["b"][task, : task + 1]}
+
+    parameters = draw()
+    kinds = list(CHAINS)
+    optimizers = [task_optimizer(1e-2, kind=kind, rank=t + 1, **SETTINGS[kind]) for t, kind in enumerate(kinds)]
+    chains = [CHAINS[kind]() for kind in kinds]
+    expected = [own(parameters, task) for task in range(4)]
+    with jax.numpy_dtype_promotion("standard"):
+        states = [chain.init(tree) for chain, tree in zip(chains, expected, strict=True)]
+    moments = {"0": optim.init_state(parameters["0"], 4, tuple(kinds))}
+    state = TaskState(adapters=parameters, last_good=parameters, moments=moments)
+    for step in range(4):
+        gradients = draw()
+        state, _, _ = run(state, gradients, optimizers, [step] * 4, alive=jnp.ones(4, bool))
+        for task, chain in enumerate(chains):
+            with jax.numpy_dtype_promotion("standard"):
+                updates, states[task] = chain.update(own(gradients, task), states[task], expected[task])
+            expected[task] = optax.apply_updates(expected[task], updates)
+    for task in range(4):
+        found = own(state.adapters, task)
+        for name in "ab":
+            np.testing.assert_allclose(found[name], expected[task][name], rtol=1e-5, atol=1e-6)
+        assert not np.any(state.adapters["0"]["q"]["a"][task, :, task + 1 :])
+
+
+def test_lora_plus_is_another_rate_for_b_alone():
+    parameters = {"0": {"q": {"a": jnp.ones((3, 4, 2)), "b": jnp.ones((3, 2, 4))}}}
+    gradients = jax.tree.map(jnp.ones_like, parameters)
+    optimizers = [task_optimizer(1e-3, b_ratio=ratio) for ratio in (1.0, 16.0, 0.5)]
+    after, _, _ = run(state_of(parameters), gradients, optimizers, [0] * 3)
+    moved = jax.tree.map(lambda new, old: np.asarray(old - new), after.adapters, parameters)["0"]["q"]
+    np.testing.assert_allclose(moved["a"], np.full((3, 4, 2), 1e-3), rtol=1e-3)
+    for task, ratio in enumerate((1.0, 16.0, 0.5)):
+        np.testing.assert_allclose(moved["b"][task], np.full((2, 4), ratio * 1e-3), rtol=1e-3)
+
+
+def test_state_is_kept_only_for_the_optimizers_in_use():
+    parameters = {"w": jnp.ones((3, 4))}
+    sgd = sum(leaf.size for leaf in jax.tree.leaves(optim.init_state(parameters, 3, ("sgd",))))
+    assert sgd == 12  # the momentum alone
+    assert set(optim.init_state(parameters, 3, ("adamw", "lion"))) == {"adamw", "lion"}

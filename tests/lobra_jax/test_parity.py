@@ -15,7 +15,7 @@ from lobra_jax.models.config import LlamaConfig, RopeScaling
 from lobra_jax.models.hf import HFWeights, hf_name, is_transposed, save_hf
 from lobra_jax.models.hf_config import load_llama_config
 from lobra_jax.models.llama import abstract_stage
-from lobra_jax.models.weights import RandomWeights, WeightSource, weight_shapes, whole
+from lobra_jax.models.weights import ArrayWeights, RandomWeights, WeightSource, weight_shapes, whole
 from lobra_jax.peft_folder import read_peft_adapter, write_peft_adapter
 
 torch = pytest.importorskip("torch")
@@ -186,17 +186,36 @@ def test_peft_loads_an_adapter_and_computes_what_joint_training_computes(
     np.testing.assert_allclose(ours, torch_logits(model)[task], **LOGIT_TOLERANCE)
 
 
-@pytest.mark.parametrize("config", [LLAMA, VARIANTS["llama3.1"]], ids=["llama", "llama3.1"])
-def test_transformers_loads_a_merged_export_and_computes_the_same_logits(tmp_path: Path, config: LlamaConfig) -> None:
-    source, stacked, spec = RandomWeights(config, seed=1), trained_adapters(config), SPECS[1]
+@pytest.mark.parametrize("task", range(len(SPECS)))
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_transformers_loads_a_merged_export_and_computes_the_same_logits(
+    tmp_path: Path, config: LlamaConfig, task: int
+) -> None:
+    source, stacked, spec = RandomWeights(config, seed=1), trained_adapters(config), SPECS[task]
     save_hf(tmp_path / "base", config, source)
-    write_peft_adapter(tmp_path / "adapter", spec, task_adapter(stacked, 1, spec), "base")
+    write_peft_adapter(tmp_path / "adapter", spec, task_adapter(stacked, task, spec), "base")
     out = tmp_path / "merged"
     base = {"path": tmp_path / "base", "init_seed": 0, "tokenizer": None}
     export_merged(tmp_path / "adapter", out, config, dtype="float32", **base)
-    np.testing.assert_allclose(
-        our_logits(config, source, stacked)[1], torch_logits(load_model(out))[1], **LOGIT_TOLERANCE
-    )
+    ours, theirs = our_logits(config, source, stacked)[task], torch_logits(load_model(out))[task]
+    np.testing.assert_allclose(ours, theirs, **LOGIT_TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sixteen_bit_shards_saved_by_transformers_are_read(tmp_path: Path, dtype: str) -> None:
+    save_hf(tmp_path / "whole", LLAMA, RandomWeights(LLAMA, seed=1))
+    load_model(tmp_path / "whole", dtype).save_pretrained(tmp_path / "shards", max_shard_size="4KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    config = load_llama_config(tmp_path / "shards")
+    theirs = torch_logits(load_model(tmp_path / "shards", "float32"))
+    np.testing.assert_allclose(our_logits(config, _as_float32(tmp_path / "shards")), theirs, **LOGIT_TOLERANCE)
+
+
+def _as_float32(folder: Path) -> ArrayWeights:
+    config = load_llama_config(folder)
+    stored = HFWeights(folder, config)
+    shapes = weight_shapes(config)
+    return ArrayWeights({name: stored.read(name, whole(shape)).astype(np.float32) for name, shape in shapes.items()})
 
 
 def test_merging_over_a_base_saved_by_transformers_keeps_its_settings(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from lobra_jax.metrics import read_metrics
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.hf import save_hf
 from lobra_jax.models.weights import RandomWeights
-from lobra_jax.peft_folder import read_peft_adapter
+from lobra_jax.peft_folder import read_peft_adapter, write_peft_adapter
 from lobra_jax.train import Trainer
 from planner.cost import ConfigCost, CostTable
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
@@ -313,3 +313,114 @@ def test_without_a_plan_one_is_made_from_the_cost_table(world, tmp_path):
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert Plan.load(out / "plan.yaml").planner == "exact"
+
+
+def go_on(world, out, given, *changes, task="long"):
+    """Trains `task` alone from an adapter, at a rate so small that nothing moves."""
+    stated = [part for change in changes for part in ("--set", change)]
+    start = ["--set", f"tasks.{task}.adapter={given}", "--set", f"tasks.{task}.lr=1e-12"]
+    return train(world, out, "--tasks", task, *start, *stated)
+
+
+def test_training_goes_on_from_a_peft_adapter(world, finished, tmp_path):
+    given = finished / "adapters" / "long"
+    done = go_on(world, tmp_path / "on", given)
+    assert done.exit_code == 0, done.output
+    assert difference(adapter(tmp_path / "on", "long"), adapter(finished, "long")) < 1e-6
+    fresh = train(world, tmp_path / "fresh", "--tasks", "long", "--set", "tasks.long.lr=1e-12")
+    assert fresh.exit_code == 0, fresh.output
+    assert difference(adapter(tmp_path / "fresh", "long"), adapter(finished, "long")) > 0.01
+
+
+def test_rank_alpha_and_targets_are_taken_from_the_adapter(world, finished):
+    from lobra_jax.config import load_config
+
+    given = finished / "adapters" / "long"
+    raw = yaml.safe_load((world / "config.yaml").read_text())
+    raw["tasks"] = [{k: v for k, v in raw["tasks"][1].items() if k not in ("rank", "alpha", "targets")}]
+    (world / "from_adapter.yaml").write_text(yaml.safe_dump(raw))
+    (task,) = load_config(world / "from_adapter.yaml", [f"tasks.long.adapter={given}"]).tasks
+    assert (task.rank, task.alpha, task.rslora, task.targets) == (4, 8.0, False, ("q", "v", "up"))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ("tasks.long.rank=8", "tasks.long: rank = 8 beside an adapter of another; expected 4 as in "),
+        ("tasks.long.targets=[q]", "tasks.long: targets = ('q',) beside an adapter of another"),
+        ("tasks.long.alpha=1", "tasks.long: alpha = 1.0 beside an adapter of another; expected 8"),
+        ("tasks.long.adapter=nowhere", "cannot read the adapter's config: No such file"),
+    ],
+)
+def test_an_adapter_unlike_the_config_is_refused(world, finished, tmp_path, change, complaint):
+    done = go_on(world, tmp_path / "out", finished / "adapters" / "long", change)
+    assert done.exit_code == 2
+    assert complaint in done.output
+    assert done.output.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_model_is_refused(world, finished, tmp_path):
+    spec, layers = read_peft_adapter(finished / "adapters" / "long")
+    write_peft_adapter(tmp_path / "shallow", spec, {"0": layers["0"]}, "base")
+    done = go_on(world, tmp_path / "out", tmp_path / "shallow")
+    assert "an adapter of other layers than the model's (got '1 layers'); expected 2 of base" in done.output
+    narrow = {layer: {t: {"a": p["a"][1:], "b": p["b"]} for t, p in pairs.items()} for layer, pairs in layers.items()}
+    write_peft_adapter(tmp_path / "narrow", spec, narrow, "base")
+    done = go_on(world, tmp_path / "out", tmp_path / "narrow")
+    assert "_proj has the wrong shape (got (15, " in done.output
+
+
+NO_PROGRESS = (
+    "--set",
+    "tasks.short.lr=1e-12",
+    "--set",
+    "tasks.short.eval_interval=1",
+    "--set",
+    "tasks.short.patience=1",
+)
+
+
+def test_a_task_without_progress_ends_and_leaves_its_share_to_the_others(world, finished, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        kill_at(patch, 4)
+        train(world, out, *NO_PROGRESS)
+    done = train(world, out, "--resume", *NO_PROGRESS)
+    assert done.exit_code == 0, done.output
+    records = read_metrics(out / "metrics.jsonl")
+    steps = {
+        name: [r["step"] for r in records if r["kind"] == "task" and r["task"] == name] for name in ("short", "long")
+    }
+    assert steps == {"short": [1], "long": [1, 2, 3, 4, 5]}
+    assert [(r["task"], r["step"]) for r in records if r.get("event") == "early_stop"] == [("short", 1)]
+    assert difference(adapter(out, "long"), adapter(finished, "long")) < 1e-5
+
+
+def test_the_best_adapter_is_kept_and_exported(world, finished, tmp_path):
+    records = [r for r in read_metrics(finished / "metrics.jsonl", "eval")]
+    assert [r["step"] for r in records] == [0, 4, 6]
+    assert all(r["perplexity"] == pytest.approx(np.exp(r["loss"])) for r in records)
+    best = min(records, key=lambda r: r["loss"])
+    assert records[-1]["best_loss"] == best["loss"]
+    assert best["step"] == 6, "the losses of this run fall, so that the last adapter is the best"
+    kept = read_peft_adapter(finished / "best" / "short")[1]
+    last = read_peft_adapter(finished / "adapters" / "short")[1]
+    assert all(np.array_equal(kept[n][t][f], last[n][t][f]) for n in last for t in last[n] for f in "ab")
+    done = lobra("export", "--run", finished, "--task", "short", "--best", "--out", tmp_path / "best")
+    assert done.exit_code == 0, done.output
+    missing = lobra("export", "--run", finished, "--task", "long", "--best", "--out", tmp_path / "none")
+    assert missing.exit_code == 2
+    assert "no adapter of this task (got 'long'); expected one of short" in missing.output
+
+
+def test_a_run_is_over_when_every_task_has_ended(world, tmp_path):
+    out = tmp_path / "run"
+    done = train(world, out, "--tasks", "short", *NO_PROGRESS)
+    assert done.exit_code == 0, done.output
+    records = read_metrics(out / "metrics.jsonl")
+    assert max(r["step"] for r in records if r["kind"] == "step") == 1
+    assert [r["step"] for r in records if r.get("event") == "checkpoint"] == [1]
+    start = read_peft_adapter(out / "best" / "short")[1]
+    assert not any(pair["b"].any() for targets in start.values() for pair in targets.values())
+    assert adapter(out, "short").keys()

@@ -187,3 +187,91 @@ def test_tokenize_ends_with_one_line_for_a_malformed_record(config_file, tmp_pat
     assert done.exit_code == 2
     assert "a.jsonl:61: not JSON" in done.output
     assert done.output.count("\n") == 1
+
+
+def test_globs_weights_and_columns_of_a_config(config_file, write_jsonl):
+    for name in ("c-1.jsonl", "c-2.jsonl"):
+        write_jsonl(name, *({"q": f"{name} {i}", "a": "yes"} for i in range(4)))
+    write_jsonl("d.jsonl", *({"q": f"d {i}", "a": "no"} for i in range(6)))
+    overrides = [
+        "tasks.a.files=['c-*.jsonl', d.jsonl]",
+        "tasks.a.weights=[2, 0.5]",
+        "tasks.a.columns={prompt: q, completion: a}",
+        "tasks.a.eval_fraction=0",
+    ]
+    a = load_tasks(load_config(config_file, overrides))[0]
+    assert a.sources[0].records_by_source == (4, 4, 6)
+    seen = np.bincount(a.train.store.sources[a.sampler.epoch(0)], minlength=14)
+    assert (seen[:8] == 2).all()
+    assert seen[8:].sum() == 3
+    workload = task_lengths(load_config(config_file, overrides))
+    shares = np.bincount(a.train.lengths[a.sampler.epoch(0)])
+    assert workload.tasks[0].lengths == {n: s / 19 for n, s in enumerate(shares.tolist()) if s}
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("tasks.a.weights=[1, 2]", "tasks.a: 2 weights for 1 entries of files"),
+        ("tasks.a.weights=[0]", "tasks.a.weights.0: bad value (got 0); expected greater than 0"),
+        ("tasks.a.files='*.none'", "tasks.a.files: not found (got '"),
+        ("tasks.a.dataset={name: o/n}", "tasks.a: both files and dataset"),
+        ("tasks.a.dataset={}", "tasks.a.dataset: neither name nor path"),
+        ("tasks.a.dataset={nam: x}", "tasks.a.dataset.nam: unknown key 'nam', did you mean 'name'?"),
+        ("tasks.a.columns={a b: x}", "not a key"),
+        ("tasks.a.use=gone.yaml", "tasks.a.use: unknown key 'use'"),
+    ],
+)
+def test_bad_data_keys_are_one_line(config_file, override, says):
+    with pytest.raises(UserError) as caught:
+        load_config(config_file, [override])
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_leave_nothing_are_named(config_file):
+    with pytest.raises(UserError, match=r"tasks\.a\.weights: an epoch without examples"):
+        load_tasks(load_config(config_file, ["tasks.a.weights=[1e-6]"]))
+
+
+def test_a_task_can_be_a_file_of_its_own(config_file, tmp_path):
+    (tmp_path / "ready").mkdir()
+    (tmp_path / "ready" / "t.yaml").write_text(
+        "{name: ready, files: ../b.jsonl, batch_size: 3, steps: 9, rank: 2}", encoding="utf-8"
+    )
+    content = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+    content["tasks"].append({"use": "ready/t.yaml", "steps": 4, "name": "mine"})
+    config_file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    task = load_config(config_file, ["tasks.mine.rank=8"]).tasks[-1]
+    assert (task.name, task.files, task.steps, task.rank) == ("mine", (tmp_path / "b.jsonl",), 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "tasks.2.use: cannot read the task's file: No such file"),
+        ("[1]", "t.yaml: not a mapping"),
+        ("a: [", "t.yaml:1: not YAML"),
+        ("{nam: x}", "t.yaml: unknown key 'nam'"),
+    ],
+)
+def test_a_bad_task_file_is_one_line(config_file, tmp_path, text, says):
+    if text is not None:
+        (tmp_path / "t.yaml").write_text(text, encoding="utf-8")
+    content = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+    content["tasks"].append({"use": "t.yaml"})
+    config_file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_config(config_file)
+    assert says in str(caught.value)
+
+
+def test_tokenize_draws_a_picture(config_file, tmp_path):
+    picture = tmp_path / "lengths.png"
+    command = ["tokenize", "--config", str(config_file), "--picture"]
+    done = CliRunner().invoke(main, [*command, str(picture)])
+    assert done.exit_code == 0, done.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    bad = CliRunner().invoke(main, [*command, str(tmp_path / "lengths.jpeg2")])
+    assert bad.exit_code == 2
+    assert "--picture: unknown kind of picture" in bad.output

@@ -19,7 +19,7 @@ def test_text_is_trained_as_a_whole():
     assert render({"text": "abc"}, "auto") == (Piece(text="abc", trainable=True, ends_turn=True),)
 
 
-@pytest.mark.parametrize("template", [name for name in TEMPLATES if name != "chat"])
+@pytest.mark.parametrize("template", [name for name in TEMPLATES if not name.startswith("chat")])
 def test_only_the_completion_is_trained_and_it_ends_the_turn(template):
     pieces = render(QA, template)
     assert trained(pieces) == ["4"]

@@ -1,0 +1,1 @@
+"""Benchmarks that write down what they measured."""
