@@ -118,6 +118,8 @@ class PlanningProblem:
       configs: the configs allowed that fit the devices and at least the shortest bucket.
       proposal: whether planners that know LobRA's configuration proposal use it.
       time_limit_s: after this many seconds a planner returns the best plan that it has.
+      pinned: for each config, replicas that a plan must have at the least; () for none.
+      max_configs: most distinct configs in a plan; None for no limit.
     """
 
     workload: Workload
@@ -129,6 +131,13 @@ class PlanningProblem:
     configs: tuple[UsableConfig, ...]
     proposal: bool = True
     time_limit_s: float = DEFAULT_TIME_LIMIT_S
+    pinned: tuple[int, ...] = ()
+    max_configs: int | None = None
+
+    @property
+    def pinned_counts(self) -> tuple[int, ...]:
+        """`pinned` for every config."""
+        return self.pinned or (0,) * len(self.configs)
 
     @property
     def narrowest_for_longest(self) -> int:
@@ -144,6 +153,8 @@ class PlanningProblem:
         bound_s: float,
         planner: str,
         solve_s: float,
+        status: str | None = None,
+        num_nodes: int | None = None,
     ) -> Plan:
         """The plan of replica_counts[i] replicas of configs[i], largest configs first; drops configs with none.
 
@@ -168,6 +179,8 @@ class PlanningProblem:
                 gap=(step_s - bound_s) / step_s,
                 gpu_seconds=step_s * used,
                 solve_s=solve_s,
+                status=status,
+                num_nodes=num_nodes,
             ),
         )
 
