@@ -62,6 +62,9 @@ CLOSING_SHARE = 0.95
 CERTAIN = 1e-5
 """SCIP's tolerances are well below this: a share that it bounds below 1 by this much is below 1."""
 
+PROMISING = 1.05
+"""Share-outs within this ratio of the best plan are polished."""
+
 SETTLE_LIMIT_S = 2.0
 LOCAL_SEARCH_LIMIT_S = 0.2
 CHOICE_LIMIT_S = 1.0
@@ -179,6 +182,8 @@ def _gap(problem: PlanningProblem, max_s: float, bound_s: float) -> float:
 def _find_plans(search: _Search, low_s: float, high_s: float) -> None:
     """Step 2. `low_s` is what the bound will be, nearly."""
     wanted = search.target_gap * CLOSING_SHARE
+    overhead_s = search.problem.costs.step_overhead_s
+    goal_s = (low_s + wanted * overhead_s) / (1 - wanted)
     for stretch in STRETCHES:
         replica_s = high_s * stretch
         if search.gap(low_s) <= wanted or search.left_s() <= 0 or (search.best and search.best.max_s <= replica_s):
@@ -202,12 +207,19 @@ def _find_plans(search: _Search, low_s: float, high_s: float) -> None:
             tried.append(chosen.replica_counts)
             served = level.solve(replica_counts=chosen.replica_counts, deadline=search.deadline)
             if served.scale >= HOPELESS:
-                _dive(search, chosen.replica_counts, replica_s, level.patterns)
+                _dive(search, chosen.replica_counts, replica_s, level.patterns, goal_s)
             if search.gap(low_s) <= wanted or served.scale >= 1:
                 break
 
 
-def _dive(search: _Search, replica_counts: tuple[int, ...], replica_s: float, patterns: Sequence[Pattern]) -> None:
+def _dive(
+    search: _Search,
+    replica_counts: tuple[int, ...],
+    replica_s: float,
+    patterns: Sequence[Pattern],
+    goal_s: float,
+) -> None:
+    """Looks for a share-out over these replicas within `replica_s`, or by polishing at least within `goal_s`."""
     rounded = rounding.dive(
         search.problem,
         replica_counts,
@@ -216,6 +228,8 @@ def _dive(search: _Search, replica_counts: tuple[int, ...], replica_s: float, pa
         deadline=search.deadline,
         improve_s=LOCAL_SEARCH_LIMIT_S,
     )
+    if search.best is None or rounded.share.max_s < search.best.max_s * PROMISING:
+        rounded = rounding.polished(search.problem, rounded, goal_s, deadline=search.deadline)
     search.offer(replica_counts, rounded.share.max_s)
 
 
@@ -258,7 +272,7 @@ def _close(search: _Search) -> None:
         served = level.solve(replica_counts=chosen.replica_counts, decide=True, deadline=search.deadline)
         if served.bound < 1 - CERTAIN:
             continue
-        _dive(search, chosen.replica_counts, trial_s, level.patterns)
+        _dive(search, chosen.replica_counts, trial_s, level.patterns, trial_s)
         one = settle(
             problem, chosen.replica_counts, bound_s=search.bound_s, target_gap=better / 2, deadline=search.deadline
         )

@@ -156,23 +156,30 @@ class Level:
             return Answer(bound=0.0, prices=relaxation.prices, solution=None)
         best = Answer(bound=math.inf, prices=relaxation.prices, solution=None)
         solution = self.master.solve() if self.patterns else None
-        smoothing = SMOOTHING
+        thorough = False  # the master's own prices, all configs
         while not (decide and (best.bound < 1 - STRICT or best.scale >= 1)) and time.perf_counter() < deadline:
-            own = relaxation.prices if solution is None else solution.prices
-            prices = own if solution is None else smoothing * best.prices + (1 - smoothing) * own
-            added, bound = self._round(prices, solution, replica_counts)
+            if solution is None:
+                prices = relaxation.prices
+            else:
+                smoothing = 0.0 if thorough else SMOOTHING
+                prices = smoothing * best.prices + (1 - smoothing) * solution.prices
+            added, bound = self._round(prices, solution, replica_counts, thorough or self.proven)
             if bound < best.bound:
                 best = dataclasses.replace(best, bound=bound, prices=prices)
-            if not added and smoothing == 0.0:
+            if thorough and not added:
                 break
-            smoothing = SMOOTHING if added else 0.0
+            thorough = not added
             solution = self.master.solve()
             best = dataclasses.replace(best, solution=solution)
         relaxation.prices = best.prices
         return best
 
     def _round(
-        self, prices: np.ndarray, solution: MasterSolution | None, replica_counts: Sequence[int] | None
+        self,
+        prices: np.ndarray,
+        solution: MasterSolution | None,
+        replica_counts: Sequence[int] | None,
+        all_configs: bool,
     ) -> tuple[int, float]:
         """Prices once: (patterns that joined the master, bound on the share served)."""
         relaxation = self.relaxation
@@ -183,7 +190,7 @@ class Level:
         else:
             charges = solution.charges * (1 + WORTHWHILE) + STRICT / len(relaxation.devices)
             enough = charges
-        most = None if self.proven or solution is None else PRICED_AT_ONCE
+        most = None if all_configs or solution is None else PRICED_AT_ONCE
         worth, found = self.pricer.price(prices, enough, most=most)
         self.worths.append(worth)
         if solution is not None:
@@ -211,11 +218,9 @@ def bracket(relaxation: Relaxation, deadline: float) -> tuple[float, np.ndarray,
                 trial, step = trial * step, step * step
             else:
                 trial = low / min(answer.bound, 1 / BRACKET_RATIO)
-        elif answer.scale >= 1:
-            high = trial
+        elif answer.scale >= 1 or time.perf_counter() < deadline:
+            high = trial  # the share served is 1 or just below: no more patterns are worthwhile
             trial = 0.0
-        else:
-            break
         if trial >= high or trial <= low:
             trial = math.sqrt(low * high)
     return low, low_prices, high

@@ -2,7 +2,8 @@
 
 A dive solves the master for the replicas and counts that are left, finds patterns for those counts, hands out the
 patterns that the master uses whole times (else the one that it uses most), and starts over. What is left at the end
-goes to the replicas that finish it earliest, and `planner.balance` improves the share-out.
+goes to the replicas that finish it earliest, and `planner.balance` improves the share-out. Polishing takes the slowest
+replica and a few others at a time and shares their loads out anew (`planner.balance_model`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from planner import balance
+from planner import balance, balance_model
 from planner.balance import Share
 from planner.master import Master
 from planner.pricing import Pattern, Pricer, slots_of
@@ -26,6 +27,17 @@ ROUNDS = 4
 WHOLE = 1e-6
 """A pattern used this close to a whole number of times is used that often."""
 
+
+POLISH_CELLS = 100
+"""Replicas polished at once times the buckets that they hold, at the most: small models solve quickly."""
+
+POLISH_NODES = 40
+POLISH_LIMIT_S = 0.3
+POLISH_GAP = 1e-3
+"""Limits of one model."""
+
+MAX_FAILURES = 6
+"""Polishing ends when so many groups around the slowest replica did not help."""
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class RoundedShare:
@@ -135,3 +147,53 @@ def _finished(
             loads[chosen, bucket] += piece[chosen]
             left[bucket] -= piece[chosen]
     return RoundedShare(replicas=tuple(replicas), share=balance.improve(table, loads, time_limit_s=improve_s))
+
+
+def polished(
+    problem: PlanningProblem, rounded: RoundedShare, goal_s: float, *, deadline: float, seed: int = 0
+) -> RoundedShare:
+    """Improves on a share-out until its slowest replica ends by `goal_s`, the deadline, or MAX_FAILURES in a row."""
+    rng = np.random.default_rng(seed)
+    kinds = [problem.configs[config] for config in rounded.replicas]
+    loads, seconds = rounded.share.loads.copy(), rounded.share.replica_s.copy()
+    failures = 0
+    while seconds.max() > goal_s and failures < MAX_FAILURES and len(kinds) > 1:
+        left_s = deadline - time.perf_counter()
+        if left_s <= 0:
+            break
+        slowest = int(seconds.argmax())
+        group = _group(problem, loads, seconds, slowest, rng)
+        counts = loads[group].sum(axis=0).tolist()
+        mine = [kinds[replica] for replica in group]
+        start = Share(loads=loads[group], replica_s=seconds[group])
+        better, _ = balance_model.refine(
+            mine,
+            balance.tables(mine, counts),
+            counts,
+            start,
+            time_limit_s=min(POLISH_LIMIT_S, left_s),
+            gap_limit=POLISH_GAP,
+            node_limit=POLISH_NODES,
+        )
+        if better.max_s < start.max_s * (1 - balance.IMPROVEMENT):
+            loads[group], seconds[group] = better.loads, better.replica_s
+            failures = 0
+        else:
+            failures += 1
+    return RoundedShare(replicas=rounded.replicas, share=Share(loads=loads, replica_s=seconds))
+
+
+def _group(
+    problem: PlanningProblem, loads: np.ndarray, seconds: np.ndarray, slowest: int, rng: np.random.Generator
+) -> np.ndarray:
+    """The slowest replica and some others, those that end early likelier, within POLISH_CELLS."""
+    others = np.delete(np.arange(len(seconds)), slowest)
+    spare = seconds[slowest] - seconds[others] + POLISH_GAP * seconds[slowest]
+    order = others[np.argsort(-np.log(spare) - rng.gumbel(size=len(others)))]
+    group = [slowest]
+    for replica in order.tolist():
+        wider = [*group, replica]
+        if len(wider) > 2 and len(wider) * int(loads[wider].any(axis=0).sum()) > POLISH_CELLS:
+            break
+        group = wider
+    return np.array(group)
