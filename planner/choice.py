@@ -8,8 +8,8 @@ Both choose p with
     (4)  at most K configs have p_c > 0            where the user limits them: p_c <= (D / g_c) y_c, sum y_c <= K
     (5)  p' <= p for no p in those ruled out       some config has more replicas
 
-and maximise s. `from_patterns` takes s from the level's patterns, used fractionally (the master with whole p): what it
-names serves at least s. `from_worths` takes s <= sum_c z_c p_c for every pricing z so far: what it names serves at most
+and maximise s. `from_patterns` takes s <= 1 from the level's patterns, used fractionally (the master with whole p), and
+among replica counts that serve all prefers those that leave room: what it names serves at least s. `from_worths` takes s <= sum_c z_c p_c for every pricing z so far: what it names serves at most
 s, and its bound holds for all p that are not ruled out.
 """
 
@@ -25,6 +25,7 @@ from planner import scip
 from planner.master import MasterSolution
 from planner.pricing import Pattern
 from planner.relaxation import Relaxation
+from planner.rounding import THRIFT
 
 NEAR = 0.03
 """`from_patterns` takes patterns that fall short of their charge by at most this share of a device's."""
@@ -41,7 +42,7 @@ MOST_SCALE = 4.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Replica counts [C] (None: none found), the share that the model says they serve, a bound on any's, and nodes."""
+    """Replica counts [C] (None: none found), the share s of the model, a bound on its objective, and nodes."""
 
     replica_counts: tuple[int, ...] | None
     scale: float
@@ -72,9 +73,13 @@ def from_patterns(
     for count, terms in zip(problem.counts, serving, strict=True):
         if count > 0:
             model.addCons(quicksum(terms) >= count * scale)
-    for uses, count in zip(using, counts, strict=True):
+    busy = []
+    for uses, count, devices in zip(using, counts, relaxation.devices.tolist(), strict=True):
         if uses:
             model.addCons(quicksum(uses) <= count)
+            busy.append(devices / problem.num_devices * quicksum(uses))
+    model.addCons(scale <= 1)
+    model.setObjective(scale - THRIFT * quicksum(busy), sense="maximize")
     return _solved(model, scale, counts, scip.solve(model, time_limit_s=time_limit_s, gap_limit=GAP, node_limit=NODES))
 
 

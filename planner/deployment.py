@@ -62,8 +62,8 @@ CLOSING_SHARE = 0.95
 CERTAIN = 1e-5
 """SCIP's tolerances are well below this: a share that it bounds below 1 by this much is below 1."""
 
-PROMISING = 1.05
-"""Share-outs within this ratio of the best plan are polished."""
+PROMISING = 1.03
+"""Share-outs within this ratio of what is wanted are polished."""
 
 SETTLE_LIMIT_S = 2.0
 LOCAL_SEARCH_LIMIT_S = 0.2
@@ -218,7 +218,7 @@ def _dive(
     replica_s: float,
     patterns: Sequence[Pattern],
     goal_s: float,
-) -> None:
+) -> Share:
     """Looks for a share-out over these replicas within `replica_s`, or by polishing at least within `goal_s`."""
     rounded = rounding.dive(
         search.problem,
@@ -228,9 +228,10 @@ def _dive(
         deadline=search.deadline,
         improve_s=LOCAL_SEARCH_LIMIT_S,
     )
-    if search.best is None or rounded.share.max_s < search.best.max_s * PROMISING:
+    if goal_s < rounded.share.max_s < goal_s * PROMISING:
         rounded = rounding.polished(search.problem, rounded, goal_s, deadline=search.deadline)
     search.offer(replica_counts, rounded.share.max_s)
+    return rounded.in_order()
 
 
 def _prove(search: _Search, low_s: float, prices: np.ndarray) -> None:
@@ -272,9 +273,14 @@ def _close(search: _Search) -> None:
         served = level.solve(replica_counts=chosen.replica_counts, decide=True, deadline=search.deadline)
         if served.bound < 1 - CERTAIN:
             continue
-        _dive(search, chosen.replica_counts, trial_s, level.patterns, trial_s)
+        start = _dive(search, chosen.replica_counts, trial_s, level.patterns, trial_s)
         one = settle(
-            problem, chosen.replica_counts, bound_s=search.bound_s, target_gap=better / 2, deadline=search.deadline
+            problem,
+            chosen.replica_counts,
+            bound_s=search.bound_s,
+            target_gap=better / 2,
+            deadline=search.deadline,
+            start=start,
         )
         settled[one.replica_counts] = one
         search.offer(one.replica_counts, one.max_s)

@@ -9,7 +9,8 @@ With patterns a of known worth (`planner.pricing`) at a fixed T:
     (4)  sum over c that fit bucket J of p_c >= 1          where asked for
     (5)  lower_c <= p_c <= upper_c
 
-with x and p fractional.
+with x and p fractional. With `thrift` e > 0 the objective is s - e sum_a g_a x_a / D and s <= 1: of what serves all
+counts, that which leaves most room; `charges` then include e g_c / D.
 """
 
 from __future__ import annotations
@@ -39,7 +40,13 @@ class Master:
     """The master at one T. Patterns are added, bounds on p are changed, and it is solved again from where it was."""
 
     def __init__(
-        self, problem: PlanningProblem, lower: Sequence[int], upper: Sequence[int], *, needs_longest: bool = True
+        self,
+        problem: PlanningProblem,
+        lower: Sequence[int],
+        upper: Sequence[int],
+        *,
+        needs_longest: bool = True,
+        thrift: float = 0.0,
     ) -> None:
         self.patterns: list[Pattern] = []
         self._served = [bucket for bucket, count in enumerate(problem.counts) if count > 0]
@@ -52,7 +59,12 @@ class Master:
         lp.addRows([[] for _ in range(num_covers)], lhss=[0.0] * num_covers, rhss=[free] * num_covers)
         lp.addRow([], lhs=-free, rhs=float(problem.num_devices))
         lp.addRow([], lhs=1.0 if needs_longest else 0.0, rhs=free)
-        lp.addCol([(row, -float(problem.counts[b])) for row, b in enumerate(self._served)], obj=-1.0, lb=0.0, ub=free)
+        lp.addCol(
+            [(row, -float(problem.counts[b])) for row, b in enumerate(self._served)],
+            obj=-1.0,
+            lb=0.0,
+            ub=1.0 if thrift else free,
+        )
         last = len(problem.counts) - 1
         for index, usable in enumerate(problem.configs):
             entries = [(num_rows + index, 1.0), (num_rows + self._num_configs, float(usable.num_devices))]
@@ -60,6 +72,8 @@ class Master:
                 entries.append((num_rows + self._num_configs + 1, 1.0))
             lp.addCol(entries, obj=0.0, lb=float(lower[index]), ub=float(upper[index]))
         self._lp = lp
+        devices = np.array([usable.num_devices for usable in problem.configs])
+        self._thrift = thrift * devices / problem.num_devices
 
     def add(self, patterns: Sequence[Pattern]) -> None:
         if not patterns:
@@ -69,7 +83,12 @@ class Master:
             entries = [(self._row[b], float(n)) for b, n in enumerate(pattern.rows.tolist()) if n]
             columns.append([*entries, (len(self._served) + pattern.config, -1.0)])
         free = self._lp.infinity()
-        self._lp.addCols(columns, objs=[0.0] * len(columns), lbs=[0.0] * len(columns), ubs=[free] * len(columns))
+        self._lp.addCols(
+            columns,
+            objs=[float(self._thrift[pattern.config]) for pattern in patterns],
+            lbs=[0.0] * len(columns),
+            ubs=[free] * len(columns),
+        )
         self.patterns += patterns
 
     def fix(self, lower: Sequence[float], upper: Sequence[float]) -> None:
@@ -83,11 +102,11 @@ class Master:
         dual = np.array(self._lp.getDual())
         prices = np.zeros(self._num_buckets)
         prices[self._served] = np.maximum(dual[: len(self._served)], 0.0)
-        charges = np.maximum(dual[len(self._served) : len(self._served) + self._num_configs], 0.0)
+        links = dual[len(self._served) : len(self._served) + self._num_configs]
         return MasterSolution(
             scale=float(primal[0]),
             prices=prices,
-            charges=charges,
+            charges=np.maximum(links, 0.0) + self._thrift,
             replicas=primal[1 : 1 + self._num_configs],
             uses=primal[1 + self._num_configs :],
         )

@@ -27,6 +27,12 @@ ROUNDS = 4
 WHOLE = 1e-6
 """A pattern used this close to a whole number of times is used that often."""
 
+NEARLY_MOST = 0.6
+"""Of the patterns used at least this share of the most used one, the one with the longest bucket goes first."""
+
+THRIFT = 0.3
+"""The dive's master gives up this share of the counts for leaving all devices free: room to place what rounding leaves."""
+
 
 POLISH_CELLS = 100
 """Replicas polished at once times the buckets that they hold, at the most: small models solve quickly."""
@@ -39,12 +45,18 @@ POLISH_GAP = 1e-3
 MAX_FAILURES = 6
 """Polishing ends when so many groups around the slowest replica did not help."""
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class RoundedShare:
     """A share-out of the planned counts over the replicas of a deployment, configs in the order of `replicas` [R]."""
 
     replicas: tuple[int, ...]
     share: Share
+
+    def in_order(self) -> Share:
+        """The share-out with replicas in the order of their configs."""
+        order = np.argsort(self.replicas, kind="stable")
+        return Share(loads=self.share.loads[order], replica_s=self.share.replica_s[order])
 
 
 def dive(
@@ -87,9 +99,7 @@ def _hand_out(
     problem: PlanningProblem, free: list[int], left: np.ndarray, replica_s: float, pool: list[Pattern]
 ) -> list[Pattern]:
     """Patterns for some of the free replicas. `pool` is cut to what is left and gains patterns."""
-    distinct = {
-        (p.config, tuple(np.minimum(p.rows, left).tolist())): p.seconds for p in pool if free[p.config]
-    }
+    distinct = {(p.config, tuple(np.minimum(p.rows, left).tolist())): p.seconds for p in pool if free[p.config]}
     pool[:] = [
         Pattern(config=config, rows=np.array(rows), seconds=seconds)
         for (config, rows), seconds in distinct.items()
@@ -98,7 +108,7 @@ def _hand_out(
     rest = dataclasses.replace(problem, counts=tuple(left.tolist()))
     slots = [slots_of(u, rest.counts) if n else () for u, n in zip(rest.configs, free, strict=True)]
     pricer = Pricer(rest, slots, replica_s)
-    master = Master(rest, free, free, needs_longest=False)
+    master = Master(rest, free, free, needs_longest=False, thrift=THRIFT)
     master.add(pool)
     if not pool:
         found = pricer.price(np.ones(len(left)), np.zeros(len(free)))[1]
@@ -117,7 +127,7 @@ def _hand_out(
     solution = master.solve()
     whole = np.floor(solution.uses + WHOLE).astype(int)
     if not whole.any():
-        whole[int(solution.uses.argmax())] = 1
+        whole[_next(solution.uses, master.patterns)] = 1
     out = []
     room = list(free)
     for index in np.flatnonzero(whole).tolist():
@@ -126,6 +136,12 @@ def _hand_out(
         room[pattern.config] -= times
         out += [pattern] * times
     return out
+
+
+def _next(uses: np.ndarray, patterns: Sequence[Pattern]) -> int:
+    """Which pattern to hand out where none is used a whole time: few configs fit long buckets, so these go first."""
+    candidates = np.flatnonzero(uses >= NEARLY_MOST * uses.max()).tolist()
+    return max(candidates, key=lambda index: (int(np.flatnonzero(patterns[index].rows)[-1]), uses[index]))
 
 
 def _finished(
