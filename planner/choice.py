@@ -9,8 +9,9 @@ Both choose p with
     (5)  p' <= p for no p in those ruled out       some config has more replicas
 
 and maximise s. `from_patterns` takes s <= 1 from the level's patterns, used fractionally (the master with whole p), and
-among replica counts that serve all prefers those that leave room: what it names serves at least s. `from_worths` takes s <= sum_c z_c p_c for every pricing z so far: what it names serves at most
-s, and its bound holds for all p that are not ruled out.
+among replica counts that serve all prefers those that leave room: what it names serves at least s. `from_worths` takes
+s <= sum_c z_c p_c for every pricing z so far: what it names serves at most s, and its bound holds for all p that are
+not ruled out.
 """
 
 from __future__ import annotations

@@ -252,11 +252,13 @@ def _close(search: _Search) -> None:
     better = max(search.target_gap * CLOSING_SHARE, STRICTLY)
     settled: dict[tuple[int, ...], Settled] = {}
     level = None
-    while search.gap() > search.target_gap and search.left_s() > SHORTEST_SOLVE_S:
+    while search.gap() > max(search.target_gap, STRICTLY) and search.left_s() > SHORTEST_SOLVE_S:
         trial_s = (search.best.max_s + overhead_s) * (1 - better) - overhead_s
         if level is None or trial_s < level.replica_s:
             level = Level(relaxation, trial_s, proven=True)
-            level.solve(decide=True, deadline=search.deadline)
+            if level.solve(decide=True, deadline=search.deadline).bound < 1 - CERTAIN:
+                search.bound_s = max(search.bound_s, trial_s)
+                return
         ruled_out = [known for known in settled.values() if known.bound_s >= trial_s]
         chosen = choice.from_worths(
             relaxation,

@@ -31,7 +31,7 @@ NEARLY_MOST = 0.6
 """Of the patterns used at least this share of the most used one, the one with the longest bucket goes first."""
 
 THRIFT = 0.3
-"""The dive's master gives up this share of the counts for leaving all devices free: room to place what rounding leaves."""
+"""Share of the counts that a dive's master gives up to leave all devices free: room for what rounding leaves over."""
 
 
 POLISH_CELLS = 100
