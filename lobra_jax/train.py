@@ -212,9 +212,7 @@ class Trainer:
         metrics.write(record)
         if pending.prepared.dispatch.stopped_early:
             limit = self.config.planner.dispatch_time_limit_s
-            message = (
-                f"dispatch hit planner.dispatch_time_limit_s = {limit:g} s: a repeat may differ in rounding"
-            )
+            message = f"dispatch hit planner.dispatch_time_limit_s = {limit:g} s: a repeat may differ in rounding"
             metrics.write(EventRecord(step=done, event="dispatch_cut", message=message))
         counts = pending.prepared.batch.num_sequences
         for index, (name, task_step) in enumerate(pending.prepared.task_steps.items()):

@@ -15,7 +15,7 @@ from planner.cost import CostTable
 from planner.dispatch import METHODS
 from planner.errors import UserError
 from planner.inputs import FILE, Inputs, beside, input_options, load_plan, plan_argument, read_costs, read_lengths
-from planner.plan import REMATS, Plan
+from planner.plan import REMATS, Plan, Prediction
 from planner.planners import PLANNERS, solver
 from planner.problem import DEFAULT_NUM_BUCKETS, DEFAULT_TIME_LIMIT_S, Constraints, build_problem
 from planner.workload import Workload
@@ -36,8 +36,26 @@ class PlanningFlags:
     num_buckets: int | None
     max_tp: int | None
     max_pp: int | None
+    tps: tuple[int, ...] | None
+    pps: tuple[int, ...] | None
     remats: tuple[str, ...] | None
+    devices_per_host: int | None
+    pinned: tuple[str, ...] | None
+    max_configs: int | None
     time_limit: float | None
+
+    @property
+    def constraints(self) -> Constraints:
+        return Constraints(
+            max_tp=self.max_tp,
+            max_pp=self.max_pp,
+            tps=self.tps,
+            pps=self.pps,
+            remats=self.remats,
+            devices_per_host=self.devices_per_host,
+            pinned=self.pinned or (),
+            max_configs=self.max_configs,
+        )
 
 
 def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,7 +70,19 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--num-buckets", type=count, help="Most padded lengths with dynamic buckets."),
         click.option("--max-tp", type=count, help="Most devices that share a layer."),
         click.option("--max-pp", type=count, help="Most pipeline stages."),
+        click.option("--tps", metavar="1,2,..", callback=_int_list, help="Allowed tensor-parallel sizes."),
+        click.option("--pps", metavar="1,2,..", callback=_int_list, help="Allowed numbers of pipeline stages."),
         click.option("--remats", metavar="A,B", callback=_remat_list, help=f"Allowed of {','.join(REMATS)}."),
+        click.option("--devices-per-host", type=count, help="A layer's devices stay within a host of so many."),
+        click.option(
+            "--pin",
+            "pinned",
+            metavar="REPLICAS",
+            multiple=True,
+            callback=lambda _, __, value: value or None,
+            help="Replicas the plan must have, e.g. '1x(tp4,pp1,none)'. Repeatable.",
+        ),
+        click.option("--max-configs", type=count, help="Most unlike replicas in a plan."),
         click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), help="Seconds to plan at the most."),
     )
     for option in reversed(options):
@@ -68,6 +98,15 @@ def _bucket_list(_: click.Context, __: click.Parameter, value: str | None) -> st
     if value is None or not value.replace(",", "").isdigit():
         return value
     return tuple(int(item) for item in value.split(",") if item)
+
+
+def _int_list(_: click.Context, option: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    items = value.split(",")
+    if not all(item.isdigit() and int(item) > 0 for item in items):
+        raise UserError("bad value", key=f"--{option.name}", value=value, expected="integers >= 1, as in 1,2,4")
+    return tuple(int(item) for item in items)
 
 
 def _remat_list(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
@@ -90,7 +129,7 @@ def plan_and_write(
         num_devices,
         buckets=flags.buckets or "dynamic",
         num_buckets=flags.num_buckets or DEFAULT_NUM_BUCKETS,
-        constraints=Constraints(max_tp=flags.max_tp, max_pp=flags.max_pp, remats=flags.remats),
+        constraints=flags.constraints,
         proposal=flags.proposal is not False,
         time_limit_s=flags.time_limit or DEFAULT_TIME_LIMIT_S,
     )
@@ -105,13 +144,20 @@ def plan_and_write(
     predicted = plan.predicted
     if predicted is not None:
         console.print(
-            f"step {predicted.step_s:.4g} s, proven bound {predicted.bound_s:.4g} s, gap {predicted.gap:.2%}; "
+            f"step {predicted.step_s:.4g} s, proven bound {predicted.bound_s:.4g} s, "
+            f"gap {predicted.gap:.2%}{_how_it_ended(predicted)}; "
             f"{predicted.gpu_seconds:.4g} GPU-seconds a step; solved in {predicted.solve_s:.3g} s by {planner}",
             highlight=False,
             soft_wrap=True,
         )
     console.print(f"{out} (explain it: lobra explain {out})", highlight=False, markup=False, soft_wrap=True)
     return plan
+
+
+def _how_it_ended(predicted: Prediction) -> str:
+    if predicted.status is None:
+        return ""
+    return f" ({predicted.status}, {predicted.num_nodes} nodes)"
 
 
 @contextmanager

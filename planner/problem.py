@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from planner.bucketing import bucket_lengths
+from planner.constraints import Constraints, allowed_configs, pinned_counts
 from planner.cost import ConfigCost, CostTable
 from planner.errors import UserError
 from planner.lattice import row_options, split_rows
@@ -31,26 +32,6 @@ ROUNDING_SLACK = 1e-9
 
 DEFAULT_NUM_BUCKETS = 16
 DEFAULT_TIME_LIMIT_S = 30.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Constraints:
-    """Which parallel configs a plan may use; None allows what the cost table holds."""
-
-    max_tp: int | None = None
-    max_pp: int | None = None
-    tps: tuple[int, ...] | None = None
-    pps: tuple[int, ...] | None = None
-    remats: tuple[str, ...] | None = None
-
-    def allow(self, config: ParallelConfig) -> bool:
-        return (
-            (self.max_tp is None or config.tp <= self.max_tp)
-            and (self.max_pp is None or config.pp <= self.max_pp)
-            and (self.tps is None or config.tp in self.tps)
-            and (self.pps is None or config.pp in self.pps)
-            and (self.remats is None or config.remat in self.remats)
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,14 +181,17 @@ def build_problem(
 
     Raises:
       UserError: no config is allowed; the longest length fits none of them, or only configs wider than the devices
-        there are; a listed bucket set is too short; the cost table gives a shape no positive time.
+        there are; a listed bucket set is too short; the cost table gives a shape no positive time; constraints that
+        leave no plan (see `planner.constraints`).
     """
     if num_devices < 1:
         raise UserError("bad value", key="num_devices", value=num_devices, expected="an integer >= 1")
-    allowed = _allowed(costs, num_devices, constraints or Constraints(), workload.max_length)
+    constraints = constraints or Constraints()
+    allowed = allowed_configs(costs, num_devices, constraints, workload.max_length)
     cap = max(cost.capacity_tokens for cost in allowed)
     padded = bucket_lengths(workload, buckets, num_buckets=num_buckets, max_capacity_tokens=cap)
     expected = _expected_counts(workload, padded)
+    allowed = tuple(cost for cost in allowed if cost.capacity_tokens >= padded[0])
     return PlanningProblem(
         workload=workload,
         costs=costs,
@@ -215,9 +199,11 @@ def build_problem(
         buckets=padded,
         expected=expected,
         counts=_integer_counts(expected),
-        configs=tuple(usable_config(cost, padded) for cost in allowed if cost.capacity_tokens >= padded[0]),
+        configs=tuple(usable_config(cost, padded) for cost in allowed),
         proposal=proposal,
         time_limit_s=time_limit_s,
+        pinned=pinned_counts(constraints, allowed, num_devices, workload.max_length),
+        max_configs=constraints.max_configs,
     )
 
 
@@ -237,36 +223,6 @@ def usable_config(cost: ConfigCost, buckets: Sequence[int]) -> UsableConfig:
                     expected="a positive time for every shape: profile that shape or refit",
                 )
     return UsableConfig(cost=cost, rows=rows, slot_s=slot_s)
-
-
-def _allowed(costs: CostTable, num_devices: int, constraints: Constraints, max_length: int) -> tuple[ConfigCost, ...]:
-    allowed = [cost for cost in costs.configs if constraints.allow(cost.config)]
-    if not allowed:
-        raise UserError(
-            "the constraints allow no config of the cost table",
-            key="planner",
-            value=constraints,
-            expected="at least one of " + ", ".join(str(cost.config) for cost in costs.configs),
-        )
-    fitting = [cost for cost in allowed if cost.capacity_tokens >= max_length]
-    if not fitting:
-        largest = max(allowed, key=lambda cost: cost.capacity_tokens)
-        raise UserError(
-            f"sequences of {max_length} tokens fit no config",
-            key="workload",
-            expected=f"lengths up to {largest.capacity_tokens} tokens, the capacity of {largest.config}",
-        )
-    narrowest = min(fitting, key=lambda cost: (cost.config.num_devices, -cost.capacity_tokens))
-    missing = narrowest.config.num_devices - num_devices
-    if missing > 0:
-        raise UserError(
-            f"sequences of {max_length} tokens need a replica {narrowest.config} of "
-            f"{narrowest.config.num_devices} devices: {missing} missing",
-            key="num_devices",
-            value=num_devices,
-            expected=f"at least {narrowest.config.num_devices}",
-        )
-    return tuple(cost for cost in allowed if cost.config.num_devices <= num_devices)
 
 
 def _expected_counts(workload: Workload, buckets: Sequence[int]) -> tuple[float, ...]:

@@ -43,6 +43,9 @@ PRICED_AT_ONCE = 12
 BRACKET_RATIO = 1.003
 """The bracket ends when the attainable T is within this ratio of the unattainable one."""
 
+LARGEST_STEP = 2.0
+"""Largest factor by which T grows at once."""
+
 FIRST_STEP = 1.02
 """First factor by which T grows while some bucket cannot be served at all; squared each time."""
 
@@ -217,7 +220,7 @@ def bracket(relaxation: Relaxation, deadline: float) -> tuple[float, np.ndarray,
             if answer.solution is None and answer.bound == 0.0:
                 trial, step = trial * step, step * step
             else:
-                trial = low / min(answer.bound, 1 / BRACKET_RATIO)
+                trial = low * float(np.clip(1 / max(answer.bound, STRICT), BRACKET_RATIO, LARGEST_STEP))
         elif answer.scale >= 1 or time.perf_counter() < deadline:
             high = trial  # the share served is 1 or just below: no more patterns are worthwhile
             trial = 0.0

@@ -136,16 +136,26 @@ def config_costs(config: RunConfig, path: Path | None, config_path: Path) -> Cos
 
 def merged_flags(config: RunConfig, flags: PlanningFlags) -> PlanningFlags:
     """The flags, with the config's `planner` section where a flag was not given."""
+    defaults = config_flags(config)
+    given = {name: value for name, value in dataclasses.asdict(flags).items() if value is not None}
+    return dataclasses.replace(defaults, **given)
+
+
+def config_flags(config: RunConfig) -> PlanningFlags:
+    """The config's `planner` section as flags."""
     section = config.planner
-    defaults = PlanningFlags(
+    return PlanningFlags(
         planner=section.planner,
         proposal=section.proposal,
         buckets=section.buckets,
         num_buckets=section.num_buckets,
         max_tp=section.max_tp,
         max_pp=section.max_pp,
+        tps=section.tps,
+        pps=section.pps,
         remats=section.remats,
+        devices_per_host=section.devices_per_host,
+        pinned=section.pinned,
+        max_configs=section.max_configs,
         time_limit=section.solve_time_limit_s,
     )
-    given = {name: value for name, value in dataclasses.asdict(flags).items() if value is not None}
-    return dataclasses.replace(defaults, **given)

@@ -212,9 +212,8 @@ def _plan(
 
 
 def _make_plan(config: RunConfig, workload: Workload, costs: CostTable) -> Plan:
-    from lobra_jax.commands.plan import planned_devices
+    from lobra_jax.commands.plan import config_flags, planned_devices
     from planner.planners import make_plan
-    from planner.problem import Constraints
 
     section = config.planner
     return make_plan(
@@ -226,7 +225,7 @@ def _make_plan(config: RunConfig, workload: Workload, costs: CostTable) -> Plan:
         num_buckets=section.num_buckets,
         proposal=section.proposal,
         time_limit_s=section.solve_time_limit_s,
-        constraints=Constraints(max_tp=section.max_tp, max_pp=section.max_pp, remats=section.remats),
+        constraints=config_flags(config).constraints,
     )
 
 

@@ -159,7 +159,12 @@ class PlannerConfig(Section):
     num_buckets: Count = 16
     max_tp: Count | None = None
     max_pp: Count | None = None
+    tps: tuple[Count, ...] | None = None
+    pps: tuple[Count, ...] | None = None
     remats: tuple[Literal["none", "dots", "full"], ...] = Field(default=REMATS, min_length=1)
+    devices_per_host: Count | None = None
+    pinned: tuple[str, ...] = ()
+    max_configs: Count | None = None
     proposal: bool = True
     solve_time_limit_s: Positive = 60.0
     dispatch: Literal["balance", "group", "uniform"] = "balance"
