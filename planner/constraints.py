@@ -79,7 +79,7 @@ def allowed_configs(
         raise UserError(
             "the constraints allow no config of the cost table",
             key="planner",
-            value=constraints,
+            value=str(constraints),
             expected="at least one of " + ", ".join(str(cost.config) for cost in costs.configs),
         )
     fitting = [cost for cost in allowed if cost.capacity_tokens >= max_length]
