@@ -54,19 +54,19 @@ class Choice:
 def from_patterns(
     relaxation: Relaxation,
     patterns: Sequence[Pattern],
-    solution: MasterSolution,
+    solutions: Sequence[MasterSolution],
     *,
-    ruled_out: Sequence[Sequence[int]] = (),
     time_limit_s: float,
 ) -> Choice:
-    """Whole replica counts whose best use of (some of) the patterns serves most."""
+    """Whole replica counts whose best use of the patterns that are near their charge in some solution serves most."""
     problem = relaxation.problem
-    model, scale, counts = _model("deployment from patterns", relaxation, ruled_out)
+    model, scale, counts = _model("deployment from patterns", relaxation, ())
     serving: list[list] = [[] for _ in problem.counts]
     using: list[list] = [[] for _ in counts]
     near = NEAR / problem.num_devices * relaxation.devices
     for pattern in patterns:
-        if solution.charges[pattern.config] - pattern.rows @ solution.prices <= near[pattern.config]:
+        short = (solution.charges[pattern.config] - pattern.rows @ solution.prices for solution in solutions)
+        if min(short) <= near[pattern.config]:
             uses = model.addVar(lb=0)
             using[pattern.config].append(uses)
             for bucket in np.flatnonzero(pattern.rows).tolist():

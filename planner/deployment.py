@@ -34,6 +34,7 @@ import numpy as np
 
 from planner import balance, balance_model, choice, rounding
 from planner.balance import Share
+from planner.master import MasterSolution
 from planner.plan import Plan
 from planner.pricing import Pattern
 from planner.problem import PlanningProblem
@@ -52,6 +53,9 @@ CHOICES = 3
 
 HOPELESS = 0.97
 """Replica counts that serve less than this share of the counts, fractionally, are not dived for."""
+
+SERVES = 0.997
+"""Those that serve this share are worth polishing."""
 
 RETREATS = (0.0, 1e-3, 2e-3, 4e-3, 8e-3, 0.016, 0.032, 0.064, 0.128, 0.256)
 """By how much less than the relaxation's T, which is only nearly a bound, a proof is tried."""
@@ -184,21 +188,22 @@ def _find_plans(search: _Search, low_s: float, high_s: float) -> None:
     wanted = search.target_gap * CLOSING_SHARE
     overhead_s = search.problem.costs.step_overhead_s
     goal_s = (low_s + wanted * overhead_s) / (1 - wanted)
+    solutions: list[MasterSolution] = []
     for stretch in STRETCHES:
         replica_s = high_s * stretch
         if search.gap(low_s) <= wanted or search.left_s() <= 0 or (search.best and search.best.max_s <= replica_s):
             return
         level = Level(search.relaxation, replica_s)
         answer = level.solve(deadline=search.deadline)
+        solutions += [] if answer.solution is None else [answer.solution]
         tried: list[tuple[int, ...]] = []
         for _ in range(CHOICES):
-            if answer.solution is None or search.left_s() <= SHORTEST_SOLVE_S:
+            if not solutions or search.left_s() <= SHORTEST_SOLVE_S:
                 return
             chosen = choice.from_patterns(
                 search.relaxation,
                 level.patterns,
-                answer.solution,
-                ruled_out=(),
+                solutions,
                 time_limit_s=min(CHOICE_LIMIT_S, search.left_s()),
             )
             search.num_nodes += chosen.num_nodes
@@ -206,8 +211,10 @@ def _find_plans(search: _Search, low_s: float, high_s: float) -> None:
                 break
             tried.append(chosen.replica_counts)
             served = level.solve(replica_counts=chosen.replica_counts, deadline=search.deadline)
+            if served.solution is not None:
+                solutions.append(served.solution)
             if served.scale >= HOPELESS:
-                _dive(search, chosen.replica_counts, replica_s, level.patterns, goal_s)
+                _dive(search, chosen.replica_counts, replica_s, level.patterns, goal_s, polish=served.scale >= SERVES)
             if search.gap(low_s) <= wanted or served.scale >= 1:
                 break
 
@@ -218,6 +225,8 @@ def _dive(
     replica_s: float,
     patterns: Sequence[Pattern],
     goal_s: float,
+    *,
+    polish: bool = True,
 ) -> Share:
     """Looks for a share-out over these replicas within `replica_s`, or by polishing at least within `goal_s`."""
     rounded = rounding.dive(
@@ -228,7 +237,7 @@ def _dive(
         deadline=search.deadline,
         improve_s=LOCAL_SEARCH_LIMIT_S,
     )
-    if goal_s < rounded.share.max_s < goal_s * PROMISING:
+    if polish and goal_s < rounded.share.max_s < goal_s * PROMISING:
         rounded = rounding.polished(search.problem, rounded, goal_s, deadline=search.deadline)
     search.offer(replica_counts, rounded.share.max_s)
     return rounded.in_order()
