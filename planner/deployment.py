@@ -36,7 +36,6 @@ from planner import balance, balance_model, choice, rounding
 from planner.balance import Share
 from planner.master import MasterSolution
 from planner.plan import Plan
-from planner.pricing import Pattern
 from planner.problem import PlanningProblem
 from planner.relaxation import Level, Relaxation, bracket, least_conceivable_s
 
@@ -102,11 +101,26 @@ class _Search:
     def left_s(self) -> float:
         return self.deadline - time.perf_counter()
 
-    def gap(self, bound_s: float | None = None) -> float:
-        """The best plan's gap to a bound, by default the proven one; infinite without a plan."""
-        if self.best is None:
-            return np.inf
-        return _gap(self.problem, self.best.max_s, self.bound_s if bound_s is None else bound_s)
+    def gap(self) -> float:
+        """The best plan's gap to the bound; infinite without a plan."""
+        return np.inf if self.best is None else _gap(self.problem, self.best.max_s, self.bound_s)
+
+    def is_done(self) -> bool:
+        return self.gap() <= max(self.target_gap, STRICTLY) or self.left_s() <= SHORTEST_SOLVE_S
+
+    def better(self) -> float:
+        """The share by which step 4 asks for a better plan."""
+        return max(self.target_gap * CLOSING_SHARE, STRICTLY)
+
+    def trial_s(self) -> float:
+        """The T of step 4."""
+        overhead_s = self.problem.costs.step_overhead_s
+        return (self.best.max_s + overhead_s) * (1 - self.better()) - overhead_s
+
+    def goal_s(self) -> float:
+        """The T that would be near enough to the bound."""
+        wanted = self.target_gap * CLOSING_SHARE
+        return (self.bound_s + wanted * self.problem.costs.step_overhead_s) / (1 - wanted)
 
     def offer(self, replica_counts: Sequence[int], max_s: float) -> None:
         if self.best is None or max_s < self.best.max_s:
@@ -124,13 +138,13 @@ def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
         bound_s=least_conceivable_s(problem),
     )
     low_s, prices, high_s = bracket(search.relaxation, search.deadline)
+    _prove(search, low_s, prices)
     if np.isfinite(high_s):
-        _find_plans(search, low_s, high_s)
+        _search(search, high_s)
     if search.best is None:
         fallback = settle(problem, homogeneous(problem), deadline=search.deadline)
         search.offer(fallback.replica_counts, fallback.max_s)
-    _prove(search, low_s, prices)
-    _close(search)
+    _close(search, settling=True)
     overhead_s = problem.costs.step_overhead_s
     return problem.make_plan(
         search.best.replica_counts,
@@ -183,57 +197,56 @@ def _gap(problem: PlanningProblem, max_s: float, bound_s: float) -> float:
     return (max_s - bound_s) / (max_s + problem.costs.step_overhead_s)
 
 
-def _find_plans(search: _Search, low_s: float, high_s: float) -> None:
-    """Step 2. `low_s` is what the bound will be, nearly."""
-    wanted = search.target_gap * CLOSING_SHARE
-    overhead_s = search.problem.costs.step_overhead_s
-    goal_s = (low_s + wanted * overhead_s) / (1 - wanted)
+def _search(search: _Search, high_s: float) -> None:
+    """Steps 2 and 4 by turns, at growing T."""
     solutions: list[MasterSolution] = []
     for stretch in STRETCHES:
         replica_s = high_s * stretch
-        if search.gap(low_s) <= wanted or search.left_s() <= 0 or (search.best and search.best.max_s <= replica_s):
+        if search.is_done() or (search.best and search.best.max_s <= replica_s):
             return
-        level = Level(search.relaxation, replica_s)
-        answer = level.solve(deadline=search.deadline)
-        solutions += [] if answer.solution is None else [answer.solution]
-        tried: list[tuple[int, ...]] = []
-        for _ in range(CHOICES):
-            if not solutions or search.left_s() <= SHORTEST_SOLVE_S:
-                return
-            chosen = choice.from_patterns(
-                search.relaxation,
-                level.patterns,
-                solutions,
-                time_limit_s=min(CHOICE_LIMIT_S, search.left_s()),
-            )
-            search.num_nodes += chosen.num_nodes
-            if chosen.replica_counts is None or chosen.replica_counts in tried:
-                break
-            tried.append(chosen.replica_counts)
-            served = level.solve(replica_counts=chosen.replica_counts, deadline=search.deadline)
-            if served.solution is not None:
-                solutions.append(served.solution)
-            if served.scale >= HOPELESS:
-                _dive(search, chosen.replica_counts, replica_s, level.patterns, goal_s, polish=served.scale >= SERVES)
-            if search.gap(low_s) <= wanted or served.scale >= 1:
-                break
+        before = search.best
+        _find_plans(search, Level(search.relaxation, replica_s), solutions)
+        if search.best is not before:
+            _close(search, settling=False)
+
+
+def _find_plans(search: _Search, level: Level, solutions: list[MasterSolution]) -> None:
+    """Step 2 at one T. `solutions` of the masters so far tell which patterns matter; it gains some."""
+    answer = level.solve(deadline=search.deadline)
+    solutions += [] if answer.solution is None else [answer.solution]
+    tried: list[tuple[int, ...]] = []
+    for _ in range(CHOICES):
+        if not solutions or search.left_s() <= SHORTEST_SOLVE_S:
+            return
+        chosen = choice.from_patterns(
+            search.relaxation, level.patterns, solutions, time_limit_s=min(CHOICE_LIMIT_S, search.left_s())
+        )
+        search.num_nodes += chosen.num_nodes
+        if chosen.replica_counts is None or chosen.replica_counts in tried:
+            return
+        tried.append(chosen.replica_counts)
+        served = level.solve(replica_counts=chosen.replica_counts, deadline=search.deadline)
+        solutions += [] if served.solution is None else [served.solution]
+        if served.scale >= HOPELESS:
+            _dive(search, chosen.replica_counts, level, search.goal_s(), polish=served.scale >= SERVES)
+        if search.is_done() or served.scale >= 1:
+            return
 
 
 def _dive(
     search: _Search,
     replica_counts: tuple[int, ...],
-    replica_s: float,
-    patterns: Sequence[Pattern],
+    level: Level,
     goal_s: float,
     *,
     polish: bool = True,
 ) -> Share:
-    """Looks for a share-out over these replicas within `replica_s`, or by polishing at least within `goal_s`."""
+    """Looks for a share-out over these replicas within the level's T, or by polishing at least within `goal_s`."""
     rounded = rounding.dive(
         search.problem,
         replica_counts,
-        replica_s,
-        patterns,
+        level.replica_s,
+        level.patterns,
         deadline=search.deadline,
         improve_s=LOCAL_SEARCH_LIMIT_S,
     )
@@ -254,27 +267,20 @@ def _prove(search: _Search, low_s: float, prices: np.ndarray) -> None:
             return
 
 
-def _close(search: _Search) -> None:
-    """Step 4."""
+def _close(search: _Search, *, settling: bool) -> None:
+    """Step 4. Without `settling` it leaves off at replica counts that would have to be settled."""
     problem, relaxation = search.problem, search.relaxation
-    overhead_s = problem.costs.step_overhead_s
-    better = max(search.target_gap * CLOSING_SHARE, STRICTLY)
     settled: dict[tuple[int, ...], Settled] = {}
     level = None
-    while search.gap() > max(search.target_gap, STRICTLY) and search.left_s() > SHORTEST_SOLVE_S:
-        trial_s = (search.best.max_s + overhead_s) * (1 - better) - overhead_s
+    while not search.is_done():
+        trial_s = search.trial_s()
         if level is None or trial_s < level.replica_s:
             level = Level(relaxation, trial_s, proven=True)
             if level.solve(decide=True, deadline=search.deadline).bound < 1 - CERTAIN:
                 search.bound_s = max(search.bound_s, trial_s)
                 return
-        ruled_out = [known for known in settled.values() if known.bound_s >= trial_s]
-        chosen = choice.from_worths(
-            relaxation,
-            level.worths,
-            ruled_out=[known.replica_counts for known in ruled_out],
-            time_limit_s=search.left_s(),
-        )
+        ruled_out = [known.replica_counts for known in settled.values() if known.bound_s >= trial_s]
+        chosen = choice.from_worths(relaxation, level.worths, ruled_out=ruled_out, time_limit_s=search.left_s())
         search.num_nodes += chosen.num_nodes
         if chosen.bound < 1 - CERTAIN:
             search.bound_s = max(search.bound_s, trial_s)
@@ -284,12 +290,17 @@ def _close(search: _Search) -> None:
         served = level.solve(replica_counts=chosen.replica_counts, decide=True, deadline=search.deadline)
         if served.bound < 1 - CERTAIN:
             continue
-        start = _dive(search, chosen.replica_counts, trial_s, level.patterns, trial_s)
+        before = search.best
+        start = _dive(search, chosen.replica_counts, level, trial_s)
+        if not settling:
+            if search.best is before:
+                return
+            continue
         one = settle(
             problem,
             chosen.replica_counts,
             bound_s=search.bound_s,
-            target_gap=better / 2,
+            target_gap=search.better() / 2,
             deadline=search.deadline,
             start=start,
         )
