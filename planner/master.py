@@ -9,8 +9,9 @@ With patterns a of known worth (`planner.pricing`) at a fixed T:
     (4)  sum over c that fit bucket J of p_c >= 1          where asked for
     (5)  lower_c <= p_c <= upper_c
 
-with x and p fractional. With `thrift` e > 0 the objective is s - e sum_a g_a x_a / D and s <= 1: of what serves all
-counts, that which leaves most room; `charges` then include e g_c / D.
+with x and p fractional. The solver sees (1) divided by N_j and D s as objective, so that duals are about 1 whatever
+the size: its tolerances are absolute. With `thrift` e > 0 the objective is s - e sum_a g_a x_a / D and s <= 1: of what
+serves all counts, that which leaves most room; `charges` then include e g_c / D.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Master:
         self._served = [bucket for bucket, count in enumerate(problem.counts) if count > 0]
         self._row = {bucket: row for row, bucket in enumerate(self._served)}
         self._num_buckets, self._num_configs = len(problem.counts), len(problem.configs)
+        self._counts, self._num_devices = np.array(problem.counts), problem.num_devices
         lp = LP("master", sense="minimize")
         free = lp.infinity()
         num_rows = len(self._served)
@@ -60,8 +62,8 @@ class Master:
         lp.addRow([], lhs=-free, rhs=float(problem.num_devices))
         lp.addRow([], lhs=1.0 if needs_longest else 0.0, rhs=free)
         lp.addCol(
-            [(row, -float(problem.counts[b])) for row, b in enumerate(self._served)],
-            obj=-1.0,
+            [(row, -1.0) for row in range(num_rows)],
+            obj=-float(problem.num_devices),
             lb=0.0,
             ub=1.0 if thrift else free,
         )
@@ -80,12 +82,12 @@ class Master:
             return
         columns = []
         for pattern in patterns:
-            entries = [(self._row[b], float(n)) for b, n in enumerate(pattern.rows.tolist()) if n]
+            entries = [(self._row[b], float(n / self._counts[b])) for b, n in enumerate(pattern.rows.tolist()) if n]
             columns.append([*entries, (len(self._served) + pattern.config, -1.0)])
         free = self._lp.infinity()
         self._lp.addCols(
             columns,
-            objs=[float(self._thrift[pattern.config]) for pattern in patterns],
+            objs=[float(self._thrift[pattern.config] * self._num_devices) for pattern in patterns],
             lbs=[0.0] * len(columns),
             ubs=[free] * len(columns),
         )
@@ -99,9 +101,9 @@ class Master:
     def solve(self) -> MasterSolution:
         self._lp.solve()
         primal = np.array(self._lp.getPrimal())
-        dual = np.array(self._lp.getDual())
+        dual = np.array(self._lp.getDual()) / self._num_devices
         prices = np.zeros(self._num_buckets)
-        prices[self._served] = np.maximum(dual[: len(self._served)], 0.0)
+        prices[self._served] = np.maximum(dual[: len(self._served)], 0.0) / self._counts[self._served]
         links = dual[len(self._served) : len(self._served) + self._num_configs]
         return MasterSolution(
             scale=float(primal[0]),

@@ -135,6 +135,7 @@ class Level:
         self.master = Master(relaxation.problem, relaxation.lower, relaxation.upper)
         self.master.add([pattern for pattern in relaxation.pool if pattern.seconds <= replica_s * (1 + SURPLUS)])
         self.worths: list[np.ndarray] = []
+        self._known = {(pattern.config, pattern.rows.tobytes()) for pattern in self.patterns}
 
     @property
     def patterns(self) -> list[Pattern]:
@@ -198,6 +199,8 @@ class Level:
         self.worths.append(worth)
         if solution is not None:
             found = [pattern for pattern in found if pattern.rows @ solution.prices > charges[pattern.config]]
+        found = [pattern for pattern in found if (pattern.config, pattern.rows.tobytes()) not in self._known]
+        self._known.update((pattern.config, pattern.rows.tobytes()) for pattern in found)
         self.master.add(found)
         relaxation.pool += found
         if replica_counts is None:
