@@ -78,9 +78,7 @@ class StageSharding:
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def adapters(
-        self, layers: Sequence[int], targets: Sequence[str]
-    ) -> dict[str, dict[str, dict[str, NamedSharding]]]:
+    def adapters(self, layers: Sequence[int], targets: Sequence[str]) -> dict[str, dict[str, dict[str, NamedSharding]]]:
         """Shardings of the adapters (and of their gradients) of these layers and linears."""
         pair = {
             target: {"a": self.named(("task", fan_in, "rank")), "b": self.named(("task", "rank", fan_out))}

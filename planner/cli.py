@@ -16,17 +16,16 @@ from planner.bucket_choice import (
     DEFAULT_STEPS,
     BucketRow,
     best_row,
-    choose_num_buckets,
 )
 from planner.cost import CostTable
 from planner.dispatch import METHODS
 from planner.errors import UserError
 from planner.inputs import FILE, Inputs, beside, input_options, load_plan, plan_argument, read_costs, read_lengths
-from planner.lattice import DEFAULT_ROW_OPTIONS, MAX_ROW_OPTIONS
-from planner.plan import REMATS, Plan
-from planner.planners import PLANNERS, solver
-from planner.problem import DEFAULT_NUM_BUCKETS, DEFAULT_TIME_LIMIT_S, Constraints, build_problem
-from planner.robust import DEFAULT_SAMPLES, OBJECTIVES, Robust, StepTimes, solve_robust
+from planner.lattice import MAX_ROW_OPTIONS
+from planner.plan import REMATS, Plan, Prediction
+from planner.planners import PLANNERS
+from planner.planning import PlanningFlags, choose_plan
+from planner.robust import OBJECTIVES, Robust, StepTimes
 from planner.workload import Workload
 
 if TYPE_CHECKING:
@@ -34,25 +33,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from planner.simulate import Simulation
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanningFlags:
-    """The values of `planning_options`; None where the flag was not given."""
-
-    planner: str | None
-    proposal: bool | None
-    buckets: str | tuple[int, ...] | None
-    num_buckets: int | None
-    row_options: int | None
-    max_tp: int | None
-    max_pp: int | None
-    remats: tuple[str, ...] | None
-    time_limit: float | None
-    robust: str | None
-    samples: int | None
-    compile_s: float | None
-    amortise_steps: int | None
 
 
 def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,7 +66,19 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--max-tp", type=count, help="Most devices that share a layer."),
         click.option("--max-pp", type=count, help="Most pipeline stages."),
+        click.option("--tps", metavar="1,2,..", callback=_int_list, help="Allowed tensor-parallel sizes."),
+        click.option("--pps", metavar="1,2,..", callback=_int_list, help="Allowed numbers of pipeline stages."),
         click.option("--remats", metavar="A,B", callback=_remat_list, help=f"Allowed of {','.join(REMATS)}."),
+        click.option("--devices-per-host", type=count, help="A layer's devices stay within a host of so many."),
+        click.option(
+            "--pin",
+            "pinned",
+            metavar="REPLICAS",
+            multiple=True,
+            callback=lambda _, __, value: value or None,
+            help="Replicas the plan must have, e.g. '1x(tp4,pp1,none)'. Repeatable.",
+        ),
+        click.option("--max-configs", type=count, help="Most unlike replicas in a plan."),
         click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), help="Seconds to plan at the most."),
         click.option(
             "--robust",
@@ -110,6 +102,15 @@ def _bucket_list(_: click.Context, __: click.Parameter, value: str | None) -> st
     return tuple(int(item) for item in value.split(",") if item)
 
 
+def _int_list(_: click.Context, option: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    items = value.split(",")
+    if not all(item.isdigit() and int(item) > 0 for item in items):
+        raise UserError("bad value", key=f"--{option.name}", value=value, expected="integers >= 1, as in 1,2,4")
+    return tuple(int(item) for item in items)
+
+
 def _remat_list(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
     if value is None:
         return None
@@ -124,32 +125,11 @@ def plan_and_write(
     workload: Workload, costs: CostTable, num_devices: int, out: Path, flags: PlanningFlags, console: Console
 ) -> Plan:
     """Plans, writes the plan with its costs and lengths beside it, and prints what came out."""
-    planner = flags.planner or "exact"
-    num_buckets = flags.num_buckets or DEFAULT_NUM_BUCKETS
-    if flags.num_buckets is None and flags.buckets in (None, "dynamic"):
-        with console.status("choosing the number of padded lengths"):
-            row = best_row(bucket_report(workload, costs, num_devices, flags))
-        num_buckets = row.num_buckets
-        console.print(bucket_line(row), highlight=False, soft_wrap=True)
-    problem = build_problem(
-        workload,
-        costs,
-        num_devices,
-        buckets=flags.buckets or "dynamic",
-        num_buckets=num_buckets,
-        row_options=flags.row_options or DEFAULT_ROW_OPTIONS,
-        constraints=_constraints(flags),
-        proposal=flags.proposal is not False,
-        time_limit_s=flags.time_limit or DEFAULT_TIME_LIMIT_S,
-    )
-    robust = None
-    with console.status(f"planning {num_devices} devices with {planner}, at most {problem.time_limit_s:g} s"):
-        if flags.robust in (None, "off"):
-            plan = solver(planner)(problem)
-        else:
-            samples = flags.samples or DEFAULT_SAMPLES
-            robust = solve_robust(problem, solver(planner), objective=flags.robust, num_samples=samples)
-            plan = robust.plan
+    with console.status(f"planning {num_devices} devices"):
+        chosen = choose_plan(workload, costs, num_devices, flags)
+    plan, robust = chosen.plan, chosen.robust
+    if chosen.lengths is not None:
+        console.print(bucket_line(chosen.lengths), highlight=False, soft_wrap=True)
     with _writing(out):
         costs.save(beside(out, "costs"))
         workload.save(beside(out, "lengths"))
@@ -160,8 +140,9 @@ def plan_and_write(
     predicted = plan.predicted
     if predicted is not None:
         console.print(
-            f"step {predicted.step_s:.4g} s, proven bound {predicted.bound_s:.4g} s, gap {predicted.gap:.2%}; "
-            f"{predicted.gpu_seconds:.4g} GPU-seconds a step; solved in {predicted.solve_s:.3g} s by {planner}",
+            f"step {predicted.step_s:.4g} s, proven bound {predicted.bound_s:.4g} s, "
+            f"gap {predicted.gap:.2%}{_how_it_ended(predicted)}; "
+            f"{predicted.gpu_seconds:.4g} GPU-seconds a step; solved in {predicted.solve_s:.3g} s by {plan.planner}",
             highlight=False,
             soft_wrap=True,
         )
@@ -170,27 +151,6 @@ def plan_and_write(
             console.print(line, highlight=False, soft_wrap=True)
     console.print(f"{out} (explain it: lobra explain {out})", highlight=False, markup=False, soft_wrap=True)
     return plan
-
-
-def _constraints(flags: PlanningFlags) -> Constraints:
-    return Constraints(max_tp=flags.max_tp, max_pp=flags.max_pp, remats=flags.remats)
-
-
-def bucket_report(
-    workload: Workload, costs: CostTable, num_devices: int, flags: PlanningFlags
-) -> tuple[BucketRow, ...]:
-    """Padding, programs and seconds a step for each number of padded lengths."""
-    return choose_num_buckets(
-        workload,
-        costs,
-        num_devices,
-        solver(flags.planner or "exact"),
-        row_options=flags.row_options or DEFAULT_ROW_OPTIONS,
-        constraints=_constraints(flags),
-        compile_s=DEFAULT_COMPILE_S if flags.compile_s is None else flags.compile_s,
-        steps=flags.amortise_steps or DEFAULT_STEPS,
-        time_limit_s=flags.time_limit or DEFAULT_TIME_LIMIT_S,
-    )
 
 
 def bucket_line(row: BucketRow) -> str:
@@ -253,6 +213,12 @@ def _robust_dict(robust: Robust) -> dict[str, Any]:
         "mean_plan_times": dataclasses.asdict(robust.mean_plan_times),
         "regret": robust.regret,
     }
+
+
+def _how_it_ended(predicted: Prediction) -> str:
+    if predicted.status is None:
+        return ""
+    return f" ({predicted.status}, {predicted.num_nodes} nodes)"
 
 
 @contextmanager

@@ -70,13 +70,19 @@ class ReplicaGroup:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What the planner expects of a plan; seconds a step, `gap` = (step_s - bound_s) / step_s."""
+    """What the planner expects of a plan; seconds a step, `gap` = (step_s - bound_s) / step_s.
+
+    `status` is how the search ended and `num_nodes` how many branch-and-bound nodes and pricings it took; None in files
+    that do not say.
+    """
 
     step_s: float
     bound_s: float
     gap: float
     gpu_seconds: float
     solve_s: float
+    status: str | None = None
+    num_nodes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,7 +162,8 @@ class Plan:
             ],
         }
         if self.predicted is not None:
-            out["predicted"] = dataclasses.asdict(self.predicted)
+            known = dataclasses.asdict(self.predicted)
+            out["predicted"] = {name: value for name, value in known.items() if value is not None}
         out["buckets"] = list(self.buckets)
         out["row_options"] = self.row_options
         return out
@@ -201,13 +208,17 @@ class Plan:
         predicted = None
         if raw.get("predicted") is not None:
             values = _require_mapping(raw["predicted"], file, "predicted")
-            names = [f.name for f in dataclasses.fields(Prediction)]
-            _reject_unknown(values, set(names), file, "predicted")
+            names = ("step_s", "bound_s", "gap", "gpu_seconds", "solve_s")
+            _reject_unknown(values, {*names, "status", "num_nodes"}, file, "predicted")
             for name in names:
                 number = values.get(name)
                 if isinstance(number, bool) or not isinstance(number, int | float) or math.isnan(number):
                     raise UserError("bad value", file=file, key=f"predicted.{name}", value=number, expected="a number")
-            predicted = Prediction(**{name: float(values[name]) for name in names})
+            predicted = Prediction(
+                **{name: float(values[name]) for name in names},
+                status=_optional(values, "status", str, file),
+                num_nodes=_optional(values, "num_nodes", int, file),
+            )
         buckets = _field(raw, "buckets", list, file, None)
         if not all(isinstance(b, int) and not isinstance(b, bool) for b in buckets):
             raise UserError("bad value", file=file, key="buckets", value=buckets, expected="a list of integers")
@@ -250,6 +261,10 @@ def _reject_unknown(raw: Mapping[str, Any], known: set[str], file: object, key: 
     for name in raw:
         if name not in known:
             raise UserError(f"unknown key {name!r}", file=file, key=key, expected="one of " + ", ".join(sorted(known)))
+
+
+def _optional(raw: Mapping[str, Any], name: str, kind: type, file: object) -> Any:
+    return None if raw.get(name) is None else _field(raw, name, kind, file, "predicted")
 
 
 def _field(raw: Mapping[str, Any], name: str, kind: type, file: object, key: str | None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 
@@ -28,10 +29,22 @@ PLANNERS = {
 
 
 def solver(name: str) -> Callable[[PlanningProblem], Plan]:
-    """The planner called `name`; an unknown name raises `UserError`."""
+    """The planner called `name`; an unknown name raises `UserError`.
+
+    LobRA's planners keep to allowed configs, but know neither pinned replicas nor a limit of distinct configs: for a
+    problem with these they raise `UserError`.
+    """
     if name not in PLANNERS:
         raise UserError("bad value", key="planner", value=name, expected=f"one of {', '.join(PLANNERS)}")
-    return importlib.import_module(PLANNERS[name]).solve
+    solve = importlib.import_module(PLANNERS[name]).solve
+    return solve if name == "exact" else functools.partial(_without_pins, name, solve)
+
+
+def _without_pins(name: str, solve: Callable[[PlanningProblem], Plan], problem: PlanningProblem) -> Plan:
+    given = "pinned" if problem.pinned else "max_configs" if problem.max_configs is not None else None
+    if given is not None:
+        raise UserError(f"planner {name} does not know {given}", key=given, expected="planner exact, or without it")
+    return solve(problem)
 
 
 def make_plan(
@@ -54,7 +67,7 @@ def make_plan(
       row_options: row counts compiled for each bucket on a replica, see `planner.lattice`.
       proposal: whether minlp and prune draw configs by LobRA's configuration proposal.
       time_limit_s: after which the best plan found is returned with its gap.
-      constraints: which tp, pp and remat may be used.
+      constraints: what a plan has to keep to.
 
     Raises:
       UserError: an unknown planner, or no plan exists (see `build_problem`).

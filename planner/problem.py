@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from planner.bucketing import bucket_lengths
+from planner.constraints import Constraints, allowed_configs, pinned_counts
 from planner.cost import ConfigCost, CostTable
 from planner.errors import UserError
 from planner.lattice import DEFAULT_ROW_OPTIONS, row_options, split_rows
@@ -31,26 +32,6 @@ ROUNDING_SLACK = 1e-9
 
 DEFAULT_NUM_BUCKETS = 16
 DEFAULT_TIME_LIMIT_S = 30.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Constraints:
-    """Which parallel configs a plan may use; None allows what the cost table holds."""
-
-    max_tp: int | None = None
-    max_pp: int | None = None
-    tps: tuple[int, ...] | None = None
-    pps: tuple[int, ...] | None = None
-    remats: tuple[str, ...] | None = None
-
-    def allow(self, config: ParallelConfig) -> bool:
-        return (
-            (self.max_tp is None or config.tp <= self.max_tp)
-            and (self.max_pp is None or config.pp <= self.max_pp)
-            and (self.tps is None or config.tp in self.tps)
-            and (self.pps is None or config.pp in self.pps)
-            and (self.remats is None or config.remat in self.remats)
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,6 +100,8 @@ class PlanningProblem:
       row_options: row counts of the lattice for each bucket on a config.
       proposal: whether planners that know LobRA's configuration proposal use it.
       time_limit_s: after this many seconds a planner returns the best plan that it has.
+      pinned: for each config, replicas that a plan must have at the least; () for none.
+      max_configs: most distinct configs in a plan; None for no limit.
     """
 
     workload: Workload
@@ -131,6 +114,13 @@ class PlanningProblem:
     row_options: int = DEFAULT_ROW_OPTIONS
     proposal: bool = True
     time_limit_s: float = DEFAULT_TIME_LIMIT_S
+    pinned: tuple[int, ...] = ()
+    max_configs: int | None = None
+
+    @property
+    def pinned_counts(self) -> tuple[int, ...]:
+        """`pinned` for every config."""
+        return self.pinned or (0,) * len(self.configs)
 
     @property
     def narrowest_for_longest(self) -> int:
@@ -146,6 +136,8 @@ class PlanningProblem:
         bound_s: float,
         planner: str,
         solve_s: float,
+        status: str | None = None,
+        num_nodes: int | None = None,
     ) -> Plan:
         """The plan of replica_counts[i] replicas of configs[i], largest configs first; drops configs with none.
 
@@ -171,6 +163,8 @@ class PlanningProblem:
                 gap=(step_s - bound_s) / step_s,
                 gpu_seconds=step_s * used,
                 solve_s=solve_s,
+                status=status,
+                num_nodes=num_nodes,
             ),
         )
 
@@ -191,14 +185,17 @@ def build_problem(
 
     Raises:
       UserError: no config is allowed; the longest length fits none of them, or only configs wider than the devices
-        there are; a listed bucket set is too short; the cost table gives a shape no positive time.
+        there are; a listed bucket set is too short; the cost table gives a shape no positive time; constraints that
+        leave no plan (see `planner.constraints`).
     """
     if num_devices < 1:
         raise UserError("bad value", key="num_devices", value=num_devices, expected="an integer >= 1")
-    allowed = _allowed(costs, num_devices, constraints or Constraints(), workload.max_length)
+    constraints = constraints or Constraints()
+    allowed = allowed_configs(costs, num_devices, constraints, workload.max_length)
     cap = max(cost.capacity_tokens for cost in allowed)
     padded = bucket_lengths(workload, buckets, num_buckets=num_buckets, max_capacity_tokens=cap)
     expected = _expected_counts(workload, padded)
+    allowed = tuple(cost for cost in allowed if cost.capacity_tokens >= padded[0])
     return PlanningProblem(
         workload=workload,
         costs=costs,
@@ -206,14 +203,12 @@ def build_problem(
         buckets=padded,
         expected=expected,
         counts=_integer_counts(expected),
-        configs=tuple(
-            usable_config(cost, padded, num_options=row_options)
-            for cost in allowed
-            if cost.capacity_tokens >= padded[0]
-        ),
+        configs=tuple(usable_config(cost, padded, num_options=row_options) for cost in allowed),
         row_options=row_options,
         proposal=proposal,
         time_limit_s=time_limit_s,
+        pinned=pinned_counts(constraints, allowed, num_devices, workload.max_length),
+        max_configs=constraints.max_configs,
     )
 
 
@@ -233,36 +228,6 @@ def usable_config(cost: ConfigCost, buckets: Sequence[int], *, num_options: int 
                     expected="a positive time for every shape: profile that shape or refit",
                 )
     return UsableConfig(cost=cost, rows=rows, slot_s=slot_s)
-
-
-def _allowed(costs: CostTable, num_devices: int, constraints: Constraints, max_length: int) -> tuple[ConfigCost, ...]:
-    allowed = [cost for cost in costs.configs if constraints.allow(cost.config)]
-    if not allowed:
-        raise UserError(
-            "the constraints allow no config of the cost table",
-            key="planner",
-            value=constraints,
-            expected="at least one of " + ", ".join(str(cost.config) for cost in costs.configs),
-        )
-    fitting = [cost for cost in allowed if cost.capacity_tokens >= max_length]
-    if not fitting:
-        largest = max(allowed, key=lambda cost: cost.capacity_tokens)
-        raise UserError(
-            f"sequences of {max_length} tokens fit no config",
-            key="workload",
-            expected=f"lengths up to {largest.capacity_tokens} tokens, the capacity of {largest.config}",
-        )
-    narrowest = min(fitting, key=lambda cost: (cost.config.num_devices, -cost.capacity_tokens))
-    missing = narrowest.config.num_devices - num_devices
-    if missing > 0:
-        raise UserError(
-            f"sequences of {max_length} tokens need a replica {narrowest.config} of "
-            f"{narrowest.config.num_devices} devices: {missing} missing",
-            key="num_devices",
-            value=num_devices,
-            expected=f"at least {narrowest.config.num_devices}",
-        )
-    return tuple(cost for cost in allowed if cost.config.num_devices <= num_devices)
 
 
 def _expected_counts(workload: Workload, buckets: Sequence[int]) -> tuple[float, ...]:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.cli import PlanningFlags, bucket_report, bucket_table, plan_and_write, planning_options
+from planner.cli import bucket_table, plan_and_write, planning_options
 from planner.cost import CostTable
 from planner.errors import UserError
 from planner.inputs import FILE, Inputs, input_options, read_costs, read_lengths
+from planner.planning import PlanningFlags, bucket_report
 from planner.problem import DEFAULT_TIME_LIMIT_S
 from planner.workload import TaskLengths, Workload
 
@@ -242,8 +243,15 @@ def config_costs(config: RunConfig, path: Path | None, config_path: Path) -> Cos
 
 def merged_flags(config: RunConfig, flags: PlanningFlags) -> PlanningFlags:
     """The flags, with the config's `planner` section where a flag was not given."""
+    defaults = config_flags(config)
+    given = {name: value for name, value in dataclasses.asdict(flags).items() if value is not None}
+    return dataclasses.replace(defaults, **given)
+
+
+def config_flags(config: RunConfig) -> PlanningFlags:
+    """The config's `planner` section as flags."""
     section = config.planner
-    defaults = PlanningFlags(
+    return PlanningFlags(
         planner=section.planner,
         proposal=section.proposal,
         buckets=section.buckets,
@@ -253,10 +261,13 @@ def merged_flags(config: RunConfig, flags: PlanningFlags) -> PlanningFlags:
         amortise_steps=max(task.steps for task in config.tasks),
         max_tp=section.max_tp,
         max_pp=section.max_pp,
+        tps=section.tps,
+        pps=section.pps,
         remats=section.remats,
+        devices_per_host=section.devices_per_host,
+        pinned=section.pinned,
+        max_configs=section.max_configs,
         time_limit=section.solve_time_limit_s,
         robust=section.robust,
         samples=section.samples,
     )
-    given = {name: value for name, value in dataclasses.asdict(flags).items() if value is not None}
-    return dataclasses.replace(defaults, **given)

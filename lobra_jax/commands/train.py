@@ -228,45 +228,14 @@ def _plan(
 
 
 def _make_plan(config: RunConfig, workload: Workload, costs: CostTable) -> Plan:
-    from lobra_jax.commands.plan import planned_devices
-    from planner.bucket_choice import best_row, choose_num_buckets
+    from lobra_jax.commands.plan import config_flags, planned_devices
     from planner.cli import bucket_line
-    from planner.planners import solver
-    from planner.problem import DEFAULT_NUM_BUCKETS, Constraints, build_problem
-    from planner.robust import solve_robust
+    from planner.planning import choose_plan
 
-    section = config.planner
-    solve, num_devices = solver(section.planner), planned_devices(config, costs, None)
-    constraints = Constraints(max_tp=section.max_tp, max_pp=section.max_pp, remats=section.remats)
-    num_buckets = section.num_buckets or DEFAULT_NUM_BUCKETS
-    if section.num_buckets is None and section.buckets == "dynamic":
-        rows = choose_num_buckets(
-            workload,
-            costs,
-            num_devices,
-            solve,
-            row_options=section.row_options,
-            constraints=constraints,
-            compile_s=section.compile_s,
-            steps=max(task.steps for task in config.tasks),
-            time_limit_s=section.solve_time_limit_s,
-        )
-        num_buckets = best_row(rows).num_buckets
-        click.echo(bucket_line(best_row(rows)))
-    problem = build_problem(
-        workload,
-        costs,
-        num_devices,
-        buckets=section.buckets,
-        num_buckets=num_buckets,
-        row_options=section.row_options,
-        proposal=section.proposal,
-        time_limit_s=section.solve_time_limit_s,
-        constraints=constraints,
-    )
-    if section.robust == "off":
-        return solve(problem)
-    return solve_robust(problem, solve, objective=section.robust, num_samples=section.samples).plan
+    chosen = choose_plan(workload, costs, planned_devices(config, costs, None), config_flags(config))
+    if chosen.lengths is not None:
+        click.echo(bucket_line(chosen.lengths))
+    return chosen.plan
 
 
 def _check_devices(plan: Plan, model: LlamaConfig, devices: list[Any]) -> None:

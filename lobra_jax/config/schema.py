@@ -320,8 +320,18 @@ class PlannerConfig(Section):
     """Most devices that share a layer; null for no limit."""
     max_pp: Count | None = None
     """Most pipeline stages; null for no limit."""
+    tps: tuple[Count, ...] | None = None
+    """Tensor-parallel sizes allowed; null for all."""
+    pps: tuple[Count, ...] | None = None
+    """Numbers of pipeline stages allowed; null for all."""
     remats: tuple[Literal["none", "dots", "full"], ...] = Field(default=REMATS, min_length=1)
     """Rematerialisation policies to measure and plan with."""
+    devices_per_host: Count | None = None
+    """A layer's devices stay within a host of so many; null for no limit."""
+    pinned: tuple[str, ...] = ()
+    """Replicas that the plan must have, such as 1x(tp4,pp1,none)."""
+    max_configs: Count | None = None
+    """Most unlike replicas in a plan; null for no limit."""
     proposal: bool = True
     """Minlp and prune draw replica shapes by LobRA's configuration proposal."""
     solve_time_limit_s: Positive = 60.0

@@ -71,9 +71,7 @@ class LlamaConfig:
         )
 
 
-def _preset(
-    name: str, vocab: int, hidden: int, mlp: int, layers: int, heads: int, kv: int, **rest: Any
-) -> LlamaConfig:
+def _preset(name: str, vocab: int, hidden: int, mlp: int, layers: int, heads: int, kv: int, **rest: Any) -> LlamaConfig:
     return LlamaConfig(
         name=name,
         vocab_size=vocab,

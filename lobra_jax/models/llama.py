@@ -211,4 +211,3 @@ def apply_rope(x_BLNH: Array, rope: tuple[Array, Array]) -> Array:
     cos, sin = (table[None, :, None, :] for table in rope)
     x1, x2 = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BLNH.dtype)
-

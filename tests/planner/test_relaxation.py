@@ -1,20 +1,121 @@
-"""The relaxation's cuts hold for everything that fits one replica."""
+"""Pricing bounds every pattern, and what the relaxation does not let through no plan attains."""
+
+import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.relaxation import DUAL_FEASIBLE_KS, dual_feasible
+from planner.cost import ConfigCost, CostTable
+from planner.plan import ParallelConfig
+from planner.pricing import Pricer, slots_of
+from planner.problem import build_problem
+from planner.relaxation import Level, Relaxation, bracket, least_conceivable_s
+from planner.workload import TaskLengths, Workload
+
+BUCKETS = (16, 32, 64)
 
 
-@given(st.lists(st.integers(0, 840), min_size=1, max_size=12), st.sampled_from(DUAL_FEASIBLE_KS))
-def test_slots_that_fit_one_replica_fit_it_after_the_dual_feasible_function(parts, k):
-    # 840 is divisible by every k + 1: the breakpoints, where rounding could go wrong, are hit.
-    total = max(sum(parts), 840)
-    assert dual_feasible(np.array(parts) / total, k).sum() <= 1 + 1e-6
+@st.composite
+def priced_configs(draw):
+    """(problem with one config on one replica, its counts, prices, seconds)."""
+    counts = [draw(st.integers(0, 7)), draw(st.integers(0, 3)), draw(st.integers(1, 2))]
+    total = sum(counts)
+    lengths = {s: n / total for s, n in zip(BUCKETS, counts, strict=True)}
+    workload = Workload(tasks=(TaskLengths(name="t", batch_size=total, lengths=lengths),))
+    config = ParallelConfig(tp=1, pp=draw(st.integers(1, 3)), remat="none")
+    times = st.floats(0.0, 1e-2)
+    coefficients = (0.0, 0.0, draw(st.floats(1e-5, 1e-3)), 0.0, draw(times), draw(times))
+    cost = ConfigCost(
+        config=config,
+        capacity_tokens=draw(st.integers(64, 200)),
+        coefficients=coefficients,
+        fixed_s=draw(times),
+    )
+    costs = CostTable(model="m", model_fingerprint="f", hardware={}, configs=(cost,))
+    problem = build_problem(workload, costs, config.num_devices, buckets=BUCKETS)
+    prices = np.array([draw(st.floats(0.0, 1.0)) for _ in BUCKETS])
+    return problem, prices, draw(st.floats(1e-2, 1.0))
 
 
-@pytest.mark.parametrize(("share", "k", "expected"), [(0.4, 1, 0.0), (0.6, 1, 1.0), (0.4, 2, 0.5), (0.3, 3, 1 / 3)])
-def test_dual_feasible_function_of_known_shares(share, k, expected):
-    assert dual_feasible(np.array([share]), k).tolist() == pytest.approx([expected])
+def best_worth(problem, prices, seconds):
+    """By trying every load of the one replica; worked out from the cost table alone."""
+    best = 0.0
+    for loads in itertools.product(*(range(n + 1) for n in problem.counts)):
+        if problem.configs[0].replica_s(loads) <= seconds:
+            best = max(best, float(np.dot(loads, prices)))
+    return best
+
+
+@settings(max_examples=60, deadline=None)
+@given(priced_configs())
+def test_proven_prices_bound_every_load_of_a_replica(instance):
+    problem, prices, seconds = instance
+    slots = [slots_of(problem.configs[0], problem.counts)]
+    worth, _ = Pricer(problem, slots, seconds, proven=True).price(prices, np.zeros(1))
+    assert worth[0] >= best_worth(problem, prices, seconds) * (1 - 1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(priced_configs(), st.floats(0.5, 0.99))
+def test_asking_for_less_never_prices_below_what_a_load_is_worth(instance, share):
+    problem, prices, seconds = instance
+    best = best_worth(problem, prices, seconds)
+    slots = [slots_of(problem.configs[0], problem.counts)]
+    worth, patterns = Pricer(problem, slots, seconds, proven=True).price(prices, np.array([best * share]))
+    assert worth[0] >= best * (1 - 1e-9)
+    for pattern in patterns:
+        assert pattern.rows @ prices > best * share
+
+
+@settings(max_examples=60, deadline=None)
+@given(priced_configs())
+def test_patterns_take_about_the_time_they_are_found_for(instance):
+    problem, prices, seconds = instance
+    slots = [slots_of(problem.configs[0], problem.counts)]
+    _, patterns = Pricer(problem, slots, seconds).price(prices, np.zeros(1))
+    for pattern in patterns:
+        assert pattern.seconds <= seconds * 1.01
+
+
+def many_replicas():
+    costs = [(1, 1, 64, 1e-3), (2, 1, 128, 6e-4), (1, 2, 96, 6e-4)]
+    table = CostTable(
+        model="m",
+        model_fingerprint="f",
+        hardware={},
+        configs=tuple(
+            ConfigCost(
+                config=ParallelConfig(tp=tp, pp=pp, remat="none"),
+                capacity_tokens=capacity,
+                coefficients=(0.0, 0.0, per_token, 0.0, 0.0, 5e-3),
+            )
+            for tp, pp, capacity, per_token in costs
+        ),
+    )
+    workload = Workload(tasks=(TaskLengths(name="t", batch_size=400, lengths={16: 0.7, 60: 0.2, 128: 0.1}),))
+    return build_problem(workload, table, 24, buckets=(16, 64, 128))
+
+
+def test_what_the_bracket_says_can_be_proven_just_below():
+    relaxation = Relaxation(many_replicas())
+    low_s, prices, high_s = bracket(relaxation, deadline=float("inf"))
+    assert least_conceivable_s(relaxation.problem) <= low_s < high_s
+    assert relaxation.proves_unattainable(prices, low_s * 0.99)
+    assert not relaxation.proves_unattainable(prices, high_s * 1.02)
+
+
+def test_a_level_serves_what_its_patterns_say():
+    relaxation = Relaxation(many_replicas())
+    _, _, high_s = bracket(relaxation, deadline=float("inf"))
+    level = Level(relaxation, high_s * 1.01)
+    solution = level.solve().solution
+    served = sum(use * pattern.rows for use, pattern in zip(solution.uses, level.patterns, strict=True))
+    assert (served >= np.array(relaxation.problem.counts) * solution.scale * (1 - 1e-6)).all()
+    assert solution.scale >= 1
+    assert solution.replicas @ relaxation.devices <= 24 * (1 + 1e-9)
+    used = np.zeros(len(solution.replicas))
+    for use, pattern in zip(solution.uses, level.patterns, strict=True):
+        used[pattern.config] += use
+    assert used == pytest.approx(np.minimum(used, solution.replicas), abs=1e-6)

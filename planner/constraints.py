@@ -1,0 +1,166 @@
+"""What users ask of a plan beside being fast: which parallel configs, which replicas, how many unlike ones.
+
+Replicas may always be idle in a step, and devices unused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from planner.cost import ConfigCost, CostTable
+from planner.errors import UserError
+from planner.plan import REMATS, ParallelConfig
+
+REPLICAS = re.compile(r"(?:([0-9]+)x)?\(tp([0-9]+),pp([0-9]+)(?:,([a-z]+))?\)")
+"""How plans print a group of replicas: 6x(tp1,pp1,none)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Constraints:
+    """What a plan has to keep to; None (for `pinned`: nothing listed) allows all that the cost table holds.
+
+    Attributes:
+      max_tp, max_pp: most devices that share a layer, most pipeline stages.
+      tps, pps, remats: the values that may be used.
+      devices_per_host: a tensor-parallel group stays within a host of so many devices. A tp has to divide it, and of
+        any two tps that may be used one has to divide the other (powers of two do). Groups laid out widest first, side
+        by side, then never straddle a host, whatever their numbers, so devices are all that a plan needs to count;
+        stages of a pipeline may be on unlike hosts.
+      pinned: replicas that a plan must have, at the least, as plans print them: "1x(tp4,pp1,none)". Without a count it
+        is one, without a policy "none".
+      max_configs: most distinct configs in a plan.
+    """
+
+    max_tp: int | None = None
+    max_pp: int | None = None
+    tps: tuple[int, ...] | None = None
+    pps: tuple[int, ...] | None = None
+    remats: tuple[str, ...] | None = None
+    devices_per_host: int | None = None
+    pinned: tuple[str, ...] = ()
+    max_configs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("devices_per_host", "max_configs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError("bad value", key=name, value=value, expected="an integer >= 1")
+
+    def allow(self, config: ParallelConfig) -> bool:
+        return (
+            (self.max_tp is None or config.tp <= self.max_tp)
+            and (self.max_pp is None or config.pp <= self.max_pp)
+            and (self.tps is None or config.tp in self.tps)
+            and (self.pps is None or config.pp in self.pps)
+            and (self.remats is None or config.remat in self.remats)
+            and (self.devices_per_host is None or self.devices_per_host % config.tp == 0)
+        )
+
+    def __str__(self) -> str:
+        fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return ", ".join(f"{name} = {value}" for name, value in fields if value not in (None, ()))
+
+
+def allowed_configs(
+    costs: CostTable, num_devices: int, constraints: Constraints, max_length: int
+) -> tuple[ConfigCost, ...]:
+    """The cost table's configs that a plan may use.
+
+    Raises:
+      UserError: none is allowed; the longest length fits none, or only configs wider than the devices; tps that cannot
+        be laid out on hosts.
+    """
+    allowed = [cost for cost in costs.configs if constraints.allow(cost.config)]
+    if not allowed:
+        raise UserError(
+            "the constraints allow no config of the cost table",
+            key="planner",
+            value=str(constraints),
+            expected="at least one of " + ", ".join(str(cost.config) for cost in costs.configs),
+        )
+    fitting = [cost for cost in allowed if cost.capacity_tokens >= max_length]
+    if not fitting:
+        largest = max(allowed, key=lambda cost: cost.capacity_tokens)
+        raise UserError(
+            f"sequences of {max_length} tokens fit no config",
+            key="workload",
+            expected=f"lengths up to {largest.capacity_tokens} tokens, the capacity of {largest.config}",
+        )
+    narrowest = min(fitting, key=lambda cost: (cost.config.num_devices, -cost.capacity_tokens))
+    missing = narrowest.config.num_devices - num_devices
+    if missing > 0:
+        raise UserError(
+            f"sequences of {max_length} tokens need a replica {narrowest.config} of "
+            f"{narrowest.config.num_devices} devices: {missing} missing",
+            key="num_devices",
+            value=num_devices,
+            expected=f"at least {narrowest.config.num_devices}",
+        )
+    if constraints.devices_per_host is not None:
+        _check_layout(allowed)
+    return tuple(cost for cost in allowed if cost.config.num_devices <= num_devices)
+
+
+def _check_layout(allowed: Sequence[ConfigCost]) -> None:
+    for smaller, larger in itertools.pairwise(sorted({cost.config.tp for cost in allowed})):
+        if larger % smaller:
+            raise UserError(
+                f"tp{smaller} and tp{larger} may not pack onto hosts: neither divides the other",
+                key="devices_per_host",
+                expected="also tps, a list of which each divides the next",
+            )
+
+
+def pinned_counts(
+    constraints: Constraints, configs: Sequence[ConfigCost], num_devices: int, max_length: int
+) -> tuple[int, ...]:
+    """For each config, the replicas pinned; () for none.
+
+    Raises:
+      UserError: a pin that cannot be read or is not among the configs; more devices pinned than there are, or too few
+        left for a replica that fits the longest length; more distinct configs than allowed.
+    """
+    pins: Counter[ParallelConfig] = Counter()
+    for text in constraints.pinned:
+        count, config = parse_replicas(text)
+        if config not in [cost.config for cost in configs]:
+            known = ", ".join(str(cost.config) for cost in configs)
+            raise UserError("not a config that a plan may use", key="pinned", value=text, expected=f"one of {known}")
+        pins[config] += count
+    counts = tuple(pins[cost.config] for cost in configs)
+    left = num_devices - sum(n * cost.config.num_devices for n, cost in zip(counts, configs, strict=True))
+    needed = 0
+    if not any(n and cost.capacity_tokens >= max_length for n, cost in zip(counts, configs, strict=True)):
+        needed = min(cost.config.num_devices for cost in configs if cost.capacity_tokens >= max_length)
+    if left < needed:
+        also = f" and {max_length} tokens need a replica of {needed}" if needed else ""
+        raise UserError(
+            f"the pinned replicas need {num_devices - left} devices{also}: {needed - left} missing",
+            key="num_devices",
+            value=num_devices,
+            expected=f"at least {num_devices - left + needed}",
+        )
+    distinct = len(pins) + (needed > 0)
+    if constraints.max_configs is not None and distinct > constraints.max_configs:
+        raise UserError(
+            f"the pinned replicas and the longest length, {max_length} tokens, need {distinct} distinct configs",
+            key="max_configs",
+            value=constraints.max_configs,
+            expected=f"at least {distinct}",
+        )
+    return counts if pins else ()
+
+
+def parse_replicas(text: str) -> tuple[int, ParallelConfig]:
+    """(count, config) of a group of replicas as plans print it."""
+    match = REPLICAS.fullmatch(text.replace(" ", ""))
+    count, tp, pp, remat = match.groups() if match else (None, "0", "0", None)
+    remat = remat or REMATS[0]
+    if min(int(count or 1), int(tp), int(pp)) < 1 or remat not in REMATS:
+        expected = f"replicas as plans print them, such as 1x(tp4,pp1,none); policies are {', '.join(REMATS)}"
+        raise UserError("bad value", key="pinned", value=text, expected=expected)
+    return int(count or 1), ParallelConfig(tp=int(tp), pp=int(pp), remat=remat)

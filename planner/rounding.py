@@ -1,0 +1,215 @@
+"""Whole replicas from fractional patterns: gives each replica of a deployment a pattern, a few at a time.
+
+A dive solves the master for the replicas and counts that are left, finds patterns for those counts, hands out the
+patterns that the master uses whole times (else the one that it uses most), and starts over. What is left at the end
+goes to the replicas that finish it earliest, and `planner.balance` improves the share-out. Polishing takes the slowest
+replica and a few others at a time and shares their loads out anew (`planner.balance_model`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from planner import balance, balance_model
+from planner.balance import Share
+from planner.master import Master
+from planner.pricing import Pattern, Pricer, slots_of
+from planner.problem import PlanningProblem
+from planner.relaxation import STRICT, SURPLUS, WORTHWHILE
+
+ROUNDS = 4
+"""Rounds of pricing before each hand-out."""
+
+WHOLE = 1e-6
+"""A pattern used this close to a whole number of times is used that often."""
+
+NEARLY_MOST = 0.6
+"""Of the patterns used at least this share of the most used one, the one with the longest bucket goes first."""
+
+THRIFT = 0.3
+"""Share of the counts that a dive's master gives up to leave all devices free: room for what rounding leaves over."""
+
+
+POLISH_CELLS = 100
+"""Replicas polished at once times the buckets that they hold, at the most: small models solve quickly."""
+
+POLISH_NODES = 40
+POLISH_LIMIT_S = 0.3
+POLISH_GAP = 1e-3
+"""Limits of one model."""
+
+MAX_FAILURES = 6
+"""Polishing ends when so many groups around the slowest replica did not help."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class RoundedShare:
+    """A share-out of the planned counts over the replicas of a deployment, configs in the order of `replicas` [R]."""
+
+    replicas: tuple[int, ...]
+    share: Share
+
+    def in_order(self) -> Share:
+        """The share-out with replicas in the order of their configs."""
+        order = np.argsort(self.replicas, kind="stable")
+        return Share(loads=self.share.loads[order], replica_s=self.share.replica_s[order])
+
+
+def dive(
+    problem: PlanningProblem,
+    replica_counts: Sequence[int],
+    replica_s: float,
+    patterns: Sequence[Pattern],
+    *,
+    deadline: float,
+    improve_s: float,
+) -> RoundedShare:
+    """Shares the counts out so that each replica ends by `replica_s` if it can.
+
+    Args:
+      patterns: of the problem at about this T, to start from.
+      deadline: (of `time.perf_counter`) after which the rest is handed out greedily.
+      improve_s: seconds of local search at the end.
+    """
+    left, free = np.array(problem.counts), list(replica_counts)
+    pool = [p for p in patterns if free[p.config] and p.seconds <= replica_s * (1 + SURPLUS)]
+    replicas: list[int] = []
+    loads: list[np.ndarray] = []
+    while any(free) and left.any() and time.perf_counter() < deadline:
+        handed_out = _hand_out(problem, free, left, replica_s, pool)
+        if not handed_out:
+            break
+        for pattern in handed_out:
+            taken = np.minimum(pattern.rows, left)
+            replicas.append(pattern.config)
+            loads.append(taken)
+            left = left - taken
+            free[pattern.config] -= 1
+    for config, count in enumerate(free):
+        replicas += [config] * count
+        loads += [np.zeros_like(left)] * count
+    return _finished(problem, replicas, np.array(loads), left, improve_s)
+
+
+def _hand_out(
+    problem: PlanningProblem, free: list[int], left: np.ndarray, replica_s: float, pool: list[Pattern]
+) -> list[Pattern]:
+    """Patterns for some of the free replicas. `pool` is cut to what is left and gains patterns."""
+    distinct = {(p.config, tuple(np.minimum(p.rows, left).tolist())): p.seconds for p in pool if free[p.config]}
+    pool[:] = [
+        Pattern(config=config, rows=np.array(rows), seconds=seconds)
+        for (config, rows), seconds in distinct.items()
+        if any(rows)
+    ]
+    rest = dataclasses.replace(problem, counts=tuple(left.tolist()))
+    slots = [slots_of(u, rest.counts) if n else () for u, n in zip(rest.configs, free, strict=True)]
+    pricer = Pricer(rest, slots, replica_s)
+    master = Master(rest, free, free, needs_longest=False, thrift=THRIFT)
+    master.add(pool)
+    if not pool:
+        found = pricer.price(np.ones(len(left)), np.zeros(len(free)))[1]
+        master.add(found)
+    for _ in range(ROUNDS):
+        if not master.patterns:
+            return []
+        solution = master.solve()
+        enough = solution.charges * (1 + WORTHWHILE) + STRICT
+        found = pricer.price(solution.prices, enough)[1]
+        found = [dataclasses.replace(p, rows=np.minimum(p.rows, left)) for p in found]
+        if not found:
+            break
+        master.add(found)
+        pool += found
+    solution = master.solve()
+    whole = np.floor(solution.uses + WHOLE).astype(int)
+    if not whole.any():
+        whole[_next(solution.uses, master.patterns)] = 1
+    out = []
+    room = list(free)
+    for index in np.flatnonzero(whole).tolist():
+        pattern = master.patterns[index]
+        times = min(int(whole[index]), room[pattern.config])
+        room[pattern.config] -= times
+        out += [pattern] * times
+    return out
+
+
+def _next(uses: np.ndarray, patterns: Sequence[Pattern]) -> int:
+    """Which pattern to hand out where none is used a whole time: few configs fit long buckets, so these go first."""
+    candidates = np.flatnonzero(uses >= NEARLY_MOST * uses.max()).tolist()
+    return max(candidates, key=lambda index: (int(np.flatnonzero(patterns[index].rows)[-1]), uses[index]))
+
+
+def _finished(
+    problem: PlanningProblem, replicas: Sequence[int], loads: np.ndarray, left: np.ndarray, improve_s: float
+) -> RoundedShare:
+    """Adds what is left, longest first, each micro-batch to the replica that then ends first; and improves."""
+    kinds = [problem.configs[config] for config in replicas]
+    table = balance.tables(kinds, problem.counts)
+    loads, left = loads.copy(), left.copy()
+    every = np.arange(len(kinds))
+    for bucket in reversed(range(len(left))):
+        full = np.array([u.full_rows(bucket) if u.fits(bucket) else 0 for u in kinds])
+        while left[bucket] > 0:
+            piece = np.minimum(full, left[bucket])
+            trial = loads.copy()
+            trial[every, bucket] += piece
+            seconds = np.where(piece > 0, table.replica_s(trial), np.inf)
+            chosen = int(seconds.argmin())
+            loads[chosen, bucket] += piece[chosen]
+            left[bucket] -= piece[chosen]
+    return RoundedShare(replicas=tuple(replicas), share=balance.improve(table, loads, time_limit_s=improve_s))
+
+
+def polished(
+    problem: PlanningProblem, rounded: RoundedShare, goal_s: float, *, deadline: float, seed: int = 0
+) -> RoundedShare:
+    """Improves on a share-out until its slowest replica ends by `goal_s`, the deadline, or MAX_FAILURES in a row."""
+    rng = np.random.default_rng(seed)
+    kinds = [problem.configs[config] for config in rounded.replicas]
+    loads, seconds = rounded.share.loads.copy(), rounded.share.replica_s.copy()
+    failures = 0
+    while seconds.max() > goal_s and failures < MAX_FAILURES and len(kinds) > 1:
+        left_s = deadline - time.perf_counter()
+        if left_s <= 0:
+            break
+        slowest = int(seconds.argmax())
+        group = _group(problem, loads, seconds, slowest, rng)
+        counts = loads[group].sum(axis=0).tolist()
+        mine = [kinds[replica] for replica in group]
+        start = Share(loads=loads[group], replica_s=seconds[group])
+        better, _ = balance_model.refine(
+            mine,
+            balance.tables(mine, counts),
+            counts,
+            start,
+            time_limit_s=min(POLISH_LIMIT_S, left_s),
+            gap_limit=POLISH_GAP,
+            node_limit=POLISH_NODES,
+        )
+        if better.max_s < start.max_s * (1 - balance.IMPROVEMENT):
+            loads[group], seconds[group] = better.loads, better.replica_s
+            failures = 0
+        else:
+            failures += 1
+    return RoundedShare(replicas=rounded.replicas, share=Share(loads=loads, replica_s=seconds))
+
+
+def _group(
+    problem: PlanningProblem, loads: np.ndarray, seconds: np.ndarray, slowest: int, rng: np.random.Generator
+) -> np.ndarray:
+    """The slowest replica and some others, those that end early likelier, within POLISH_CELLS."""
+    others = np.delete(np.arange(len(seconds)), slowest)
+    spare = seconds[slowest] - seconds[others] + POLISH_GAP * seconds[slowest]
+    order = others[np.argsort(-np.log(spare) - rng.gumbel(size=len(others)))]
+    group = [slowest]
+    for replica in order.tolist():
+        wider = [*group, replica]
+        if len(wider) > 2 and len(wider) * int(loads[wider].any(axis=0).sum()) > POLISH_CELLS:
+            break
+        group = wider
+    return np.array(group)
