@@ -93,7 +93,7 @@ def test_table_has_every_config_with_times_and_a_held_out_error(profiled, config
         assert cost.fit_error is not None and cost.fit_error.num_held_out == sum(p.held_out for p in cost.points) == 1
         assert all(p.seconds > 0 and 0 < p.peak_bytes <= LIMIT for p in cost.points)
         assert all(p.rows * p.length <= cost.capacity_tokens for p in cost.points)
-        assert cost.micro_batch_s(1, cost.capacity_tokens) > cost.micro_batch_s(1, 16) >= 0
+        assert cost.micro_batch_s(1, cost.capacity_tokens) >= cost.micro_batch_s(1, 16) >= 0
         assert str(cost.capacity_tokens) in output
 
 
@@ -150,7 +150,7 @@ def test_user_mistakes_are_one_line(config_file, tmp_path):
         ((*good, "--configs", "4x1"), ["--configs", "4x1", "1x1"]),
         ((*good, "--lengths", "20"), ["--lengths", "multiples of 16"]),
         (("--config", config_file, "--out", tmp_path / "no" / "costs.json"), ["--out", "existing folder"]),
-        (("--config", config_file, "--out", tmp_path / "costs.json"), ["files", "existing JSONL file"]),
+        (("--config", config_file, "--out", tmp_path / "costs.json"), ["tasks.a.files", "not found", "none.jsonl"]),
     ]:
         result = profile(*args)
         assert result.exit_code == 2, (args, result.output)
