@@ -137,8 +137,8 @@ class _Search:
 def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
     """The exact planner. Ends at `target_gap`, or at the problem's time limit with the best plan and its honest gap.
 
-    The plan's status: "optimal", "gap limit" (within `target_gap`), "time limit", or "gap left" where the search ran out
-    of ideas before the time.
+    The plan's status: "optimal", "gap limit" (within `target_gap`), "time limit", or "gap left" where the search ran
+    out of ideas before the time.
     """
     started = time.perf_counter()
     search = _Search(
