@@ -108,6 +108,13 @@ class _Search:
     def is_done(self) -> bool:
         return self.gap() <= max(self.target_gap, STRICTLY) or self.left_s() <= SHORTEST_SOLVE_S
 
+    def status(self) -> str:
+        if self.gap() <= STRICTLY:
+            return "optimal"
+        if self.gap() <= self.target_gap:
+            return "gap limit"
+        return "time limit" if self.left_s() <= SHORTEST_SOLVE_S else "gap left"
+
     def better(self) -> float:
         """The share by which step 4 asks for a better plan."""
         return max(self.target_gap * CLOSING_SHARE, STRICTLY)
@@ -128,7 +135,11 @@ class _Search:
 
 
 def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
-    """The exact planner. Ends at `target_gap`, or at the problem's time limit with the best plan and its honest gap."""
+    """The exact planner. Ends at `target_gap`, or at the problem's time limit with the best plan and its honest gap.
+
+    The plan's status: "optimal", "gap limit" (within `target_gap`), "time limit", or "gap left" where the search ran
+    out of ideas before the time.
+    """
     started = time.perf_counter()
     search = _Search(
         problem=problem,
@@ -153,7 +164,7 @@ def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
         planner="exact",
         solve_s=time.perf_counter() - started,
         num_nodes=search.num_nodes + search.relaxation.num_rounds,
-        status="optimal" if search.gap() <= max(target_gap, STRICTLY * 10) else "time limit",
+        status=search.status(),
     )
 
 

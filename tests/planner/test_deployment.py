@@ -284,3 +284,15 @@ def test_a_shape_without_a_positive_time_is_a_user_error():
 def test_unknown_planner_names_the_known_ones():
     with pytest.raises(UserError, match="exact, minlp, prune, group"):
         make_plan("exakt", counted_workload((1, 0, 0)), cost_table(config_cost(CONFIGS[0], 64)), 1)
+
+
+def test_prediction_says_how_the_search_ended_and_old_files_need_not(tmp_path):
+    table = cost_table(config_cost(CONFIGS[0], 32), config_cost(CONFIGS[2], 64))
+    problem = build_problem(counted_workload((7, 3, 2)), table, 4, buckets=BUCKETS)
+    exact, near = deployment.solve(problem, target_gap=0.0), deployment.solve(problem)
+    assert exact.predicted.status == "optimal" and exact.predicted.num_nodes > 0
+    assert near.predicted.status in ("optimal", "gap limit")
+    raw = exact.to_dict()
+    del raw["predicted"]["status"], raw["predicted"]["num_nodes"]
+    old = Plan.from_dict(raw).predicted
+    assert (old.step_s, old.status, old.num_nodes) == (exact.predicted.step_s, None, None)
