@@ -7,9 +7,11 @@ devices work on the present one. Imports no JAX.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal
 
 from lobra_jax.config import PlannerConfig
 from lobra_jax.data.batches import (
@@ -26,6 +28,8 @@ from planner.errors import UserError
 from planner.plan import Plan
 
 Shape = tuple[int, int]
+EvalReplicas = Literal["all", "one"]
+"""Which replicas evaluate: all, or one of each group of like replicas."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,11 +64,20 @@ class EvaluationChunk:
 class Feeder:
     """Makes `PreparedStep`s of one run, one step ahead. A context manager."""
 
-    def __init__(self, tasks: Sequence[TaskData], plan: Plan, costs: CostTable, settings: PlannerConfig) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[TaskData],
+        plan: Plan,
+        costs: CostTable,
+        settings: PlannerConfig,
+        *,
+        eval_replicas: EvalReplicas = "all",
+    ) -> None:
         self.tasks = tuple(tasks)
         self.plan = plan
         self.costs = costs
         self.settings = settings
+        self.eval_replicas = eval_replicas
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feeder")
         self._ahead: tuple[Mapping[str, int | None], Future[PreparedStep]] | None = None
 
@@ -108,10 +121,10 @@ class Feeder:
 
     def evaluation(self, names: Sequence[str], max_sequences: int) -> Iterator[EvaluationChunk]:
         """Every held-out example of these tasks once, each on the smallest replicas that it fits, in full rows."""
-        capacities = [group.capacity_tokens for group in self.plan.expanded()]
+        part, numbers = _evaluating(self.plan, self.eval_replicas)
         for batch in eval_batches(self.tasks, names, max_sequences):
             chosen = dispatch(
-                self.plan,
+                part,
                 self.costs,
                 batch.lengths,
                 batch.task_ids,
@@ -119,21 +132,34 @@ class Feeder:
                 max_buckets=len(self.plan.buckets),
                 time_limit_s=self.settings.dispatch_time_limit_s,
             )
-            full = dataclasses.replace(
-                chosen,
-                replicas=tuple(
-                    tuple(dataclasses.replace(m, rows=capacity // m.length) for m in micro_batches)
-                    for micro_batches, capacity in zip(chosen.replicas, capacities, strict=True)
-                ),
-            )
-            yield EvaluationChunk(batch=batch, arrays=_fill(batch, full))
+            arrays: list[tuple[MicroBatchArrays, ...]] = [()] * self.plan.num_replicas
+            for number, group, micro_batches in zip(numbers, part.expanded(), chosen.replicas, strict=True):
+                full = [dataclasses.replace(m, rows=group.capacity_tokens // m.length) for m in micro_batches]
+                arrays[number] = tuple(fill_micro_batch(batch, m) for m in full)
+            yield EvaluationChunk(batch=batch, arrays=tuple(arrays))
 
 
-def evaluation_shapes(plan: Plan) -> list[list[Shape]]:
+def evaluation_shapes(plan: Plan, eval_replicas: EvalReplicas = "all") -> list[list[Shape]]:
     """[replica][shape] that `Feeder.evaluation` uses: each bucket on the smallest capacity that holds it."""
-    capacities = [group.capacity_tokens for group in plan.expanded()]
-    smallest = {bucket: min(c for c in capacities if c >= bucket) for bucket in plan.buckets}
-    return [[(own // bucket, bucket) for bucket in plan.buckets if smallest[bucket] == own] for own in capacities]
+    part, numbers = _evaluating(plan, eval_replicas)
+    smallest = {
+        bucket: min(group.capacity_tokens for group in plan.replicas if group.capacity_tokens >= bucket)
+        for bucket in plan.buckets
+    }
+    shapes: list[list[Shape]] = [[] for _ in plan.expanded()]
+    for number, group in zip(numbers, part.expanded(), strict=True):
+        own = group.capacity_tokens
+        shapes[number] = [(own // bucket, bucket) for bucket in plan.buckets if smallest[bucket] == own]
+    return shapes
+
+
+def _evaluating(plan: Plan, eval_replicas: EvalReplicas) -> tuple[Plan, tuple[int, ...]]:
+    """The replicas of a plan that evaluate, and their numbers in it."""
+    if eval_replicas == "all":
+        return plan, tuple(range(plan.num_replicas))
+    firsts = itertools.accumulate((group.count for group in plan.replicas[:-1]), initial=0)
+    singles = tuple(dataclasses.replace(group, count=1) for group in plan.replicas)
+    return dataclasses.replace(plan, replicas=singles), tuple(firsts)
 
 
 def check_lengths(tasks: Sequence[TaskData], plan: Plan) -> None:

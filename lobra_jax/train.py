@@ -133,7 +133,8 @@ class Trainer:
         weights_s = time.perf_counter() - started
         started = time.perf_counter()
         programs = 0
-        training, evaluation = self.engine.shapes(), evaluation_shapes(self.inputs.plan)
+        training = self.engine.shapes()
+        evaluation = evaluation_shapes(self.inputs.plan, self.config.training.eval_replicas)
         with compile_bar() as advance:
             for count, total in self.engine.compile(training, evaluation, num_threads=os.cpu_count() or 1):
                 programs = total
@@ -427,7 +428,13 @@ def train(inputs: Inputs, out: Path, *, resume: bool, say: Callable[[str], None]
     keep = inputs.config.training.keep_checkpoints
     with (
         Checkpoints(out / CHECKPOINTS_FOLDER, keep=keep) as checkpoints,
-        Feeder(inputs.tasks, inputs.plan, inputs.costs, inputs.config.planner) as feeder,
+        Feeder(
+            inputs.tasks,
+            inputs.plan,
+            inputs.costs,
+            inputs.config.planner,
+            eval_replicas=inputs.config.training.eval_replicas,
+        ) as feeder,
     ):
         done = trainer.prepare(checkpoints, resume=resume)
         with MetricsWriter(out, resume_step=done if resume else None) as metrics:

@@ -364,6 +364,8 @@ class TrainingConfig(Section):
     """Joint steps between printed lines where there is no terminal for a progress bar."""
     eval_batch_size: Count = 256
     """Sequences evaluated at a time."""
+    eval_replicas: Literal["all", "one"] = "all"
+    """Which replicas evaluate: all, or one of each group of like ones, for which fewer programs are compiled."""
 
 
 class RunConfig(Section):

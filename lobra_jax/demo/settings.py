@@ -82,7 +82,7 @@ def run_config(
         ],
         "devices": {"num_devices": num_devices, "simulated": num_devices, "memory_bytes": memory_bytes},
         "planner": PLANNER_SETTINGS,
-        "training": {"checkpoint_interval": steps},
+        "training": {"checkpoint_interval": steps, "eval_replicas": "one"},
     }
     return RunConfig.model_validate(raw)
 
