@@ -22,7 +22,7 @@ def demo(out: Path, steps: int) -> None:
     """Run everything on built-in tasks and simulated devices.
 
     Makes six tasks of real text, a tokenizer and a small base; measures, plans, trains jointly on unlike replicas,
-    compares with Task-Fused, exports the adapters and writes a report with pictures. About eight minutes on two cores.
+    compares with Task-Fused, exports the adapters and writes a report with pictures. About five minutes on two cores.
     """
     from lobra_jax.demo.run import run_demo
 
