@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lobra_jax.config import RunConfig, save_config
@@ -25,6 +26,9 @@ from planner.errors import UserError
 BASE_STEPS = 360
 MEMORY_BYTES = 128 * 1024**2
 """Of each simulated device: the longest sequences fit none alone."""
+
+NUM_EXPORTS = 2
+"""Exports at a time."""
 
 MARKER_FILE = ".lobra_demo"
 """Lies in a folder that a demo made, and may be replaced by the next."""
@@ -96,8 +100,8 @@ def run_demo(out: Path, *, steps: int, say: Callable[[str], None]) -> None:
     stage(5, "training every task jointly on the planned replicas")
     _lobra("train", "--config", folder.config, "--plan", folder.plan, "--out", folder.run)
     stage(6, "adapters and report")
-    for task in config.tasks:
-        _lobra("export", "--run", folder.run, "--task", task.name, "--out", folder.adapters / task.name)
+    with ThreadPoolExecutor(NUM_EXPORTS) as exports:
+        list(exports.map(lambda task: _export(folder, task.name), config.tasks))
     _finish(folder, config, say)
     say(f"[{time.perf_counter() - started:5.0f} s] done")
 
@@ -141,6 +145,10 @@ def _make_inputs(folder: DemoFolder, steps: int, stage: Callable[[int, str], Non
     config = config.model_copy(update={"planner": planner})
     save_config(config, folder.config)
     return config
+
+
+def _export(folder: DemoFolder, task: str) -> None:
+    _lobra("export", "--run", folder.run, "--task", task, "--out", folder.adapters / task)
 
 
 def _finish(folder: DemoFolder, config: RunConfig, say: Callable[[str], None]) -> None:

@@ -100,7 +100,7 @@ def test_ctrl_c_during_another_threads_solve_reaches_the_main_thread_and_not_the
     ended, done = [], threading.Event()
 
     def solve():
-        ended.append(scip.solve(market_split(), time_limit_s=1.0).status)
+        ended.append(scip.solve(market_split(), time_limit_s=5.0).status)
         done.set()
 
     worker = threading.Thread(target=solve)
