@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -43,7 +42,7 @@ from lobra_jax.models.weight_cache import converted
 from lobra_jax.models.weights import WeightSource
 from lobra_jax.optim import step_inputs
 from lobra_jax.peft_folder import TaskAdapter, write_peft_adapter
-from lobra_jax.reduce import AdapterState
+from lobra_jax.run_state import run_metadata, state_from_tree, state_to_tree
 from lobra_jax.tasks import adapter_seed, lora_spec, task_optimizer
 from lobra_jax.timeline import save_timeline, step_timeline
 from planner.cost import CostTable
@@ -56,11 +55,6 @@ BEST_FOLDER = "best"
 """Beside the adapters as they are last: each task's at its lowest held-out loss."""
 
 TIMELINE_FILE = "timeline.json"
-NOT_COMPARED = (
-    "name", "files", "dataset", "eval_files", "eval_fraction", "eval_interval", "patience", "steps", "adapter",
-    "rank", "alpha", "rslora", "targets", "dropout",
-)  # fmt: skip
-"""Keys of a task that a resumed run may change, and those that its adapter spec compares already."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,10 +155,10 @@ class Trainer:
             return 0
         tree, position = checkpoints.restore(
             done,
-            _to_tree(self.engine.state),
+            state_to_tree(self.engine.state),
             self._metadata(),
         )
-        self.engine.set_state(_from_tree(tree, self.engine.state))
+        self.engine.set_state(state_from_tree(tree, self.engine.state))
         self.stopped = dict(position["stopped"])
         self.ended = dict(position["ended"])
         self.best = {name: BestSoFar(**best) for name, best in position["best"].items()}
@@ -335,7 +329,7 @@ class Trainer:
     def _save(self, done: int, checkpoints: Checkpoints) -> None:
         checkpoints.save(
             done,
-            _to_tree(self.engine.state),
+            state_to_tree(self.engine.state),
             self._metadata(),
         )
         for index, task in enumerate(self.task_configs):
@@ -386,31 +380,6 @@ class Trainer:
         self.say(message)
 
 
-def run_metadata(
-    config: RunConfig, model: LlamaConfig, tasks: Sequence[TaskData], position: Mapping[str, Any]
-) -> CheckpointMetadata:
-    """What a run's checkpoints say they belong to: all that decides what the next step computes.
-
-    A longer `steps`, other evaluation and other paths to the same data are no other run.
-    """
-    settings: dict[str, Any] = {"training.seed": config.training.seed, "model.dtype": config.model.dtype}
-    if config.model.preset is not None:
-        settings["model.init_seed"] = config.model.init_seed
-    for task, data in zip(config.tasks, tasks, strict=True):
-        for name, value in task.model_dump(mode="json").items():
-            if name not in NOT_COMPARED:
-                settings[f"tasks.{task.name}.{name}"] = value
-        settings[f"tasks.{task.name}.examples"] = len(data.train)
-        settings[f"tasks.{task.name}.tokens"] = int(data.train.lengths.sum())
-    return CheckpointMetadata(
-        model=model.name,
-        model_fingerprint=model.fingerprint,
-        tasks={task.name: lora_spec(task) for task in config.tasks},
-        settings=settings,
-        position=position,
-    )
-
-
 def _progress_line(record: StepRecord, num_steps: int) -> str:
     return (
         f"step {record.step}/{num_steps}: {record.tokens / record.seconds.total:,.0f} tokens/s, "
@@ -447,27 +416,3 @@ def _evaluates(task: TaskConfig, done: int) -> bool:
     if not task.has_evaluation or done > task.steps:
         return False
     return done == task.steps or (task.eval_interval is not None and done % task.eval_interval == 0)
-
-
-def _to_tree(state: AdapterState) -> dict[str, Any]:
-    """The state as nested dicts of arrays; optax's own containers become numbered leaves."""
-    return {
-        "adapters": state.tasks.adapters,
-        "last_good": state.tasks.last_good,
-        "moments": {
-            layer: {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
-            for layer, tree in state.tasks.moments.items()
-        },
-        "alive": state.alive,
-    }
-
-
-def _from_tree(tree: dict[str, Any], like: AdapterState) -> AdapterState:
-    moments = {
-        layer: jax.tree.unflatten(
-            jax.tree.structure(like.tasks.moments[layer]), [leaves[str(i)] for i in range(len(leaves))]
-        )
-        for layer, leaves in tree["moments"].items()
-    }
-    tasks = dataclasses.replace(like.tasks, adapters=tree["adapters"], last_good=tree["last_good"], moments=moments)
-    return AdapterState(tasks=tasks, alive=tree["alive"])

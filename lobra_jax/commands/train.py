@@ -249,7 +249,8 @@ def _check_devices(plan: Plan, model: LlamaConfig, devices: list[Any]) -> None:
 
 def _check_checkpoint(config: RunConfig, model: LlamaConfig, data: tuple[TaskData, ...], out: Path) -> None:
     from lobra_jax.checkpoint import Checkpoints
-    from lobra_jax.train import CHECKPOINTS_FOLDER, run_metadata
+    from lobra_jax.run_state import run_metadata
+    from lobra_jax.train import CHECKPOINTS_FOLDER
 
     with Checkpoints(out / CHECKPOINTS_FOLDER, keep=config.training.keep_checkpoints) as checkpoints:
         checkpoints.check(run_metadata(config, model, data, {}))
