@@ -15,6 +15,7 @@ from planner import task_fused
 from planner.cost import ConfigCost, CostTable
 from planner.dispatch import MicroBatch, dispatch
 from planner.errors import UserError
+from planner.more_memory import extra_bytes, with_more_memory
 from planner.plan import Plan
 from planner.planners import PLANNERS, solver
 from planner.problem import PlanningProblem, build_problem
@@ -70,7 +71,7 @@ class Alternative:
     Attributes:
       change: what is done otherwise.
       plan, step_s: the plan and its seconds a step, None if there is none; `note` then says why.
-      same_devices: whether it has the devices of the plan explained.
+      same_devices: whether it has the devices of the plan explained, in number and memory.
     """
 
     change: str
@@ -267,31 +268,50 @@ ONE_CONFIG = "one kind of replica only (Task-Fused)"
 def _alternatives(
     plan: Plan, problem: PlanningProblem, workload: Workload, on_progress: Callable[[str], None]
 ) -> list[Alternative]:
-    """Plans made in other ways, timed on the same batch."""
-    tries: list[tuple[str, Callable[[], Plan]]] = [(BEST, lambda: solver("exact")(problem))]
-    tries += [(f"planner {name}", lambda name=name: solver(name)(problem)) for name in PLANNERS if name != "exact"]
-    tries += [
-        (f"without {group.config}", lambda group=group: solver("exact")(_without(problem, group.config)))
+    """Plans made in other ways, or with more devices or memory, timed on the same batch."""
+    exact = solver("exact")
+    same: list[tuple[str, Callable[[], PlanningProblem], Callable[[PlanningProblem], Plan]]] = [
+        (BEST, lambda: problem, exact)
+    ]
+    same += [(f"planner {name}", lambda: problem, solver(name)) for name in PLANNERS if name != "exact"]
+    same += [
+        (f"without {group.config}", lambda group=group: _without(problem, group.config), exact)
         for group in plan.replicas
     ]
-    tries.append((ONE_CONFIG, lambda: task_fused.solve(problem)))
-    more = problem.num_devices + 1
-    one_more = f"one more device ({more})"
-    tries.append((one_more, lambda: solver("exact")(_on_devices(problem, workload, more))))
+    same.append((ONE_CONFIG, lambda: problem, task_fused.solve))
+    one_more = problem.num_devices + 1
+    other = [
+        (f"one more device ({one_more})", lambda: _rebuilt(problem, workload, problem.costs, one_more), exact),
+        (
+            _more_memory_text(problem.costs),
+            lambda: _rebuilt(problem, workload, with_more_memory(problem.costs), problem.num_devices),
+            exact,
+        ),
+    ]
     found = []
-    for change, attempt in tries:
+    for (change, build, solve), same_devices in [(t, True) for t in same] + [(t, False) for t in other]:
         on_progress(change)
         try:
-            other = attempt()
+            changed = build()
+            made = solve(changed)
         except UserError as error:
             found.append(
-                Alternative(change=change, plan=None, step_s=None, note=str(error), same_devices=change != one_more)
+                Alternative(change=change, plan=None, step_s=None, note=str(error), same_devices=same_devices)
             )
             continue
-        times = replica_times(other, problem.costs, problem)
-        step_s = max(replica.seconds for replica in times) + problem.costs.step_overhead_s
-        found.append(Alternative(change=change, plan=other, step_s=step_s, same_devices=change != one_more))
+        times = replica_times(made, changed.costs, changed)
+        step_s = max(replica.seconds for replica in times) + changed.costs.step_overhead_s
+        found.append(Alternative(change=change, plan=made, step_s=step_s, same_devices=same_devices))
     return found
+
+
+def _more_memory_text(costs: CostTable) -> str:
+    try:
+        extra = extra_bytes(costs)
+    except UserError:
+        return "more memory"
+    unit, size = ("GiB", 1024**3) if extra >= 1024**3 else ("MiB", 1024**2)
+    return f"{extra / size:.4g} {unit} more memory a device"
 
 
 def _without(problem: PlanningProblem, config: object) -> PlanningProblem:
@@ -302,10 +322,11 @@ def _without(problem: PlanningProblem, config: object) -> PlanningProblem:
     return dataclasses.replace(problem, configs=kept)
 
 
-def _on_devices(problem: PlanningProblem, workload: Workload, num_devices: int) -> PlanningProblem:
+def _rebuilt(problem: PlanningProblem, workload: Workload, costs: CostTable, num_devices: int) -> PlanningProblem:
+    """The problem with another cost table or number of devices, its buckets and settings the same."""
     return build_problem(
         workload,
-        problem.costs,
+        costs,
         num_devices,
         buckets=problem.buckets,
         row_options=problem.row_options,
