@@ -30,10 +30,10 @@ from planner.lobra_files import LobraTask, parse_plan_lists
 from planner.plan import Plan
 from planner.planners import solver
 from planner.problem import PlanningProblem, build_problem
-from planner.provenance import provenance
 from planner.simulate import simulate
 from planner.synthetic import DatasetStatistics, read_statistics, synthetic_workload
 from planner.workload import TaskLengths, Workload
+from profiling.bench.provenance import provenance
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -114,7 +114,7 @@ def main(out: Path, only: str | None, steps: int, seed: int, time_limit: float) 
         "what": "simulated steps on LobRA's published Llama-2-7B costs (A100-40GB); judged by planner.evaluate",
         "command": f"python -m profiling.experiments --steps {steps} --seed {seed} --time-limit {time_limit:g}",
         "remat_factors": {name: {"capacity": c, "time": t} for name, (c, t) in REMAT_FACTORS.items()},
-        **provenance(),
+        **provenance(("numpy", "pyscipopt")),
         "results": {
             name: {case: [dataclasses.asdict(row) for row in rows] for case, rows in cases.items()}
             for name, cases in results.items()

@@ -1,4 +1,4 @@
-"""`python -m planner.bench`: how long each planner takes on the original LobRA's files, and how good its plans are.
+"""How long each planner takes on the original LobRA's files, and how good its plans are.
 
 For every number of devices and every planner: wall and CPU seconds of planning (process start and reading files
 excluded), the step time planned for, the planner's own bound and gap, and the gap to the best bound that any planner
@@ -8,13 +8,8 @@ proved. LobRA's published planning seconds (its 70B model and its machine; here 
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
-import os
-import platform
-import subprocess
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +24,7 @@ from planner.planners import PLANNERS, solver
 from planner.problem import PlanningProblem, build_problem
 from planner.synthetic import read_statistics, synthetic_workload
 from planner.workload import Workload
+from profiling.bench.provenance import provenance
 
 TIMES = "lobra_time_llama_7b_a100_40g.csv"
 MEMORY = "lobra_memory_llama_7b_a100_40g_6tasks.csv"
@@ -44,7 +40,8 @@ LIBRARIES = ("pyscipopt", "numpy", "scipy")
 
 
 @click.command(
-    epilog="\b\nExample:\n  python -m planner.bench --reference DIR --out profiling/results/planning_seconds.json"
+    epilog="\b\nExample:\n"
+    "  python -m profiling.bench.planning --reference DIR --out profiling/results/planning_seconds.json"
 )
 @click.option("--reference", type=click.Path(path_type=Path, file_okay=False, exists=True), required=True,
               help="Folder with LobRA's published CSV and JSON files.")  # fmt: skip
@@ -87,7 +84,7 @@ def bench(
         rows += [{**row, "gap_to_best_bound": 1 - bound_s / row["step_s"]} for row in mine]
     published = (reference / PUBLISHED).read_text(encoding="utf-8") if (reference / PUBLISHED).is_file() else None
     settings = {"tasks": tasks, "grow": grow, "time_limit_s": time_limit, "baseline_limit_s": baseline_limit}
-    written = {**_circumstances(), "settings": settings, "rows": rows, "published_planning_seconds_csv": published}
+    written = {**provenance(LIBRARIES), "settings": settings, "rows": rows, "published_planning_seconds_csv": published}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     console.print(_table(rows))
@@ -140,19 +137,6 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         gaps = (f"{row['gap']:.2%}", f"{row['gap_to_best_bound']:.2%}")
         table.add_row(str(row["num_devices"]), row["planner"], *numbers, *gaps, str(row["num_nodes"] or ""))
     return table
-
-
-def _circumstances() -> dict[str, Any]:
-    """Hardware, versions, commit and date."""
-    found = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
-    return {
-        "hardware": {"machine": platform.machine(), "num_cpus": os.cpu_count(), "load_average": os.getloadavg()},
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in LIBRARIES}},
-        "commit": found.stdout.strip() or None,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long a step's dispatch takes and how near the bound it ends: `python -m profiling.bench_dispatch --out FILE`.
+"""How long a step's dispatch takes and how near the bound it ends: `python -m profiling.bench.dispatch --out FILE`.
 
 Plans of 8 and of 64 replicas on the published 7B costs, batches drawn from the six tasks' lengths. Wall and CPU
 seconds are both reported: on a machine that others use too, the CPU seconds are the ones to compare.
@@ -23,8 +23,8 @@ from planner.dispatch import Dispatch, dispatch
 from planner.evaluate import evaluate
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
 from planner.problem import usable_config
-from planner.provenance import provenance
 from planner.workload import Workload
+from profiling.bench.provenance import provenance
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NUM_BUCKETS = 16
@@ -53,7 +53,7 @@ CASES = (
 )
 
 
-@click.command(epilog="\b\nExample:\n  python -m profiling.bench_dispatch --out profiling/results/dispatch.json")
+@click.command(epilog="\b\nExample:\n  python -m profiling.bench.dispatch --out profiling/results/dispatch.json")
 @click.option("--steps", type=click.IntRange(min=1), default=40, show_default=True, help="Batches of each case.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the batches.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the rows as JSON.")
@@ -74,8 +74,8 @@ def main(steps: int, seed: int, out: Path | None) -> None:
     if out is not None:
         record = {
             "what": "planner.dispatch.dispatch, method balance, on sampled batches; seconds of a call",
-            "command": f"python -m profiling.bench_dispatch --steps {steps} --seed {seed}",
-            **provenance(),
+            "command": f"python -m profiling.bench.dispatch --steps {steps} --seed {seed}",
+            **provenance(("numpy", "pyscipopt")),
             "rows": rows,
         }
         out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
