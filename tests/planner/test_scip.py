@@ -83,12 +83,21 @@ def test_time_limit_ends_a_solve():
     assert outcome.status == "timelimit"
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler, also where the tests were started in the background, which ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt_soon():
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     return timer
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_a_solve_in_the_main_thread():
     timer = interrupt_soon()
     with pytest.raises(KeyboardInterrupt):
@@ -96,11 +105,12 @@ def test_ctrl_c_ends_a_solve_in_the_main_thread():
     timer.join()
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_during_another_threads_solve_reaches_the_main_thread_and_not_the_solve():
     ended, done = [], threading.Event()
 
     def solve():
-        ended.append(scip.solve(market_split(), time_limit_s=5.0).status)
+        ended.append(scip.solve(market_split(), time_limit_s=2.0).status)
         done.set()
 
     worker = threading.Thread(target=solve)
