@@ -26,7 +26,7 @@ from planner.problem import usable_config
 from planner.workload import Workload
 from profiling.bench.provenance import provenance
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NUM_BUCKETS = 16
 TIME_LIMIT_S = 60.0
 
