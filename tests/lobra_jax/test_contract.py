@@ -13,6 +13,7 @@ CONSTANT = {"kind": "constant", "peak": 1e-3, "warmup_steps": 0, "final_fraction
 
 PLANS = {
     "tensor parallel": [(2, 1, "none")],
+    "four devices to a layer": [(4, 1, "dots")],
     "eight devices to a layer": [(8, 1, "none")],
     "two stages": [(1, 2, "none")],
     "tensor and pipeline, dots": [(2, 2, "dots")],
