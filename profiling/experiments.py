@@ -43,7 +43,6 @@ REMAT_FACTORS = {"dots": (4, 1.05), "full": (16, 1.5)}
 LOBRA_PLAN = ("2048,4096,16384", "6,1,1", "1,2,8", "1,1,1")
 """LobRA's own plan for six tasks on 16 devices, as its scripts give it: capacities, replicas, tp, pp."""
 
-SIX_TASKS = ("dolly", "evol_instruct", "xsum", "commitpackft", "meetingbank", "python_code_instructions")
 DEVICES = (16, 32, 64, 128, 256)
 TASK_COUNTS = (4, 8, 12, 16)
 TASK_DEVICES = 32

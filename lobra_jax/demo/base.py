@@ -93,14 +93,13 @@ def pretrain(
     tokens: np.ndarray,
     *,
     steps: int = DEFAULT_STEPS,
-    seconds: float | None = None,
     seed: int = 0,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Pretrained:
     """Next-token training on windows of one token stream [n].
 
-    The learning rate warms up and falls to zero over `steps`, or over `seconds` if they pass sooner (then the result
-    depends on the machine; one step is always done). `loss` is the mean of the last tenth of the steps, nats a token.
+    The learning rate warms up and falls to zero over `steps`. `loss` is the mean of the last tenth of the steps, nats a
+    token.
     """
     started = time.perf_counter()
     stage = abstract_stage(config, range(config.num_layers), jnp.float32)
@@ -120,10 +119,6 @@ def pretrain(
     num_tokens = 0
     for step, (rows, length) in enumerate(window_shapes(steps)):
         progress = step / steps
-        if seconds is not None and step > 0:
-            progress = max(progress, (time.perf_counter() - started) / seconds)
-        if progress >= 1:
-            break
         starts = rng.integers(0, len(tokens) - length - 1, rows)
         batch = tokens[starts[:, None] + np.arange(length + 1)]
         params, state, loss = update(params, state, jax.device_put(batch, by_row), np.float32(learning_rate(progress)))
@@ -200,12 +195,11 @@ def write_base(
     out: str | Path,
     *,
     steps: int = DEFAULT_STEPS,
-    seconds: float | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Pretrained:
     """Pre-trains `BASE` and writes the folder OUT as `transformers` loads it: config, weights, tokenizer."""
     tokens = token_stream(corpus, tokenizer)
-    result = pretrain(BASE, tokens, steps=steps, seconds=seconds, on_step=on_step)
+    result = pretrain(BASE, tokens, steps=steps, on_step=on_step)
     save_hf(out, BASE, ArrayWeights(result.params), extra=CONFIG_JSON)
     shutil.copyfile(tokenizer, Path(out) / "tokenizer.json")
     settings = json.dumps(TOKENIZER_CONFIG, indent=2) + "\n"
@@ -218,8 +212,7 @@ def write_base(
 @click.option("--tokenizer", required=True, type=click.Path(exists=True, dir_okay=False), help="tokenizer.json.")
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for the model.")
 @click.option("--steps", default=DEFAULT_STEPS, show_default=True, type=click.IntRange(min=1))
-@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="Stop sooner when this much time passed.")
-def main(corpus: str, tokenizer: str, out: str, steps: int, seconds: float | None) -> None:
+def main(corpus: str, tokenizer: str, out: str, steps: int) -> None:
     """Pre-trains the demo's small Llama base and writes it as a Hugging Face folder."""
     configure(DevicesConfig(simulated=NUM_SHARDS), cache_dir=Path(out).parent / "cache")
     with tqdm(total=steps, unit="step") as bar:
@@ -228,7 +221,7 @@ def main(corpus: str, tokenizer: str, out: str, steps: int, seconds: float | Non
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}")
 
-        result = write_base(corpus, tokenizer, out, steps=steps, seconds=seconds, on_step=show)
+        result = write_base(corpus, tokenizer, out, steps=steps, on_step=show)
     spent = f"{result.num_steps} steps, {result.num_tokens:,} tokens, {result.seconds:.0f} s"
     click.echo(f"{spent}, loss {result.loss:.3f} -> {out}")
 

@@ -57,12 +57,6 @@ def test_pretraining_again_gives_the_same_weights(stream: np.ndarray, trained: b
     assert all(np.array_equal(again.params[name], value) for name, value in trained.params.items())
 
 
-def test_a_time_limit_stops_it_early(stream: np.ndarray) -> None:
-    steps: list[int] = []
-    result = base.pretrain(SMALL, stream, steps=STEPS, seconds=1e-9, on_step=lambda step, _: steps.append(step))
-    assert result.num_steps == len(steps) == 1
-
-
 def test_learning_rate_warms_up_to_its_peak_and_falls_to_zero() -> None:
     rates = [base.learning_rate(progress) for progress in np.linspace(0, 1, 200)]
     assert 0 < rates[0] < base.PEAK_LR / 5
