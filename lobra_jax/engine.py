@@ -228,12 +228,13 @@ class Engine:
         for run in step.runs:
             for micro_batch_losses in run.losses:
                 losses += np.asarray(micro_batch_losses, np.float64)
+        ready = max(start, step.adapters_ready.result())
         actions = tuple(
-            _action_times(run.issued, [end.result() for end in ends], replica.parallel.pp, start)
+            action_times(run.issued, [end.result() for end in ends], replica.parallel.pp, start, ready)
             for replica, run, ends in zip(self.replicas, step.runs, step.ends, strict=True)
         )
         replica_s = tuple(max((a.end_s for a in own), default=0.0) for own in actions)
-        work_s = step.adapters_ready.result() - start
+        work_s = ready - start
         execute_s = max(replica_s)
         return StepResult(
             losses=losses,
@@ -279,17 +280,20 @@ def _await_all(tree: Any) -> float:
     return time.perf_counter()
 
 
-def _action_times(
-    issued: Sequence[Issued], ends: Sequence[Sequence[float]], num_stages: int, start: float
+def action_times(
+    issued: Sequence[Issued], ends: Sequence[Sequence[float]], num_stages: int, start: float, ready: float
 ) -> tuple[ActionTime, ...]:
-    """Each action began when its stage was free and its input was there, so far as ends tell."""
+    """Each action began when its stage was free and its input was there, so far as ends tell.
+
+    The new adapters, there at `ready`, need every action: an end noted later was noted late, by a busy host.
+    """
     remaining = [iter(stage_ends) for stage_ends in ends]
     free = [start] * num_stages
     end_of: dict[Action, float] = {}
     times = []
     for item in issued:
         action = item.action
-        end = max(next(remaining[action.stage]), free[action.stage])
+        end = max(min(next(remaining[action.stage]), ready), free[action.stage])
         needs = dependency(action, num_stages)
         begin = max(free[action.stage], start if needs is None else end_of[needs])
         times.append(ActionTime(action=action, shape=item.shape, start_s=min(begin, end) - start, end_s=end - start))

@@ -295,9 +295,7 @@ def _alternatives(
             changed = build()
             made = solve(changed)
         except UserError as error:
-            found.append(
-                Alternative(change=change, plan=None, step_s=None, note=str(error), same_devices=same_devices)
-            )
+            found.append(Alternative(change=change, plan=None, step_s=None, note=str(error), same_devices=same_devices))
             continue
         times = replica_times(made, changed.costs, changed)
         step_s = max(replica.seconds for replica in times) + changed.costs.step_overhead_s

@@ -85,9 +85,7 @@ def find_capacity(
     return Capacity(tokens=fits, bytes=measured)
 
 
-def foretold_tokens(
-    measured: Mapping[Shape, int], limit: float, fixed: float, *, lengths: Sequence[int] = ()
-) -> float:
+def foretold_tokens(measured: Mapping[Shape, int], limit: float, fixed: float, *, lengths: Sequence[int] = ()) -> float:
     """How many tokens should fit into `limit` bytes, as far as the `measured` shapes tell.
 
     Bytes beyond `fixed` (weights, adapters, gradients) follow a power of the length for single rows, interpolated

@@ -36,9 +36,7 @@ def test_tokens_grow_by_the_bytes_of_the_dearest_token_measured():
     assert dataclasses.replace(grown[NARROW], capacity_tokens=200) == tight
 
 
-@pytest.mark.parametrize(
-    "points", [(), (point(1, 100, 29 * GIB),), (point(1, 100, 10 * GIB), point(1, 200, 20 * GIB))]
-)
+@pytest.mark.parametrize("points", [(), (point(1, 100, 29 * GIB),), (point(1, 100, 10 * GIB), point(1, 200, 20 * GIB))])
 def test_capacity_stays_where_memory_does_not_limit_it_or_nothing_tells(points):
     costs = table(cost(NARROW, 200, *points), memory_bytes=30 * GIB)
     assert with_more_memory(costs) == costs
