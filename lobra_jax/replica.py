@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -32,6 +32,9 @@ from lobra_jax.stage import (
     compile_training,
     stage_layout,
 )
+
+LOAD_THREADS = 4
+"""Weights read at once: as many are held by the host, once as stored and once as placed."""
 
 Shape = tuple[int, int]
 """(rows, length) of a micro-batch."""
@@ -116,18 +119,19 @@ class Replica:
         return f"replica {self.index} {self.parallel}"
 
     def load(self, source: WeightSource) -> None:
-        """Reads each weight straight into the shards of its stage."""
-        self.params = [
-            {
-                name: jax.make_array_from_callback(
-                    spec.shape,
-                    spec.sharding,
-                    lambda index, name=name, dtype=spec.dtype: np.asarray(source.read(name, index)).astype(dtype),
-                )
-                for name, spec in layout.params.items()
-            }
-            for layout in self.layouts
-        ]
+        """Reads each weight straight into the shards of its stage, a few weights at a time."""
+
+        def read(name: str, spec: jax.ShapeDtypeStruct) -> Array:
+            return jax.make_array_from_callback(
+                spec.shape, spec.sharding, lambda index: source.read(name, index).astype(spec.dtype, copy=False)
+            )
+
+        with ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="load") as executor:
+            futures = [
+                {name: executor.submit(read, name, spec) for name, spec in layout.params.items()}
+                for layout in self.layouts
+            ]
+            self.params = [{name: future.result() for name, future in stage.items()} for stage in futures]
 
     def compile(
         self, shapes: Sequence[Shape], executor: Executor, *, evaluation_shapes: Sequence[Shape] = ()

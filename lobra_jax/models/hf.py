@@ -23,6 +23,9 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 1024**3
 """Largest weight file that `save_hf` writes by default."""
 
+ROWS_TRANSPOSED_AT_ONCE = 16
+"""A cache line of 2-byte values."""
+
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Tensor types that base weights may have: safetensors' name -> NumPy's."""
 
@@ -62,6 +65,15 @@ def is_transposed(name: str) -> bool:
     return name == "head" or (name.startswith("layers.") and not name.endswith(("norm", "_bias")))
 
 
+def transposed(array: np.ndarray) -> np.ndarray:
+    """A matrix's transpose, contiguous; a few rows at a time, which keeps to the caches: several times quicker."""
+    out = np.empty(array.shape[::-1], array.dtype)
+    for start in range(0, array.shape[0], ROWS_TRANSPOSED_AT_ONCE):
+        rows = slice(start, start + ROWS_TRANSPOSED_AT_ONCE)
+        out[:, rows] = array[rows].T
+    return out
+
+
 class HFWeights:
     """A source of base weights in a model folder, of one file or of shards with an index.
 
@@ -79,7 +91,7 @@ class HFWeights:
         stored = index[::-1] if is_transposed(name) else index
         with _opened(self._files[key]) as file:
             array = file.get_slice(key)[stored]
-        return np.ascontiguousarray(array.T if is_transposed(name) else array)
+        return transposed(array) if is_transposed(name) else np.ascontiguousarray(array)
 
     def _check(self, config: LlamaConfig) -> None:
         wanted: dict[Path, dict[str, tuple[int, ...]]] = {}
@@ -178,7 +190,7 @@ def save_hf(
         tensors = {}
         for name, shape in shapes.items():
             array = source.read(name, whole(shape)).astype(target)
-            tensors[hf_name(name)] = np.ascontiguousarray(array.T if is_transposed(name) else array)
+            tensors[hf_name(name)] = transposed(array) if is_transposed(name) else np.ascontiguousarray(array)
             on_tensor()
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, file))

@@ -27,6 +27,10 @@ EMBEDDING_STD = 0.02
 """Standard deviation of random embeddings, head and biases (GPT-2's and Llama's)."""
 
 
+DRAWN_AND_KEPT = 4
+"""Random tensors kept, as many as are read at once (`lobra_jax.replica.LOAD_THREADS`)."""
+
+
 class WeightSource(Protocol):
     """Anything base weights can be read from: a checkpoint folder, a random generator, arrays in memory."""
 
@@ -73,8 +77,9 @@ class RandomWeights:
         self.config = config
         self.seed = seed
         self._shapes = weight_shapes(config)
-        # A tensor's shards are read one after the other: keeping the last one drawn spares drawing it once a device.
-        self._last = functools.lru_cache(maxsize=1)(self._draw)
+        # A tensor's shards are read one after the other, some tensors at once: keeping the last ones drawn spares
+        # drawing each once a device.
+        self._last = functools.lru_cache(maxsize=DRAWN_AND_KEPT)(self._draw)
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         return np.ascontiguousarray(self._last(name)[index])
