@@ -126,7 +126,7 @@ def row_inputs(tasks: TaskInputs, task_ids: Array, dropout_ids: Array, *, dropou
     return RowInputs(task_ids=task_ids, scales=tasks.scales[task_ids], dropout_keys=keys, keep_rates=keep_rates)
 
 
-def drop(x_BLI: Array, rows: RowInputs, layer: int, site: int) -> Array:
+def drop(x_BLI: Array, rows: RowInputs, layer: Array | int, site: int) -> Array:
     """LoRA dropout on one activation.
 
     A value's fate depends on (task, task step, sequence, layer, site, position, feature) only: partitionable threefry
@@ -143,7 +143,7 @@ def drop(x_BLI: Array, rows: RowInputs, layer: int, site: int) -> Array:
 
 
 def low_rank_deltas(
-    x_BLI: Array, pairs: dict[str, dict[str, Array]], targets: Sequence[str], rows: RowInputs, layer: int
+    x_BLI: Array, pairs: dict[str, dict[str, Array]], targets: Sequence[str], rows: RowInputs, layer: Array | int
 ) -> list[Array]:
     """scale * dropout(x) a_t b_t for linears that read the same `x`, one [B, L, O] each; one input matmul for all."""
     x_BLI = drop(x_BLI, rows, layer, DROPOUT_SITES[targets[0]])

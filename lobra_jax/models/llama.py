@@ -45,12 +45,14 @@ def _weight(dtype: Any, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Pa
 
 
 class Layer(nnx.Module):
-    """One transformer layer: x + attention(norm(x)), then x + swiglu(norm(x))."""
+    """One transformer layer: x + attention(norm(x)), then x + swiglu(norm(x)).
 
-    def __init__(self, config: LlamaConfig, index: int, dtype: Any) -> None:
+    It does not know its number, so that all layers of a stage are one function, traced once.
+    """
+
+    def __init__(self, config: LlamaConfig, dtype: Any) -> None:
         d = config.hidden_size
         self.config = config
-        self.index = index
         self.attn_norm = _weight(dtype, (d,), ("hidden",))
         self.mlp_norm = _weight(dtype, (d,), ("hidden",))
         for target, shape in config.target_shapes.items():
@@ -58,7 +60,9 @@ class Layer(nnx.Module):
             if config.qkv_bias and target in ("q", "k", "v"):
                 setattr(self, f"{target}_bias", _weight(dtype, shape[1:], TARGET_AXES[target][1:]))
 
-    def linears(self, x: Array, targets: Sequence[str], adapters: Mapping, rows: RowInputs | None) -> list[Array]:
+    def linears(
+        self, x: Array, targets: Sequence[str], adapters: Mapping, rows: RowInputs | None, index: Array
+    ) -> list[Array]:
         """x W (+ bias) (+ low-rank delta) for linears that read the same input."""
         outs = []
         for target in targets:
@@ -71,17 +75,24 @@ class Layer(nnx.Module):
         adapted = [target for target in targets if target in adapters]
         if not adapted:
             return outs
-        deltas = dict(zip(adapted, low_rank_deltas(x, adapters, adapted, rows, self.index), strict=True))
+        deltas = dict(zip(adapted, low_rank_deltas(x, adapters, adapted, rows, index), strict=True))
         return [out + deltas[target] if target in deltas else out for target, out in zip(targets, outs, strict=True)]
 
     def __call__(
-        self, x_BLD: Array, adapters: Mapping, rows: RowInputs | None, rope: tuple[Array, Array], shard: Shard
+        self,
+        x_BLD: Array,
+        adapters: Mapping,
+        rows: RowInputs | None,
+        rope: tuple[Array, Array],
+        index: Array,
+        shard: Shard,
     ) -> Array:
+        """`index` is the layer's number in the model, a scalar."""
         c = self.config
         b, length, _ = x_BLD.shape
 
         h_BLD = rms_norm(x_BLD, self.attn_norm[...], c.rms_norm_eps)
-        q, k, v = self.linears(h_BLD, ("q", "k", "v"), adapters, rows)
+        q, k, v = self.linears(h_BLD, ("q", "k", "v"), adapters, rows, index)
         q = checkpoint_name(shard(q, "batch", "position", "heads"), "q").reshape(b, length, c.num_heads, c.head_dim)
         k = checkpoint_name(shard(k, "batch", "position", "kv_heads"), "k")
         v = checkpoint_name(shard(v, "batch", "position", "kv_heads"), "v")
@@ -89,14 +100,14 @@ class Layer(nnx.Module):
         v = v.reshape(b, length, c.num_kv_heads, c.head_dim)
         out = attention(apply_rope(q, rope), apply_rope(k, rope), v).reshape(b, length, c.num_heads * c.head_dim)
         out = checkpoint_name(shard(out, "batch", "position", "heads"), "attention")
-        (out,) = self.linears(out, ("o",), adapters, rows)
+        (out,) = self.linears(out, ("o",), adapters, rows, index)
         x_BLD = checkpoint_name(shard(x_BLD + out, "batch", "length", "hidden"), "residual_mid")
 
         h_BLD = rms_norm(x_BLD, self.mlp_norm[...], c.rms_norm_eps)
-        gate, up = self.linears(h_BLD, ("gate", "up"), adapters, rows)
+        gate, up = self.linears(h_BLD, ("gate", "up"), adapters, rows, index)
         gate = checkpoint_name(shard(gate, "batch", "position", "mlp"), "gate")
         up = checkpoint_name(shard(up, "batch", "position", "mlp"), "up")
-        (out,) = self.linears(jax.nn.silu(gate) * up, ("down",), adapters, rows)
+        (out,) = self.linears(jax.nn.silu(gate) * up, ("down",), adapters, rows, index)
         return shard(x_BLD + out, "batch", "length", "hidden")
 
 
@@ -108,7 +119,7 @@ class Stage(nnx.Module):
         self.config = config
         self.is_first = layers.start == 0
         self.is_last = layers.stop == config.num_layers
-        self.layers = nnx.Dict({str(i): Layer(config, i, dtype) for i in layers})
+        self.layers = nnx.Dict({str(i): Layer(config, dtype) for i in layers})
         if self.is_first or (self.is_last and config.tie_embeddings):
             self.embed = _weight(dtype, (v, d), ("vocab", "hidden"))
         if self.is_last:
@@ -124,13 +135,15 @@ class Stage(nnx.Module):
         if self.is_first:
             x = shard(embed_tokens(x, self.embed[...]), "batch", "length", "hidden")
         rope = rope_tables(self.config, x.shape[1])
+        graph, _ = nnx.split(next(iter(self.layers.values())))
+
+        def run(params: Any, x: Array, pairs: Mapping, rows: RowInputs | None, rope: Any, index: Array) -> Array:
+            return nnx.merge(graph, params)(x, pairs, rows, rope, index, shard)
+
+        run_once_traced = jax.jit(with_remat(run, remat))
         for index, layer in self.layers.items():
-            graph, params = nnx.split(layer)
-
-            def run(params: Any, x: Array, pairs: Mapping, rows: RowInputs | None, graph: Any = graph) -> Array:
-                return nnx.merge(graph, params)(x, pairs, rows, rope, shard)
-
-            x = with_remat(run, remat)(params, x, adapters[index] if rows is not None else {}, rows)
+            pairs = adapters[index] if rows is not None else {}
+            x = run_once_traced(nnx.state(layer), x, pairs, rows, rope, jnp.uint32(int(index)))
         if self.is_last:
             x = rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
         return x
