@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import types
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -169,16 +169,22 @@ class Engine:
         *,
         num_threads: int,
     ) -> Iterator[tuple[int, int]]:
-        """Compiles [replica][shape] in parallel, yielding (programs done, programs in all) as they finish."""
+        """Compiles [replica][shape] in parallel, yielding (programs done, programs in all) as they finish.
+
+        The first replica of each kind goes before those like it, whose programs a GPU's compilation cache then has.
+        """
+        first = {replica.parallel: replica.index for replica in reversed(self.replicas)}
+        rounds: tuple[list[Callable[[], object]], ...] = ([], [])
+        for replica, own, own_evaluation in zip(self.replicas, training_shapes, evaluation_shapes, strict=True):
+            is_first = first[replica.parallel] == replica.index
+            rounds[0 if is_first else 1].extend(replica.compilations(own, own_evaluation))
+        total, done = sum(map(len, rounds)), 0
         with ThreadPoolExecutor(num_threads, thread_name_prefix="compile") as executor:
-            futures = [
-                future
-                for replica, own, own_evaluation in zip(self.replicas, training_shapes, evaluation_shapes, strict=True)
-                for future in replica.compile(own, executor, evaluation_shapes=own_evaluation)
-            ]
-            for done, future in enumerate(futures, start=1):
-                future.result()
-                yield done, len(futures)
+            for tasks in rounds:
+                for future in [executor.submit(task) for task in tasks]:
+                    future.result()
+                    done += 1
+                    yield done, total
 
     def warm_up(self) -> None:
         """Runs the sum, the update and the spreading once without any work, so that they are compiled too."""

@@ -6,9 +6,10 @@ Knows nothing of other replicas, of data sets or of the optimiser.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -133,19 +134,18 @@ class Replica:
             ]
             self.params = [{name: future.result() for name, future in stage.items()} for stage in futures]
 
-    def compile(
-        self, shapes: Sequence[Shape], executor: Executor, *, evaluation_shapes: Sequence[Shape] = ()
-    ) -> list[Future]:
-        """Starts compiling the programs of these shapes; every future must be waited for before a step."""
-        futures = [executor.submit(self._compile_training, shape) for shape in shapes if shape not in self._training]
-        futures += [
-            executor.submit(self._compile_evaluation, shape)
-            for shape in evaluation_shapes
-            if shape not in self._evaluation
-        ]
+    def compilations(
+        self, shapes: Sequence[Shape], evaluation_shapes: Sequence[Shape] = ()
+    ) -> list[Callable[[], object]]:
+        """What is left to compile for these shapes, as calls that may run in parallel; all must run before a step."""
         return [
-            *futures,
-            *(executor.submit(lambda zeros=zeros: jax.block_until_ready(zeros())) for zeros in self._zeros),
+            *(functools.partial(self._compile_training, shape) for shape in shapes if shape not in self._training),
+            *(
+                functools.partial(self._compile_evaluation, shape)
+                for shape in evaluation_shapes
+                if shape not in self._evaluation
+            ),
+            *(lambda zeros=zeros: jax.block_until_ready(zeros()) for zeros in self._zeros),
         ]
 
     def _compile_training(self, shape: Shape) -> None:

@@ -128,7 +128,7 @@ class Bench:
     def compile(self, shapes: Sequence[Shape], *, copies: int) -> None:
         """Compiles shapes for the first `copies` replicas, several at a time."""
         with ThreadPoolExecutor(self.setup.num_threads, thread_name_prefix="compile") as executor:
-            futures = [f for replica in self.replicas[:copies] for f in replica.compile(shapes, executor)]
+            futures = [executor.submit(c) for replica in self.replicas[:copies] for c in replica.compilations(shapes)]
             for future in futures:
                 future.result()
 
