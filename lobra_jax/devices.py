@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from lobra_jax.config import DevicesConfig
 
 COUNT_FLAG = "--xla_force_host_platform_device_count"
+ACCELERATOR_FLAGS = ("--xla_gpu_enable_triton_gemm=false",)
+"""Set unless XLA_FLAGS has them already. On an H200 the library's matmuls took a step of a 7B model with six adapters
+from 920 to 887 ms against those that XLA generates."""
+
 CACHE_FOLDER = "xla"
 MIN_COMPILE_S_TO_CACHE = 0.2
 """Programs that compile faster are not worth a file."""
@@ -33,6 +37,10 @@ def configure(config: DevicesConfig, *, cache_dir: Path) -> None:
     """
     if config.simulated is not None:
         _simulate(config.simulated)
+    else:
+        flags = os.environ.get("XLA_FLAGS", "")
+        missing = [flag for flag in ACCELERATOR_FLAGS if flag.partition("=")[0] not in flags]
+        os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:

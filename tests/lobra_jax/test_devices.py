@@ -30,6 +30,15 @@ def test_fresh_process_gets_simulated_devices_and_a_compilation_cache(tmp_path):
     assert done.stdout.split() == ["3", "cpu", str(tmp_path / "xla")]
 
 
+@pytest.mark.parametrize("given", [None, "--xla_gpu_enable_triton_gemm=true"])
+def test_flags_for_accelerators_give_way_to_the_users_own(monkeypatch, tmp_path, given):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    other = "--xla_force_host_platform_device_count=8"
+    monkeypatch.setenv("XLA_FLAGS", f"{other} {given}" if given else other)
+    configure(DevicesConfig(), cache_dir=tmp_path)
+    assert os.environ["XLA_FLAGS"] == f"{other} {given or '--xla_gpu_enable_triton_gemm=false'}"
+
+
 def test_a_process_on_other_devices_refuses_and_is_left_as_it_was(tmp_path):
     number = len(jax.devices())
     configure(DevicesConfig(simulated=number), cache_dir=tmp_path)
