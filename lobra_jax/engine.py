@@ -18,7 +18,15 @@ import numpy as np
 from jax import Array
 
 from lobra_jax.data.batches import MicroBatchArrays
-from lobra_jax.lora import Adapters, LoraSpec, TaskInputs, adapted_targets, init_adapters, set_task_adapter
+from lobra_jax.lora import (
+    Adapters,
+    LoraSpec,
+    adapted_targets,
+    init_adapters,
+    set_magnitudes,
+    set_task_adapter,
+    task_inputs,
+)
 from lobra_jax.mesh import cut
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.weights import WeightSource
@@ -97,6 +105,7 @@ class Engine:
       dtype: of base weights and activations.
       devices: all devices by default; the plan takes the first.
       optimizers: names of those that the tasks use.
+      averages: whether any task keeps a moving average of its adapter.
     """
 
     def __init__(
@@ -108,6 +117,7 @@ class Engine:
         dtype: Any,
         devices: Sequence[Any] | None = None,
         optimizers: Collection[str] = ("adamw",),
+        averages: bool = False,
     ) -> None:
         self.plan = plan
         self.model = model
@@ -121,18 +131,19 @@ class Engine:
                 max_rank=max(spec.rank for spec in specs),
                 targets=adapted_targets(specs),
                 dropout=any(spec.dropout > 0 for spec in specs),
+                dora=any(spec.dora for spec in specs),
                 dtype=dtype,
             )
             for index, submesh in enumerate(cut(plan, devices))
         )
         self.gradient_sum = GradientSum(
-            self.replicas, model.num_layers, len(specs), tuple(name for name in OPTIMIZERS if name in optimizers)
+            self.replicas,
+            model.num_layers,
+            len(specs),
+            tuple(name for name in OPTIMIZERS if name in optimizers),
+            averages=averages,
         )
-        tasks = TaskInputs(
-            scales=np.asarray([spec.scale for spec in specs], np.float32),
-            dropout_rates=np.asarray([spec.dropout for spec in specs], np.float32),
-        )
-        self.tasks = [replica.place_tasks(tasks) for replica in self.replicas]
+        self.tasks = [replica.place_tasks(task_inputs(specs)) for replica in self.replicas]
         self.state: AdapterState
         self._spread: list[list[Adapters]]
         num_stages = sum(replica.parallel.pp for replica in self.replicas)
@@ -144,8 +155,10 @@ class Engine:
             replica.load(source)
 
     def init_adapters(self, seeds: Sequence[int], given: Mapping[int, TaskAdapter] = NOTHING_GIVEN) -> None:
-        """Adapters to start from: fresh ones, one seed a task, or those `given` by task."""
+        """Adapters to start from: fresh ones, one seed a task, or those `given` by task. Call it after `load`."""
         adapters = init_adapters(self.model, self.specs, seeds)
+        if any(spec.dora for spec in self.specs):
+            set_magnitudes(adapters, self.specs, self.replicas[0].column_norms(adapted_targets(self.specs)))
         for task, adapter in given.items():
             set_task_adapter(adapters, task, adapter)
         self.set_state(self.gradient_sum.init(adapters))
@@ -263,9 +276,13 @@ class Engine:
         self._previous_ready = None
 
     def evaluate(self, batches: ReplicaBatches) -> np.ndarray:
-        """float64 [T]: each task's weighted token losses over [replica][micro-batch], without dropout."""
+        """float64 [T]: each task's weighted token losses over [replica][micro-batch], without dropout.
+
+        With its averaged adapter for a task that keeps one.
+        """
+        spread = self.gradient_sum.spread(self.state.tasks.averaged) if self.gradient_sum.averages else self._spread
         results = [
-            replica.evaluate(arrays, self._spread[replica.index], self.tasks[replica.index])
+            replica.evaluate(arrays, spread[replica.index], self.tasks[replica.index])
             for replica, own in zip(self.replicas, batches, strict=True)
             for arrays in own
         ]

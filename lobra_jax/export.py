@@ -36,7 +36,10 @@ TOKENIZER_FILES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MergedWeights:
-    """A source of base weights with one adapter merged in: W + scale a b, computed in float32 slice by slice."""
+    """A source of base weights with one adapter merged in, computed in float32.
+
+    W + scale a b, slice by slice; with DoRA its columns are brought to the length m, for which they are read whole.
+    """
 
     base: WeightSource
     spec: LoraSpec
@@ -49,8 +52,13 @@ class MergedWeights:
         if pair is None:
             return weight
         rows, columns = index
+        if "m" in pair:
+            rows, weight = slice(None), self.base.read(name, (slice(None), columns))
         delta = (pair["a"][rows] * np.float32(self.spec.scale)) @ pair["b"][:, columns]
-        return weight.astype(np.float32) + delta
+        merged = weight.astype(np.float32) + delta
+        if "m" in pair:
+            merged = (merged * (pair["m"][columns] / np.linalg.norm(merged, axis=0)))[index[0]]
+        return merged
 
 
 def base_model_name(preset: str | None, path: Path | None) -> str:

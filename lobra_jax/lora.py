@@ -1,12 +1,14 @@
 """Stacked LoRA adapters: many tasks' low-rank pairs in one array per linear, each batch row using its own task's.
 
 Adapters are a plain pytree, `adapters[layer][target] = {"a": [task, in, rank], "b": [task, rank, out]}` in fp32, handed
-to the model as an argument and to `grad` as the differentiated part. Knows neither optimiser nor mesh.
+to the model as an argument and to `grad` as the differentiated part. Where any task uses DoRA there is a magnitude
+`"m": [task, out]` as well. Knows neither optimiser nor mesh.
 
 Shape letters: T task, B row, L position, I in features, O out features, R padded rank.
 
 A task of lower rank, or one that does not adapt a linear, holds exact zeros there. Both factors being zero, their
 gradients are exactly zero too (d/da = x^T (dy b^T), d/db = (x a)^T dy), so padding never reaches a norm or an export.
+The same holds for the magnitudes of a task that has none, which are masked.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +28,14 @@ from lobra_jax.models.config import TARGETS, LlamaConfig
 from lobra_jax.peft_folder import TaskAdapter
 
 Adapters = dict[str, dict[str, dict[str, Array]]]
-"""layer index as a string -> target -> {"a", "b"}."""
+"""layer index as a string -> target -> {"a", "b"}, and "m" where any task uses DoRA."""
 
 DROPOUT_SITES = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 2, "up": 2, "down": 3}
 """Linears that read the same activation share one dropout mask."""
 NUM_DROPOUT_SITES = 4
+
+TINY_NORM = 1e-30
+"""Keeps the norm of a column of zeros from being divided by."""
 
 
 @jax.tree_util.register_dataclass
@@ -41,10 +46,12 @@ class TaskInputs:
     Attributes:
       scales: [T] float32, alpha / rank.
       dropout_rates: [T] float32.
+      magnitudes: target -> [T] bool, which tasks have a magnitude there; None where no task uses DoRA.
     """
 
     scales: Array
     dropout_rates: Array
+    magnitudes: dict[str, Array] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -54,12 +61,14 @@ class RowInputs:
 
     Attributes:
       task_ids: [B] int32.
+      tasks: the values by task.
       scales: [B] float32.
       dropout_keys: [B] keys, or None when no task of the run uses dropout.
       keep_rates: [B] float32, 1 - dropout; None with `dropout_keys`.
     """
 
     task_ids: Array
+    tasks: TaskInputs
     scales: Array
     dropout_keys: Array | None
     keep_rates: Array | None
@@ -70,10 +79,21 @@ def adapted_targets(specs: Sequence[LoraSpec]) -> tuple[str, ...]:
     return tuple(target for target in TARGETS if any(target in spec.targets for spec in specs))
 
 
+def task_inputs(specs: Sequence[LoraSpec]) -> TaskInputs:
+    """The tasks' values as NumPy arrays."""
+    has_magnitude = {t: np.asarray([spec.dora and t in spec.targets for spec in specs]) for t in adapted_targets(specs)}
+    return TaskInputs(
+        scales=np.asarray([spec.scale for spec in specs], np.float32),
+        dropout_rates=np.asarray([spec.dropout for spec in specs], np.float32),
+        magnitudes=has_magnitude if any(spec.dora for spec in specs) else None,
+    )
+
+
 def init_adapters(config: LlamaConfig, specs: Sequence[LoraSpec], seeds: Sequence[int]) -> Adapters:
     """Fresh adapters as NumPy arrays: a ~ U(-1/sqrt(in), 1/sqrt(in)) (PEFT's Kaiming with slope sqrt 5), b = 0.
 
-    A task's values depend on its own seed, rank and targets alone, not on its co-tenants.
+    A task's values depend on its own seed, rank and targets alone, not on its co-tenants. Magnitudes are the column
+    norms of the base's weights, which this module does not know: they are left zero for `set_magnitudes`.
     """
     max_rank = max(spec.rank for spec in specs)
     adapters: Adapters = {}
@@ -90,7 +110,22 @@ def init_adapters(config: LlamaConfig, specs: Sequence[LoraSpec], seeds: Sequenc
                     bound = 1 / math.sqrt(fan_in)
                     a[task, :, : spec.rank] = rng.uniform(-bound, bound, (fan_in, spec.rank))
             adapters[str(layer)][target] = {"a": a, "b": b}
+            if any(spec.dora for spec in specs):
+                adapters[str(layer)][target]["m"] = np.zeros((len(specs), fan_out), np.float32)
     return adapters
+
+
+def set_magnitudes(
+    adapters: Adapters, specs: Sequence[LoraSpec], norms: Mapping[str, Mapping[str, np.ndarray]]
+) -> None:
+    """Starts the magnitudes of fresh adapters (NumPy) where DoRA does: at the base's column norms, so nothing changes.
+
+    `norms` is layer -> target -> [out] float32.
+    """
+    for task, spec in enumerate(specs):
+        for layer, pairs in adapters.items():
+            for target in spec.targets if spec.dora else ():
+                pairs[target]["m"][task] = norms[layer][target]
 
 
 def set_task_adapter(adapters: Adapters, task: int, given: TaskAdapter) -> None:
@@ -100,15 +135,18 @@ def set_task_adapter(adapters: Adapters, task: int, given: TaskAdapter) -> None:
             rank = pair["a"].shape[1]
             adapters[layer][target]["a"][task, :, :rank] = pair["a"]
             adapters[layer][target]["b"][task, :rank] = pair["b"]
+            if "m" in pair:
+                adapters[layer][target]["m"][task] = pair["m"]
 
 
 def task_adapter(adapters: Adapters, task: int, spec: LoraSpec) -> Adapters:
-    """One task's own adapter, padding cut off: {layer: {target: {"a": [in, rank], "b": [rank, out]}}}."""
+    """One task's own adapter, padding cut off: {layer: {target: {"a": [in, rank], "b": [rank, out]}}}, "m" too."""
     return {
         layer: {
             target: {
                 "a": np.asarray(pair["a"])[task, :, : spec.rank],
                 "b": np.asarray(pair["b"])[task, : spec.rank],
+                **({"m": np.asarray(pair["m"])[task]} if spec.dora else {}),
             }
             for target, pair in targets.items()
             if target in spec.targets
@@ -123,7 +161,9 @@ def row_inputs(tasks: TaskInputs, task_ids: Array, dropout_ids: Array, *, dropou
     if dropout:
         keys = jax.vmap(lambda row: jax.random.key(row, impl="threefry2x32"))(dropout_ids)
         keep_rates = 1 - tasks.dropout_rates[task_ids]
-    return RowInputs(task_ids=task_ids, scales=tasks.scales[task_ids], dropout_keys=keys, keep_rates=keep_rates)
+    return RowInputs(
+        task_ids=task_ids, tasks=tasks, scales=tasks.scales[task_ids], dropout_keys=keys, keep_rates=keep_rates
+    )
 
 
 def drop(x_BLI: Array, rows: RowInputs, layer: Array | int, site: int) -> Array:
@@ -143,10 +183,9 @@ def drop(x_BLI: Array, rows: RowInputs, layer: Array | int, site: int) -> Array:
 
 
 def low_rank_deltas(
-    x_BLI: Array, pairs: dict[str, dict[str, Array]], targets: Sequence[str], rows: RowInputs, layer: Array | int
+    x_BLI: Array, pairs: Mapping[str, dict[str, Array]], targets: Sequence[str], rows: RowInputs
 ) -> list[Array]:
-    """scale * dropout(x) a_t b_t for linears that read the same `x`, one [B, L, O] each; one input matmul for all."""
-    x_BLI = drop(x_BLI, rows, layer, DROPOUT_SITES[targets[0]])
+    """scale * x a_t b_t for linears that read the same `x`, one [B, L, O] each; one input matmul for all."""
     a_BIR = jnp.concatenate([pairs[t]["a"].astype(x_BLI.dtype)[rows.task_ids] for t in targets], axis=-1)
     h_BLR = jnp.einsum("bli,bir->blr", x_BLI, a_BIR, preferred_element_type=jnp.float32)
     h_BLR = (h_BLR * rows.scales[:, None, None]).astype(x_BLI.dtype)  # alpha / rank is not rounded to bf16
@@ -155,3 +194,30 @@ def low_rank_deltas(
         jnp.einsum("blr,bro->blo", h, pairs[t]["b"].astype(x_BLI.dtype)[rows.task_ids])
         for t, h in zip(targets, jnp.split(h_BLR, ranks, axis=-1), strict=True)
     ]
+
+
+def column_norms(weight_IO: Array, pair: Mapping[str, Array], scales_T: Array) -> Array:
+    """[T, O] float32: each task's ||W + scale a b|| by output feature, without ever making W + scale a b.
+
+    With w, a, b for columns: ||w + s a b||^2 = w.w + 2 s (w a).b + s^2 b (a a) b; all but w.w is of the rank's size.
+    """
+    a_TIR = pair["a"]
+    b_TRO = pair["b"] * scales_T[:, None, None]
+    weight_square_O = jnp.sum(jnp.square(weight_IO.astype(jnp.float32)), axis=0)
+    a_low = a_TIR.astype(weight_IO.dtype)
+    cross_TRO = jnp.einsum("io,tir->tro", weight_IO, a_low, preferred_element_type=jnp.float32)
+    gram_TRQ = jnp.einsum("tir,tiq->trq", a_TIR, a_TIR)
+    low_rank_TRO = 2 * cross_TRO + jnp.einsum("trq,tqo->tro", gram_TRQ, b_TRO)
+    return jnp.sqrt(jnp.maximum(weight_square_O[None] + jnp.sum(b_TRO * low_rank_TRO, axis=1), TINY_NORM))
+
+
+def magnitude_ratios(weight_IO: Array, pair: Mapping[str, Array], target: str, rows: RowInputs) -> Array:
+    """[B, 1, O] float32: DoRA's m / ||W + scale a b|| of each row's task; 1 for a task that has no magnitude here.
+
+    The norm counts as a constant of the gradient (DoRA, section 4.3), as in PEFT.
+    """
+    assert rows.tasks.magnitudes is not None
+    has_magnitude_T = rows.tasks.magnitudes[target]
+    norms_TO = jax.lax.stop_gradient(column_norms(weight_IO, jax.lax.stop_gradient(dict(pair)), rows.tasks.scales))
+    ratios_TO = jnp.where(has_magnitude_T[:, None], pair["m"] / norms_TO, 1.0)
+    return ratios_TO[rows.task_ids][:, None]

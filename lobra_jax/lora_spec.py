@@ -10,13 +10,17 @@ from lobra_jax.models.config import TARGETS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraSpec:
-    """One task's adapter: rank, alpha, scaling rule, adapted linears, dropout on the adapter's input."""
+    """One task's adapter: rank, alpha, scaling rule, adapted linears, dropout on the adapter's input.
+
+    `dora` (Liu et al., 2024) gives each output feature of an adapted linear a magnitude that is trained as well.
+    """
 
     rank: int
     alpha: float
     rslora: bool = False
     targets: tuple[str, ...] = TARGETS
     dropout: float = 0.0
+    dora: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:

@@ -24,6 +24,9 @@ CLIP_EPSILON = 1e-6
 """Added to the norm before dividing, as `torch.nn.utils.clip_grad_norm_` does."""
 
 
+FACTOR_DIMS = 2
+"""Of one task's a and b, which are padded in rank; a magnitude has one."""
+
 ADAFACTOR_DECAY = 0.8
 """Of the second moment: step t keeps 1 - t ** -0.8 of it (Shazeer and Stern, 2018)."""
 ADAFACTOR_CLIP = 1.0
@@ -40,6 +43,7 @@ class HyperInputs:
     Attributes:
       b_ratio: learning rate of b over that of a (LoRA+).
       rank_share: the task's rank over the padded rank.
+      average_weight: of this step's adapter in the average of all; 1 for a task that keeps none.
       kind: [T] int32, place of the task's optimiser in `OPTIMIZERS`.
       active: [T] bool, which tasks train in this step.
     """
@@ -53,6 +57,7 @@ class HyperInputs:
     clip_norm: Array
     b_ratio: Array
     rank_share: Array
+    average_weight: Array
     kind: Array
     active: Array
 
@@ -69,6 +74,7 @@ class TaskOptimizer:
       kind: one of `OPTIMIZERS`.
       b_ratio: learning rate of b over that of a (LoRA+, Hayou et al., 2024).
       rank: of the task's adapter; adafactor needs it, whose arrays are padded to the largest.
+      ema_decay: an exponential moving average of the adapter is kept; None for none.
     """
 
     learning_rates: np.ndarray
@@ -81,6 +87,7 @@ class TaskOptimizer:
     momentum: float = 0.0
     b_ratio: float = 1.0
     rank: int | None = None
+    ema_decay: float | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in OPTIMIZERS:
@@ -131,9 +138,20 @@ def step_inputs(optimizers: Sequence[TaskOptimizer], task_steps: Sequence[int | 
         clip_norm=column([o.clip_norm for o in optimizers]),
         b_ratio=column([o.b_ratio for o in optimizers]),
         rank_share=column([(o.rank or max_rank) / max_rank for o in optimizers]),
+        average_weight=column([_average_weight(o.ema_decay, k) for o, k in zip(optimizers, task_steps, strict=True)]),
         kind=np.asarray([names.index(o.kind) for o in optimizers], np.int32),
         active=np.asarray([k is not None for k in task_steps], bool),
     )
+
+
+def _average_weight(decay: float | None, task_step: int | None) -> float:
+    """What the step's adapter weighs beside the average so far: (1 - d) / (1 - d^n) at the n-th step.
+
+    The average is then sum_i d^(n-i) p_i / sum_i d^(n-i), without a bias to the start.
+    """
+    if decay is None or task_step is None or decay == 0:
+        return 1.0
+    return (1 - decay) / (1 - decay ** (task_step + 1))
 
 
 def no_inputs(num_tasks: int) -> HyperInputs:
@@ -168,7 +186,8 @@ def _adafactor(hyper: HyperInputs) -> optax.GradientTransformation:
     """Adafactor with whole second moments: factors would save little of an adapter, whose one side is its rank."""
 
     def root_mean_square(x: Array) -> Array:
-        return jnp.sqrt(jnp.sum(jnp.square(x)) / (x.size * hyper.rank_share))
+        share = hyper.rank_share if x.ndim == FACTOR_DIMS else 1.0
+        return jnp.sqrt(jnp.sum(jnp.square(x)) / (x.size * share))
 
     def scaled(update: Array, parameter: Array) -> Array:
         clipped = update / jnp.maximum(1.0, root_mean_square(update) / ADAFACTOR_CLIP)
@@ -207,10 +226,10 @@ def _choose(condition: Array, yes: Any, no: Any) -> Any:
 
 
 def _with_ratio(updates: Any, b_ratio: Array) -> Any:
-    """Updates are proportional to the learning rate, so b's own rate is a factor on b's updates."""
+    """Updates are proportional to the learning rate, so b's own rate is a factor on b's updates (and on m's: PEFT)."""
 
     def scaled(path: tuple[Any, ...], update: Array) -> Array:
-        return update * b_ratio if path[-1] == jax.tree_util.DictKey("b") else update
+        return update if path[-1] == jax.tree_util.DictKey("a") else update * b_ratio
 
     return jax.tree_util.tree_map_with_path(scaled, updates)
 
@@ -224,11 +243,19 @@ class TaskState:
       adapters: current.
       last_good: the adapters of the last step whose gradient was finite, what a task falls back to.
       moments: optax state by optimiser, of those that the run's tasks use.
+      averages: moving averages of the adapters, the adapters themselves for a task that keeps none; an empty tree for
+        each layer where no task does.
     """
 
     adapters: dict[str, Any]
     last_good: dict[str, Any]
     moments: dict[str, Any]
+    averages: dict[str, Any]
+
+    @property
+    def averaged(self) -> dict[str, Any]:
+        """The adapters to evaluate and to export."""
+        return self.averages if jax.tree.leaves(self.averages) else self.adapters
 
 
 def update(
@@ -253,7 +280,9 @@ def update(
     fails = trains & ~jnp.isfinite(norm)
     clip = jnp.minimum(1.0, hyper.clip_norm / (norm + CLIP_EPSILON))
 
-    def one_task(p: Any, good: Any, s: Any, g: Any, h: HyperInputs, clip: Array, moves: Array, fails: Array) -> tuple:
+    def one_task(
+        p: Any, good: Any, s: Any, average: Any, g: Any, h: HyperInputs, clip: Array, moves: Array, fails: Array
+    ) -> tuple:
         clipped = jax.tree.map(lambda x: x * clip, g)
         moved, states = p, {}
         for kind, before in s.items():
@@ -264,13 +293,18 @@ def update(
             new_p = optax.apply_updates(p, _with_ratio(updates, h.b_ratio))
             moved, states[kind] = _choose(chosen, (new_p, after), (moved, before))
         kept = jax.tree.map(lambda back, now: jnp.where(fails, back, now), good, p)
-        return *_choose(moves, (moved, p), (kept, good)), states
+        new_p, new_good = _choose(moves, (moved, p), (kept, good))
+        if average:
+            mean = jax.tree.map(lambda x, y: (1 - h.average_weight) * x + h.average_weight * y, average, new_p)
+            average = _choose(moves, mean, _choose(fails, new_p, average))
+        return new_p, new_good, states, average
 
     new = {
         layer: jax.vmap(one_task)(
             state.adapters[layer],
             state.last_good[layer],
             state.moments[layer],
+            state.averages[layer],
             gradients[layer],
             hyper,
             clip,
@@ -279,5 +313,6 @@ def update(
         )
         for layer in state.adapters
     }
-    adapters, last_good, moments = ({layer: parts[i] for layer, parts in new.items()} for i in range(3))
-    return TaskState(adapters=adapters, last_good=last_good, moments=moments), norm, alive & ~fails
+    adapters, last_good, moments, averages = ({layer: parts[i] for layer, parts in new.items()} for i in range(4))
+    after = TaskState(adapters=adapters, last_good=last_good, moments=moments, averages=averages)
+    return after, norm, alive & ~fails

@@ -1,6 +1,7 @@
 """Adapters as PEFT folders, written and read. Knows neither runs nor devices, imports no JAX.
 
-PEFT keeps Linear layouts: `lora_A.weight` [rank, in] and `lora_B.weight` [out, rank], the transposes of our a and b.
+PEFT keeps Linear layouts: `lora_A.weight` [rank, in] and `lora_B.weight` [out, rank], the transposes of our a and b;
+DoRA's `lora_magnitude_vector` [out] is our m.
 """
 
 from __future__ import annotations
@@ -25,13 +26,17 @@ ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 TaskAdapter = Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]
-"""One task's own arrays, cut to its rank: layer -> target -> {"a": [in, rank], "b": [rank, out]}."""
+"""One task's own arrays, cut to its rank: layer -> target -> {"a": [in, rank], "b": [rank, out]}, DoRA's "m": [out]."""
 
 _PEFT_NAMES = {target: module_name(target).rpartition(".")[2] for target in TARGETS}
-_TENSOR_NAME = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])\.weight")
+_SUFFIXES = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
+_LETTERS = {suffix: letter for letter, suffix in _SUFFIXES.items()}
+_TENSOR_NAME = re.compile(
+    r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\."
+    rf"({'|'.join(map(re.escape, _SUFFIXES.values()))})"
+)
 
 _PLAIN = {
-    "use_dora": False,
     "bias": "none",
     "fan_in_fan_out": False,
     "rank_pattern": {},
@@ -56,7 +61,8 @@ def write_peft_adapter(folder: str | Path, spec: LoraSpec, adapter: TaskAdapter,
         assert sorted(targets) == sorted(spec.targets), f"layer {layer} adapts {sorted(targets)}, not {spec.targets}"
         for target, pair in targets.items():
             assert pair["a"].shape[1] == pair["b"].shape[0] == spec.rank, f"layer {layer} {target}: not cut to its rank"
-            for letter, array in (("A", pair["a"]), ("B", pair["b"])):
+            assert ("m" in pair) == spec.dora, f"layer {layer} {target}: a magnitude goes with DoRA"
+            for letter, array in pair.items():
                 name = _tensor_name(layer, target, letter)
                 tensors[name] = np.ascontiguousarray(np.asarray(array, np.float32).T)
     weights = folder / (ADAPTER_WEIGHTS_FILE + ".partial")
@@ -68,7 +74,7 @@ def write_peft_adapter(folder: str | Path, spec: LoraSpec, adapter: TaskAdapter,
 
 
 def read_peft_adapter(folder: str | Path) -> tuple[LoraSpec, TaskAdapter]:
-    """Reads a folder of `write_peft_adapter`, or any plain LoRA of PEFT over the linears of a Llama.
+    """Reads a folder of `write_peft_adapter`, or any LoRA or DoRA of PEFT over the linears of a Llama.
 
     Raises UserError for other kinds of adapters, and for tensors that are missing, surplus or of the wrong rank.
     """
@@ -88,18 +94,21 @@ def read_peft_adapter(folder: str | Path) -> tuple[LoraSpec, TaskAdapter]:
         match = _TENSOR_NAME.fullmatch(name)
         if match is None or match[2] not in targets:
             raise UserError(f"unexpected tensor {name!r}", file=weights_file, expected="LoRA pairs of target_modules")
-        layer, module, letter = match.groups()
-        if array.shape[0 if letter == "A" else 1] != spec.rank:
+        layer, module, suffix = match.groups()
+        letter = _LETTERS[suffix]
+        if letter not in _letters(spec):
+            raise UserError(f"unexpected tensor {name!r}", file=weights_file, expected="none without use_dora")
+        if letter != "m" and array.shape[0 if letter == "a" else 1] != spec.rank:
             problem = f"tensor {name!r} has the wrong rank"
             raise UserError(problem, file=weights_file, value=array.shape, expected=f"rank {spec.rank}")
         pair = adapter.setdefault(layer, {}).setdefault(targets[module], {})
-        pair[letter.lower()] = np.ascontiguousarray(array.T.astype(np.float32))
+        pair[letter] = np.ascontiguousarray(array.T.astype(np.float32))
     for layer, pairs in adapter.items():
         for target in spec.targets:
-            for letter in "ab":
+            for letter in _letters(spec):
                 if letter not in pairs.get(target, {}):
-                    missing = _tensor_name(layer, target, letter.upper())
-                    raise UserError(f"tensor {missing!r} is missing", file=weights_file, expected="both of each pair")
+                    missing = _tensor_name(layer, target, letter)
+                    raise UserError(f"tensor {missing!r} is missing", file=weights_file, expected="all of each linear")
     return spec, {layer: adapter[layer] for layer in sorted(adapter, key=int)}
 
 
@@ -124,8 +133,12 @@ def check_fits(folder: str | Path, adapter: TaskAdapter, model: LlamaConfig) -> 
                 raise UserError(problem, file=file, value=found, expected=f"{tuple(expected)} of {model.name}")
 
 
+def _letters(spec: LoraSpec) -> tuple[str, ...]:
+    return ("a", "b", "m") if spec.dora else ("a", "b")
+
+
 def _tensor_name(layer: str, target: str, letter: str) -> str:
-    return f"base_model.model.model.layers.{layer}.{module_name(target)}.lora_{letter}.weight"
+    return f"base_model.model.model.layers.{layer}.{module_name(target)}.{_SUFFIXES[letter]}"
 
 
 def _adapter_config(spec: LoraSpec, base_model_name: str) -> dict[str, Any]:
@@ -137,6 +150,7 @@ def _adapter_config(spec: LoraSpec, base_model_name: str) -> dict[str, Any]:
         "r": spec.rank,
         "lora_alpha": spec.alpha,
         "use_rslora": spec.rslora,
+        "use_dora": spec.dora,
         "lora_dropout": spec.dropout,
         "target_modules": [_PEFT_NAMES[target] for target in TARGETS if target in spec.targets],
         **_PLAIN,
@@ -175,6 +189,7 @@ def _spec(raw: Mapping[str, Any], file: Path) -> LoraSpec:
             rslora=bool(raw.get("use_rslora", False)),
             targets=tuple(target for target in TARGETS if _PEFT_NAMES[target] in modules),
             dropout=raw.get("lora_dropout", 0.0),
+            dora=bool(raw.get("use_dora", False)),
         )
     except KeyError as error:
         raise UserError(f"missing key {error}", file=file, expected="a LoRA config of PEFT") from error

@@ -120,8 +120,11 @@ class GradientSum:
         num_layers: int,
         num_tasks: int,
         optimizers: tuple[str, ...] = ("adamw",),
+        *,
+        averages: bool = False,
     ) -> None:
         self.replicas = replicas
+        self.averages = averages
         self.num_tasks = num_tasks
         self.optimizers = optimizers
         self.homes = assign_homes(num_layers, [d for replica in replicas for d in replica.submesh.devices])
@@ -167,7 +170,12 @@ class GradientSum:
             for layer, pairs in placed.items()
         }
         return AdapterState(
-            tasks=TaskState(adapters=placed, last_good=placed, moments=moments),
+            tasks=TaskState(
+                adapters=placed,
+                last_good=placed,
+                moments=moments,
+                averages=placed if self.averages else {layer: {} for layer in placed},
+            ),
             alive=jax.device_put(np.ones(self.num_tasks, bool), self.homes[0].sharding),
         )
 

@@ -70,6 +70,7 @@ class Replica:
       max_rank: padded rank of the adapters.
       targets: linears that have adapters.
       dropout: whether any task uses LoRA dropout.
+      dora: whether any task uses DoRA.
       dtype: of the base weights and activations.
     """
 
@@ -83,6 +84,7 @@ class Replica:
         max_rank: int,
         targets: Sequence[str],
         dropout: bool,
+        dora: bool = False,
         dtype: Any,
     ) -> None:
         check_model_fits(model, submesh.parallel)
@@ -97,6 +99,7 @@ class Replica:
                     sharding=sharding,
                     remat=submesh.parallel.remat,
                     dropout=dropout,
+                    dora=dora,
                     num_tasks=num_tasks,
                 ),
                 max_rank,
@@ -133,6 +136,15 @@ class Replica:
                 for layout in self.layouts
             ]
             self.params = [{name: future.result() for name, future in stage.items()} for stage in futures]
+
+    def column_norms(self, targets: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
+        """layer -> target -> [out] float32: norms of the base's columns, where DoRA's magnitudes start."""
+        norms: dict[str, dict[str, np.ndarray]] = {}
+        for layers, params in zip(self.stage_layers, self.params, strict=True):
+            for layer in map(str, layers):
+                found = {target: _norms(params[f"layers.{layer}.{target}"]) for target in targets}
+                norms[layer] = {target: np.asarray(norm) for target, norm in found.items()}
+        return norms
 
     def compilations(
         self, shapes: Sequence[Shape], evaluation_shapes: Sequence[Shape] = ()
@@ -247,6 +259,11 @@ class Replica:
                 x = jax.device_put(x, self.layouts[stage].hidden(*shape).sharding)
             x = program(self.params[stage], adapters[stage], tasks[stage], x, batches[stage])
         return x
+
+
+@jax.jit
+def _norms(weight_IO: Array) -> Array:
+    return jnp.sqrt(jnp.sum(jnp.square(weight_IO.astype(jnp.float32)), axis=0))
 
 
 def memory_bytes(replica: Replica, shape: Shape) -> int:

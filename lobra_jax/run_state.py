@@ -17,7 +17,7 @@ from lobra_jax.tasks import lora_spec
 
 NOT_COMPARED = (
     "name", "files", "dataset", "eval_files", "eval_fraction", "eval_interval", "patience", "steps", "adapter",
-    "rank", "alpha", "rslora", "targets", "dropout",
+    "rank", "alpha", "rslora", "targets", "dropout", "dora",
 )  # fmt: skip
 """Keys of a task that a resumed run may change, and those that its adapter spec compares already."""
 
@@ -52,6 +52,7 @@ def state_to_tree(state: AdapterState) -> dict[str, Any]:
     return {
         "adapters": state.tasks.adapters,
         "last_good": state.tasks.last_good,
+        **({"averages": state.tasks.averages} if jax.tree.leaves(state.tasks.averages) else {}),
         "moments": {
             layer: {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
             for layer, tree in state.tasks.moments.items()
@@ -68,5 +69,11 @@ def state_from_tree(tree: dict[str, Any], like: AdapterState) -> AdapterState:
         )
         for layer, leaves in tree["moments"].items()
     }
-    tasks = dataclasses.replace(like.tasks, adapters=tree["adapters"], last_good=tree["last_good"], moments=moments)
+    tasks = dataclasses.replace(
+        like.tasks,
+        adapters=tree["adapters"],
+        last_good=tree["last_good"],
+        moments=moments,
+        averages=tree.get("averages", like.tasks.averages),
+    )
     return AdapterState(tasks=tasks, alive=tree["alive"])

@@ -43,7 +43,8 @@ TARGET_AXES: dict[str, tuple[str, str]] = {
     "up": ("hidden", "mlp"),
     "down": ("mlp", "hidden"),
 }
-"""Logical (in, out) axes of each linear; its adapters follow them: a (task, in, rank), b (task, rank, out)."""
+"""Logical (in, out) axes of each linear; its adapters follow them: a (task, in, rank), b (task, rank, out),
+m (task, out)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +79,16 @@ class StageSharding:
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def adapters(self, layers: Sequence[int], targets: Sequence[str]) -> dict[str, dict[str, dict[str, NamedSharding]]]:
-        """Shardings of the adapters (and of their gradients) of these layers and linears."""
+    def adapters(
+        self, layers: Sequence[int], targets: Sequence[str], *, dora: bool
+    ) -> dict[str, dict[str, dict[str, NamedSharding]]]:
+        """Shardings of the adapters (and of their gradients) of these layers and linears; `dora`: with magnitudes."""
         pair = {
-            target: {"a": self.named(("task", fan_in, "rank")), "b": self.named(("task", "rank", fan_out))}
+            target: {
+                "a": self.named(("task", fan_in, "rank")),
+                "b": self.named(("task", "rank", fan_out)),
+                **({"m": self.named(("task", fan_out))} if dora else {}),
+            }
             for target, (fan_in, fan_out) in ((target, TARGET_AXES[target]) for target in targets)
         }
         return {str(layer): pair for layer in layers}

@@ -83,12 +83,14 @@ class Residuals:
 
 @dataclasses.dataclass(frozen=True)
 class StageFunctions:
-    """The traced functions of one stage. `remat` and whether any task uses dropout are compiled in, values are not."""
+    """The traced functions of one stage. `remat` and whether any task uses dropout or DoRA are compiled in, values are
+    not."""
 
     abstract: AbstractStage
     sharding: StageSharding
     remat: str
     dropout: bool
+    dora: bool
     num_tasks: int
 
     @property
@@ -197,11 +199,15 @@ def stage_layout(functions: StageFunctions, max_rank: int, targets: Sequence[str
         for name, spec in abstract.weights.items()
     }
     shapes = {
-        target: {"a": (functions.num_tasks, fan_in, max_rank), "b": (functions.num_tasks, max_rank, fan_out)}
+        target: {
+            "a": (functions.num_tasks, fan_in, max_rank),
+            "b": (functions.num_tasks, max_rank, fan_out),
+            "m": (functions.num_tasks, fan_out),
+        }
         for target, (fan_in, fan_out) in abstract.config.target_shapes.items()
         if target in targets
     }
-    placements = sharding.adapters(abstract.layers, targets)
+    placements = sharding.adapters(abstract.layers, targets, dora=functions.dora)
     adapters = {
         layer: {
             target: {
@@ -213,7 +219,11 @@ def stage_layout(functions: StageFunctions, max_rank: int, targets: Sequence[str
         for layer, pairs in placements.items()
     }
     per_task = functools.partial(jax.ShapeDtypeStruct, (functions.num_tasks,), sharding=sharding.replicated)
-    tasks = TaskInputs(scales=per_task(jnp.float32), dropout_rates=per_task(jnp.float32))
+    tasks = TaskInputs(
+        scales=per_task(jnp.float32),
+        dropout_rates=per_task(jnp.float32),
+        magnitudes={target: per_task(jnp.bool_) for target in targets} if functions.dora else None,
+    )
     dtype = next(iter(abstract.weights.values())).dtype
     return StageLayout(functions=functions, params=params, adapters=adapters, tasks=tasks, dtype=dtype)
 

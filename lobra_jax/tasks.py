@@ -12,7 +12,12 @@ from lobra_jax.optim import TaskOptimizer, learning_rates
 
 def lora_spec(task: TaskConfig) -> LoraSpec:
     return LoraSpec(
-        rank=task.rank, alpha=task.alpha, rslora=task.rslora, targets=tuple(task.targets), dropout=task.dropout
+        rank=task.rank,
+        alpha=task.alpha,
+        rslora=task.rslora,
+        targets=tuple(task.targets),
+        dropout=task.dropout,
+        dora=task.dora,
     )
 
 
@@ -41,4 +46,5 @@ def task_optimizer(task: TaskConfig) -> TaskOptimizer:
         momentum=task.momentum,
         b_ratio=task.lora_plus_ratio,
         rank=task.rank,
+        ema_decay=task.ema_decay,
     )

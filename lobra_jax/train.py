@@ -106,6 +106,7 @@ class Trainer:
             dtype=jnp.dtype(self.config.model.dtype),
             devices=inputs.devices,
             optimizers={optimizer.kind for optimizer in self.optimizers},
+            averages=any(optimizer.ema_decay is not None for optimizer in self.optimizers),
         )
         self.num_steps = max(task.steps for task in self.task_configs)
         self.stopped: dict[str, int] = {}
@@ -337,7 +338,7 @@ class Trainer:
 
     def _write_adapter(self, index: int, folder: Path) -> None:
         spec = lora_spec(self.task_configs[index])
-        own = task_adapter(self.engine.state.adapters, index, spec)
+        own = task_adapter(self.engine.state.tasks.averaged, index, spec)
         write_peft_adapter(folder, spec, own, base_model_name(self.config.model.preset, self.config.model.path))
 
     def _evaluate(self, done: int, tasks: Sequence[TaskConfig], feeder: Feeder, metrics: MetricsWriter) -> None:

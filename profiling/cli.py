@@ -118,6 +118,7 @@ def _setup(
     from lobra_jax.data.load import task_lengths
     from lobra_jax.devices import host_cores, memory_limit, run_devices
     from lobra_jax.lora import adapted_targets
+    from lobra_jax.optim import OPTIMIZERS
     from lobra_jax.tasks import lora_spec
     from profiling.grid import default_lengths, default_max_tokens, parse_lengths
     from profiling.measure import Setup
@@ -134,6 +135,9 @@ def _setup(
         rank=rank or max(task.rank for task in config.tasks),
         targets=adapted_targets([lora_spec(task) for task in config.tasks]),
         dropout=any(task.dropout > 0 for task in config.tasks),
+        dora=any(task.dora for task in config.tasks),
+        optimizers=tuple(kind for kind in OPTIMIZERS if any(task.optimizer == kind for task in config.tasks)),
+        averages=any(task.ema_decay is not None for task in config.tasks),
         devices=devices,
         limit_bytes=limit_bytes,
         lengths=measured,
@@ -190,6 +194,9 @@ def _header(setup: Setup, configs: Sequence[ParallelConfig]) -> Header:
             "rank": setup.rank,
             "targets": list(setup.targets),
             "dropout": setup.dropout,
+            "dora": setup.dora,
+            "optimizers": list(setup.optimizers),
+            "averages": setup.averages,
             "lengths": list(setup.lengths),
             "max_tokens": setup.max_tokens,
             "repeats": setup.repeats,

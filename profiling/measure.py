@@ -20,7 +20,7 @@ from lobra_jax.lora import Adapters, TaskInputs
 from lobra_jax.mesh import make_submesh
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.weights import EMBEDDING_STD, weight_shapes
-from lobra_jax.optim import TaskOptimizer, step_inputs
+from lobra_jax.optim import TaskOptimizer, init_state, step_inputs
 from lobra_jax.reduce import GradientSum
 from lobra_jax.replica import Replica, ReplicaRun, memory_bytes
 from planner.cost import ConfigCost, CostPoint
@@ -32,9 +32,6 @@ from profiling.timing import slots, time_steps
 
 FILLER_SIZE = 65_521
 """Random numbers that made-up arrays repeat; a prime, so that rows of a matrix differ."""
-ARRAYS_AT_HOME = 8
-"""Arrays of an adapter's size on a layer's home at the update: adapters, the last good ones and AdamW's two moments,
-before and after."""
 NUM_WARM_UPS = 2
 """Updates before the timed ones: the first runs on the state as it was made, the second as updates leave it."""
 
@@ -46,7 +43,9 @@ class Setup:
     Attributes:
       model: base model shape.
       dtype: of weights and activations.
-      num_tasks, rank, targets, dropout: of the stacked adapters.
+      num_tasks, rank, targets, dropout, dora: of the stacked adapters.
+      optimizers: of the tasks, by name.
+      averages: whether any task keeps a moving average.
       devices: those of the run.
       limit_bytes: memory that may be used on each.
       lengths: ascending lengths from which shapes are made.
@@ -62,6 +61,9 @@ class Setup:
     rank: int
     targets: tuple[str, ...]
     dropout: bool
+    dora: bool
+    optimizers: tuple[str, ...]
+    averages: bool
     devices: Sequence[Any]
     limit_bytes: int
     lengths: tuple[int, ...]
@@ -119,6 +121,9 @@ class Bench:
         tasks = TaskInputs(
             scales=np.ones(self.setup.num_tasks, np.float32),
             dropout_rates=np.full(self.setup.num_tasks, 0.1 if self.setup.dropout else 0.0, np.float32),
+            magnitudes={t: np.ones(self.setup.num_tasks, bool) for t in self.setup.targets}
+            if self.setup.dora
+            else None,
         )
         for replica in self.replicas:
             replica.load(filler)
@@ -162,6 +167,7 @@ def make_replica(setup: Setup, config: ParallelConfig, index: int, devices: Sequ
         max_rank=setup.rank,
         targets=setup.targets,
         dropout=setup.dropout,
+        dora=setup.dora,
         dtype=setup.dtype,
     )
 
@@ -185,7 +191,7 @@ def measure_config(setup: Setup, config: ParallelConfig) -> ConfigCost:
     share = setup.share(config)
     bench = Bench(setup, config, copies=share.copies)
     replica = bench.replicas[0]
-    reserve = reserve_bytes(replica, len(setup.devices))
+    reserve = reserve_bytes(setup, replica)
     capacity = find_capacity(
         bench.bytes,
         limit_bytes=setup.limit_bytes - reserve,
@@ -241,20 +247,26 @@ def fixed_bytes(replica: Replica) -> int:
     return max(_leaf_bytes(layout.params) + 2 * _leaf_bytes(layout.adapters) for layout in replica.layouts)
 
 
-def reserve_bytes(replica: Replica, num_devices: int) -> int:
+def reserve_bytes(setup: Setup, replica: Replica) -> int:
     """Bytes on a device that a step needs beside its programs', whatever the micro-batch.
 
-    Its share of the master adapters and moments (layers go round the devices), and, as the next step is issued while
-    this one runs, that step's adapters and gradient sums on the fullest stage.
+    Its share of the master adapters, the last good ones, averages and optimisers' states (layers go round the devices),
+    before and after the update; and, as the next step is issued while this one runs, that step's adapters and gradient
+    sums on the fullest stage.
     """
     adapters = {layer: pairs for layout in replica.layouts for layer, pairs in layout.adapters.items()}
-    layer_bytes = max(
-        sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(pairs))
-        for pairs in adapters.values()
-    )
-    layers_at_home = -(-len(adapters) // min(num_devices, len(adapters)))
+    layer_bytes = max(_state_bytes(setup, pairs) for pairs in adapters.values())
+    layers_at_home = -(-len(adapters) // min(len(setup.devices), len(adapters)))
     following = max(2 * _leaf_bytes(layout.adapters) for layout in replica.layouts)
-    return ARRAYS_AT_HOME * layers_at_home * layer_bytes + following
+    return 2 * layers_at_home * layer_bytes + following
+
+
+def _state_bytes(setup: Setup, pairs: Any) -> int:
+    """What training keeps of one layer."""
+    leaves = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), pairs)
+    moments = jax.eval_shape(lambda pairs: init_state(pairs, setup.num_tasks, setup.optimizers), leaves)
+    kept = [leaves, leaves, moments, leaves if setup.averages else {}]
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
 
 def measure_step_overhead(setup: Setup, config: ParallelConfig) -> float:
@@ -264,21 +276,28 @@ def measure_step_overhead(setup: Setup, config: ParallelConfig) -> float:
         make_replica(setup, config, index, setup.devices[index * g : (index + 1) * g])
         for index in range(len(setup.devices) // g)
     ]
-    gradient_sum = GradientSum(replicas, setup.model.num_layers, setup.num_tasks)
+    gradient_sum = GradientSum(
+        replicas, setup.model.num_layers, setup.num_tasks, setup.optimizers, averages=setup.averages
+    )
     adapters: Adapters = {}
     for replica in replicas[:1]:
         for layout in replica.layouts:
             adapters.update(jax.tree.map(lambda leaf: np.full(leaf.shape, 0.01, np.float32), layout.adapters))
     state = gradient_sum.init(adapters)
-    task = TaskOptimizer(
-        learning_rates=np.full(1, 1e-4, np.float32),
-        weight_decay=0.0,
-        beta1=0.9,
-        beta2=0.999,
-        epsilon=1e-8,
-        clip_norm=1.0,
-    )
-    hyper = step_inputs([task] * setup.num_tasks, [0] * setup.num_tasks)
+    tasks = [
+        TaskOptimizer(
+            learning_rates=np.full(1, 1e-4, np.float32),
+            weight_decay=0.0,
+            beta1=0.9,
+            beta2=0.999,
+            epsilon=1e-8,
+            clip_norm=1.0,
+            kind=setup.optimizers[task % len(setup.optimizers)],
+            rank=setup.rank,
+        )
+        for task in range(setup.num_tasks)
+    ]
+    hyper = step_inputs(tasks, [0] * setup.num_tasks)
     gradients = [replica.zero_gradients() for replica in replicas]
     jax.block_until_ready((gradients, gradient_sum.spread(state.adapters)))
     readings: list[float] = []

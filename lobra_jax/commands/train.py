@@ -146,9 +146,14 @@ def _costs(
 
 def _check_measured(costs: CostTable, config: RunConfig, path: Path) -> None:
     """Refuses a table whose times and capacities are of less than this run needs; tables from elsewhere do not say."""
-    rank = max(task.rank for task in config.tasks)
-    wanted = (("num_tasks", len(config.tasks)), ("rank", rank))
-    for key, needed in wanted:
+    wanted = {
+        "num_tasks": len(config.tasks),
+        "rank": max(task.rank for task in config.tasks),
+        "dropout": any(task.dropout > 0 for task in config.tasks),
+        "dora": any(task.dora for task in config.tasks),
+        "averages": any(task.ema_decay is not None for task in config.tasks),
+    }
+    for key, needed in wanted.items():
         found = costs.provenance.get(key)
         if found is not None and found < needed:
             raise UserError(
@@ -156,7 +161,7 @@ def _check_measured(costs: CostTable, config: RunConfig, path: Path) -> None:
                 file=path,
                 key=f"provenance.{key}",
                 value=found,
-                expected=f"at least {needed}: run lobra profile again",
+                expected=f"{needed}{'' if needed is True else ' or more'}: run lobra profile again",
             )
     dtype = costs.provenance.get("dtype")
     if dtype is not None and dtype != config.model.dtype:

@@ -153,9 +153,9 @@ class TaskConfig(Section):
     """One fine-tuning job: data, batches, adapter, optimiser.
 
     `files` and `eval_files` may hold globs; `weights` has one number for each entry of `files`: how often an epoch
-    shows each of its examples. `adapter`, a PEFT folder, is trained on: rank, alpha, rslora and targets are then its
-    own. `columns` maps our keys to the records' own. `context_length` is the most tokens of an
-    example that are fed to the model. `eval_interval` counts the task's own steps; null evaluates before the first and
+    shows each of its examples. `adapter`, a PEFT folder, is trained on: rank, alpha, rslora, targets and dora are then
+    its own. `columns` maps our keys to the records' own. `context_length` is the most tokens of an example that are
+    fed to the model. `eval_interval` counts the task's own steps; null evaluates before the first and
     after the last. `patience` is the number of evaluations in a row without a lower loss that ends the task.
     """
 
@@ -190,7 +190,8 @@ class TaskConfig(Section):
     """Of the task's batches, held-out split, dropout and adapter, with `training.seed` and the name."""
 
     adapter: FilePath | None = None
-    """A PEFT folder to go on training from: rank, alpha, rslora and targets are then its own, and may be left out."""
+    """A PEFT folder to go on training from: rank, alpha, rslora, targets and dora are then its own, and may be left
+    out."""
     rank: Count = 16
     """Of the adapter's factors."""
     alpha: Positive = 16.0
@@ -201,6 +202,8 @@ class TaskConfig(Section):
     """The linears that are adapted; PEFT's `q_proj` is `q`."""
     dropout: Fraction = 0.0
     """Of the adapter's input."""
+    dora: bool = False
+    """DoRA: train a magnitude of each output feature beside the pair."""
 
     optimizer: Literal["adamw", "sgd", "adafactor", "lion"] = "adamw"
     """Each task its own, all in one compiled step."""
@@ -222,11 +225,14 @@ class TaskConfig(Section):
     """Of adamw."""
     momentum: Fraction = 0.0
     """Of sgd."""
+    ema_decay: Fraction | None = None
+    """Evaluate and export the mean of the adapter over its steps, a step's weight falling by this each step; null for
+    the adapter of the last step."""
 
     @model_validator(mode="before")
     @classmethod
     def _as_the_adapter_is(cls, raw: Any, info: ValidationInfo) -> Any:
-        """Takes rank, alpha, rslora and targets from `adapter`; what is stated beside it must agree."""
+        """Takes rank, alpha, rslora, targets and dora from `adapter`; what is stated beside it must agree."""
         if not isinstance(raw, dict) or not isinstance(raw.get("adapter"), str | Path):
             return raw
         context = info.context or {}
@@ -234,7 +240,8 @@ class TaskConfig(Section):
         if not context.get("check_files", True) and not folder.is_dir():
             return raw
         spec = read_peft_spec(folder)
-        found = {"rank": spec.rank, "alpha": float(spec.alpha), "rslora": spec.rslora, "targets": list(spec.targets)}
+        found = {"rank": spec.rank, "alpha": float(spec.alpha), "rslora": spec.rslora, "dora": spec.dora}
+        found["targets"] = list(spec.targets)
         return {**found, **raw}
 
     @model_validator(mode="after")
@@ -242,7 +249,7 @@ class TaskConfig(Section):
         if self.adapter is None or (not (info.context or {}).get("check_files", True) and not self.adapter.is_dir()):
             return self
         spec = read_peft_spec(self.adapter)
-        for key in ("rank", "alpha", "rslora", "targets"):
+        for key in ("rank", "alpha", "rslora", "targets", "dora"):
             stated, found = getattr(self, key), getattr(spec, key)
             if stated != found:
                 wrong(f"{key} = {stated!r} beside an adapter of another", expected=f"{found!r} as in {self.adapter}")

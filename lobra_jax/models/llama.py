@@ -20,7 +20,7 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from lobra_jax.lora import Adapters, RowInputs, low_rank_deltas
+from lobra_jax.lora import DROPOUT_SITES, Adapters, RowInputs, drop, low_rank_deltas, magnitude_ratios
 from lobra_jax.models.attention import attention
 from lobra_jax.models.config import LlamaConfig, RopeScaling
 from lobra_jax.sharding import TARGET_AXES
@@ -63,20 +63,30 @@ class Layer(nnx.Module):
     def linears(
         self, x: Array, targets: Sequence[str], adapters: Mapping, rows: RowInputs | None, index: Array
     ) -> list[Array]:
-        """x W (+ bias) (+ low-rank delta) for linears that read the same input."""
-        outs = []
-        for target in targets:
-            out = jnp.einsum("bli,io->blo", x, getattr(self, target)[...])
-            if self.config.qkv_bias and target in ("q", "k", "v"):
-                out = out + getattr(self, f"{target}_bias")[...][None, None]
-            outs.append(out)
-        if rows is None:
-            return outs
+        """x W (+ bias) (+ low-rank delta) for linears that read the same input.
+
+        With DoRA the row's task gives x W + bias + (ratio - 1) x W + ratio delta, in which both products of the added
+        part see the input after dropout.
+        """
+        bases = {target: self._product(x, target) for target in targets}
+        outs = dict(bases)
+        if self.config.qkv_bias:
+            for target in outs.keys() & {"q", "k", "v"}:
+                outs[target] = outs[target] + getattr(self, f"{target}_bias")[...][None, None]
         adapted = [target for target in targets if target in adapters]
-        if not adapted:
-            return outs
-        deltas = dict(zip(adapted, low_rank_deltas(x, adapters, adapted, rows, index), strict=True))
-        return [out + deltas[target] if target in deltas else out for target, out in zip(targets, outs, strict=True)]
+        if rows is None or not adapted:
+            return list(outs.values())
+        dropped = drop(x, rows, index, DROPOUT_SITES[targets[0]])
+        for target, delta in zip(adapted, low_rank_deltas(dropped, adapters, adapted, rows), strict=True):
+            if rows.tasks.magnitudes is not None:
+                ratio = magnitude_ratios(getattr(self, target)[...], adapters[target], target, rows)
+                base = bases[target] if rows.dropout_keys is None else self._product(dropped, target)
+                delta = (ratio - 1).astype(x.dtype) * base + ratio.astype(x.dtype) * delta
+            outs[target] = outs[target] + delta
+        return list(outs.values())
+
+    def _product(self, x_BLI: Array, target: str) -> Array:
+        return jnp.einsum("bli,io->blo", x_BLI, getattr(self, target)[...])
 
     def __call__(
         self,

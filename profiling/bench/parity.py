@@ -63,10 +63,10 @@ class ParityTask:
 
 
 def parity_tasks() -> tuple[ParityTask, ...]:
-    """Six tasks unlike in rank, scaling, targets, lr, schedule, weight decay, clipping, batch size and lengths."""
+    """Six tasks unlike in rank, scaling, kind, targets, lr, schedule, weight decay, clipping, batch and lengths."""
     rows = (
         ("answers", 8, LoraSpec(rank=8, alpha=16), 2e-3, "cosine", 4, 0.0, 1.0),
-        ("titles", 3, LoraSpec(rank=2, alpha=8, targets=("q", "v")), 5e-3, "linear", 0, 0.01, math.inf),
+        ("titles", 3, LoraSpec(rank=2, alpha=8, targets=("q", "v"), dora=True), 5e-3, "linear", 0, 0.01, math.inf),
         ("code", 4, LoraSpec(rank=16, alpha=16, rslora=True), 1e-3, "constant", 0, 0.1, 0.3),
         ("maths", 6, LoraSpec(rank=4, alpha=4, targets=("gate", "up", "down")), 3e-3, "cosine", 2, 0.0, 0.5),
         ("bills", 1, LoraSpec(rank=4, alpha=8, targets=("k", "o", "down")), 2e-3, "linear", 5, 0.05, 1.0),
@@ -194,7 +194,7 @@ def train_with_peft(task: ParityTask, base: Path, folder: Path, num_steps: int) 
 
     from lobra_jax.peft_folder import read_peft_adapter, write_peft_adapter
 
-    write_peft_adapter(folder / "start", task.spec, start_of(task), str(base))
+    write_peft_adapter(folder / "start", task.spec, start_of(task, base), str(base))
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(model, folder / "start", is_trainable=True).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -233,11 +233,23 @@ def _torch_loss(model: Any, task: ParityTask, step: int) -> Any:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
 
-def start_of(task: ParityTask) -> Any:
+def start_of(task: ParityTask, base: Path) -> Any:
     """The fresh adapter that a task begins with."""
-    from lobra_jax.lora import init_adapters, task_adapter
+    from lobra_jax.lora import init_adapters, set_magnitudes, task_adapter
+    from lobra_jax.models.hf import HFWeights
+    from lobra_jax.models.weights import whole as all_of
 
-    return task_adapter(init_adapters(MODEL, [task.spec], [task.seed]), 0, task.spec)
+    adapters = init_adapters(MODEL, [task.spec], [task.seed])
+    source = HFWeights(base, MODEL)
+    norms = {
+        layer: {
+            target: np.linalg.norm(source.read(f"layers.{layer}.{target}", all_of(MODEL.target_shapes[target])), axis=0)
+            for target in pairs
+        }
+        for layer, pairs in adapters.items()
+    }
+    set_magnitudes(adapters, [task.spec], norms)
+    return task_adapter(adapters, 0, task.spec)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -288,8 +300,8 @@ def compare(
         if name in alone:
             expected = train_with_peft(task, base, folder / name, num_steps)
             solo = train_here([task], *one_device(), base, num_steps)
-            solo_differences[name] = difference(solo[name], expected, start_of(task))
-            joint_differences[name] = difference(joint[name], expected, start_of(task))
+            solo_differences[name] = difference(solo[name], expected, start_of(task, base))
+            joint_differences[name] = difference(joint[name], expected, start_of(task, base))
     return solo_differences, joint_differences
 
 
@@ -311,7 +323,8 @@ def main(out: Path) -> None:
         numbers = {"alone": dataclasses.asdict(solo[key]), "jointly": dataclasses.asdict(joint[key])}
         rows.append({"task": key, **numbers})
         cells = (f"{value:.0e}" for side in numbers.values() for value in side.values())
-        rank = f"{spec.rank} (rsLoRA)" if spec.rslora else str(spec.rank)
+        kinds = ", ".join(name for name, used in (("rsLoRA", spec.rslora), ("DoRA", spec.dora)) if used)
+        rank = f"{spec.rank} ({kinds})" if kinds else str(spec.rank)
         targets = "all" if spec.targets == TARGETS else " ".join(spec.targets)
         click.echo(f"| {key} | {rank} | {targets} | {task.schedule} | {' | '.join(cells)} |")
     record = {

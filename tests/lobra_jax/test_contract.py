@@ -160,3 +160,52 @@ def test_any_plan_trains_the_same_adapters_with_any_optimizer(world, jointly_by_
     found, _ = world.train(world.engine(plan, tasks), tasks, FEW_STEPS, seed=9)
     for kind in OPTIMIZERS:
         assert share_of_unlike(found[kind], jointly_by_optimizer[kind]) <= MAX_SHARE_OF_FLIPS
+
+
+def tasks_with_dora(world):
+    """One without, one with, one with dropout as well; all on one column-parallel and one row-parallel linear."""
+    specs = {
+        "plain": LoraSpec(rank=2, alpha=4.0, targets=("q", "down")),
+        "dora": LoraSpec(rank=3, alpha=4.0, targets=("q", "down"), dora=True),
+        "dropped": LoraSpec(rank=2, alpha=4.0, targets=("down",), dropout=0.2, dora=True),
+    }
+    tasks = [
+        world.make_task(name, batch_size=3, steps=FEW_STEPS, seed=seed, clip=1.0, spec=spec, **CONSTANT)
+        for seed, (name, spec) in enumerate(specs.items(), start=1)
+    ]
+    # Gradients that cancel to rounding noise are more here, and Adam would turn each into a step of its own.
+    return [dataclasses.replace(task, optimizer=dataclasses.replace(task.optimizer, epsilon=1e-4)) for task in tasks]
+
+
+@pytest.fixture(scope="module")
+def jointly_with_dora(world):
+    tasks = tasks_with_dora(world)
+    return world.train(world.engine(world.plan((1, 1, "none")), tasks), tasks, FEW_STEPS)
+
+
+@pytest.mark.parametrize(
+    "configs", [[(2, 1, "full"), (1, 1, "dots")], [(1, 2, "none"), (2, 1, "none")]], ids=["sharded", "pipelined"]
+)
+def test_any_plan_trains_the_same_magnitudes(world, jointly_with_dora, configs):
+    tasks = tasks_with_dora(world)
+    adapters, losses = jointly_with_dora
+    found, found_losses = world.train(world.engine(world.plan(*configs), tasks), tasks, FEW_STEPS, seed=9)
+    for task in tasks:
+        assert world.difference(found[task.data.name], adapters[task.data.name]) < TOLERANCE
+    np.testing.assert_allclose(found_losses, losses, rtol=1e-5)
+
+
+def test_a_task_with_dora_alone_trains_as_among_others(world, jointly_with_dora):
+    task = tasks_with_dora(world)[1]
+    found, _ = world.train(world.engine(world.plan((1, 1, "none")), [task]), [task], FEW_STEPS, seed=5)
+    assert world.difference(found["dora"], jointly_with_dora[0]["dora"]) < TOLERANCE
+    start = world.engine(world.plan((1, 1, "none")), [task]).state.adapters
+    for layer, targets in found["dora"].items():
+        for target, pair in targets.items():
+            assert np.abs(pair["m"] - np.asarray(start[layer][target]["m"])[0]).max() > 1e-4
+
+
+def test_a_task_without_a_magnitude_does_not_feel_those_of_others(world, jointly_with_dora):
+    task = tasks_with_dora(world)[0]
+    found, _ = world.train(world.engine(world.plan((1, 1, "none")), [task]), [task], FEW_STEPS, seed=5)
+    assert world.difference(found["plain"], jointly_with_dora[0]["plain"]) < TOLERANCE

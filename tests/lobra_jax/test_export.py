@@ -32,6 +32,7 @@ CONFIG = LlamaConfig(
 SPECS = {
     "answers": LoraSpec(rank=3, alpha=6.0, targets=("q", "v", "down"), dropout=0.1),
     "summaries": LoraSpec(rank=8, alpha=4.0, rslora=True),
+    "titles": LoraSpec(rank=2, alpha=3.0, targets=("k", "up"), dora=True),
 }
 
 
@@ -42,6 +43,8 @@ def make_adapters(config: LlamaConfig, specs: dict[str, LoraSpec]) -> dict[str, 
     for targets in stacked.values():
         for pair in targets.values():
             pair["b"] = rng.standard_normal(pair["b"].shape, np.float32) * pair["a"].any(axis=1)[:, :, None]
+            if "m" in pair:
+                pair["m"] = rng.uniform(1, 2, pair["m"].shape).astype(np.float32)
     return {name: task_adapter(stacked, index, spec) for index, (name, spec) in enumerate(specs.items())}
 
 
@@ -124,7 +127,7 @@ def test_writing_an_adapter_again_replaces_it_and_leaves_nothing_else(tmp_path: 
     ("changes", "fragment"),
     [
         ({"peft_type": "IA3"}, "peft_type"),
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "lora_magnitude_vector' is missing"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"bias": "all"}, "bias"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "target_modules"),
@@ -162,16 +165,18 @@ def test_half_a_pair_and_missing_files_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("task", SPECS)
-def test_merged_weights_are_base_plus_scaled_product_whatever_the_slice(task: str) -> None:
+def test_merged_weights_are_what_the_adapter_makes_of_the_base_whatever_the_slice(task: str) -> None:
     base, adapter = RandomWeights(CONFIG, seed=5), make_adapters(CONFIG, SPECS)[task]
     merged = MergedWeights(base=base, spec=SPECS[task], adapter=adapter)
-    scale = {"answers": 6.0 / 3, "summaries": 4.0 / 8**0.5}[task]
+    scale = {"answers": 6.0 / 3, "summaries": 4.0 / 8**0.5, "titles": 3.0 / 2}[task]
     for name, shape in weight_shapes(CONFIG).items():
         expected = base.read(name, whole(shape)).astype(np.float64)
         layer, _, target = name.removeprefix("layers.").partition(".")
         if target in SPECS[task].targets:
             pair = adapter[layer][target]
             expected += scale * pair["a"].astype(np.float64) @ pair["b"].astype(np.float64)
+            if SPECS[task].dora:
+                expected *= pair["m"] / np.linalg.norm(expected, axis=0)
         index = tuple(slice(size // 3, None) for size in shape)
         np.testing.assert_allclose(merged.read(name, index), expected[index], rtol=1e-5, atol=1e-6, err_msg=name)
 

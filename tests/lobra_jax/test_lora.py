@@ -8,21 +8,18 @@ import pytest
 from lobra_jax.lora import (
     LoraSpec,
     RowInputs,
-    TaskInputs,
     drop,
     init_adapters,
     low_rank_deltas,
     row_inputs,
     task_adapter,
+    task_inputs,
 )
 from lobra_jax.models.config import TARGETS
 
 
 def rows_of(task_ids, specs, dropout_ids=None, dropout=False):
-    tasks = TaskInputs(
-        scales=jnp.asarray([s.scale for s in specs], jnp.float32),
-        dropout_rates=jnp.asarray([s.dropout for s in specs], jnp.float32),
-    )
+    tasks = jax.tree.map(jnp.asarray, task_inputs(specs))
     ids = jnp.asarray(task_ids, jnp.int32)
     marks = jnp.arange(len(task_ids), dtype=jnp.uint32) if dropout_ids is None else jnp.asarray(dropout_ids, jnp.uint32)
     return row_inputs(tasks, ids, marks, dropout=dropout)
@@ -44,7 +41,7 @@ def test_each_row_gets_its_own_tasks_delta(world):
             pair["b"][index, rank:] = 0
     x = rng.normal(size=(4, 6, world.model.hidden_size)).astype(np.float32)
     task_ids = [2, 0, 1, 0]
-    deltas = low_rank_deltas(jnp.asarray(x), adapters, ("q", "k", "v"), rows_of(task_ids, specs), 0)
+    deltas = low_rank_deltas(jnp.asarray(x), adapters, ("q", "k", "v"), rows_of(task_ids, specs))
     for target, delta in zip(("q", "k", "v"), deltas, strict=True):
         for row, task in enumerate(task_ids):
             a, b = adapters[target]["a"][task], adapters[target]["b"][task]

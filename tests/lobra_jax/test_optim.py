@@ -1,5 +1,6 @@
 """The vectorised optimiser against optax, one task at a time."""
 
+import dataclasses
 import math
 
 import jax
@@ -17,9 +18,15 @@ def task_optimizer(lr, clip=math.inf, **rest):
     return TaskOptimizer(learning_rates=np.full(9, lr, np.float32), clip_norm=clip, **values)
 
 
+def state_with(parameters, moments):
+    return TaskState(
+        adapters=parameters, last_good=parameters, moments=moments, averages={layer: {} for layer in parameters}
+    )
+
+
 def state_of(parameters):
     moments = {layer: optim.init_state(tree, 3) for layer, tree in parameters.items()}
-    return TaskState(adapters=parameters, last_good=parameters, moments=moments)
+    return state_with(parameters, moments)
 
 
 @pytest.fixture
@@ -152,7 +159,7 @@ def test_every_task_follows_its_own_optimizer_in_one_program():
     with jax.numpy_dtype_promotion("standard"):
         states = [chain.init(tree) for chain, tree in zip(chains, expected, strict=True)]
     moments = {"0": optim.init_state(parameters["0"], 4, tuple(kinds))}
-    state = TaskState(adapters=parameters, last_good=parameters, moments=moments)
+    state = state_with(parameters, moments)
     for step in range(4):
         gradients = draw()
         state, _, _ = run(state, gradients, optimizers, [step] * 4, alive=jnp.ones(4, bool))
@@ -165,6 +172,34 @@ def test_every_task_follows_its_own_optimizer_in_one_program():
         for name in "ab":
             np.testing.assert_allclose(found[name], expected[task][name], rtol=1e-5, atol=1e-6)
         assert not np.any(state.adapters["0"]["q"]["a"][task, :, task + 1 :])
+
+
+def test_the_average_weighs_steps_by_the_decay_and_a_task_without_one_has_its_last_adapter(parameters):
+    optimizers = [task_optimizer(1e-2, ema_decay=0.8), task_optimizer(1e-2), task_optimizer(1e-2, ema_decay=0.5)]
+    state = dataclasses.replace(state_of(parameters), averages=parameters)
+    rng, seen = np.random.default_rng(1), []
+    for step in range(4):
+        gradients = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), parameters)
+        state, _, _ = run(state, gradients, optimizers, [step, step, step if step < 3 else None])
+        seen.append(jax.tree.map(np.asarray, state.adapters))
+    for task, weights in ((0, [0.512, 0.64, 0.8, 1.0]), (1, [0, 0, 0, 1.0]), (2, [0.25, 0.5, 1.0, 0])):
+        for layer in parameters:
+            expected = np.average([adapters[layer]["w"][task] for adapters in seen], axis=0, weights=weights)
+            np.testing.assert_allclose(state.averaged[layer]["w"][task], expected, rtol=1e-6)
+    assert state_of(parameters).averaged is parameters
+
+
+def test_a_task_that_fails_falls_back_in_its_average_too(parameters):
+    optimizers = [task_optimizer(1e-2, ema_decay=0.9)] * 3
+    state = dataclasses.replace(state_of(parameters), averages=parameters)
+    good = jax.tree.map(jnp.ones_like, parameters)
+    state, _, alive = run(state, good, optimizers, [0] * 3)
+    bad = jax.tree.map(lambda x: x.at[1].set(jnp.nan), good)
+    state, _, alive = run(state, bad, optimizers, [1] * 3, alive=alive)
+    assert alive.tolist() == [True, False, True]
+    for layer in parameters:
+        np.testing.assert_array_equal(state.averaged[layer]["w"][1], state.adapters[layer]["w"][1])
+        assert not np.array_equal(state.averaged[layer]["w"][0], state.adapters[layer]["w"][0])
 
 
 def test_lora_plus_is_another_rate_for_b_alone():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lobra_jax.export import export_merged
-from lobra_jax.lora import LoraSpec, RowInputs, init_adapters, task_adapter
+from lobra_jax.lora import LoraSpec, init_adapters, row_inputs, task_adapter, task_inputs
 from lobra_jax.models.config import LlamaConfig, RopeScaling
 from lobra_jax.models.hf import HFWeights, hf_name, is_transposed, save_hf
 from lobra_jax.models.hf_config import load_llama_config
@@ -47,18 +47,20 @@ VARIANTS = {
 SPECS = (
     LoraSpec(rank=2, alpha=6.0, targets=("q", "v", "down")),
     LoraSpec(rank=4, alpha=3.0, rslora=True, targets=("k", "o", "gate", "up")),
+    LoraSpec(rank=3, alpha=5.0, targets=("q", "o", "down"), dora=True),
 )
-TOKENS = np.random.default_rng(0).integers(0, 48, (2, 40), dtype=np.int32)
+TOKENS = np.random.default_rng(0).integers(0, 48, (len(SPECS), 40), dtype=np.int32)
 LOGIT_TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 
 
 def trained_adapters(config: LlamaConfig) -> Any:
     """Stacked adapters whose b is not zero, each row of `TOKENS` being for the task of its number."""
-    stacked = init_adapters(config, SPECS, seeds=[0, 1])
+    stacked = init_adapters(config, SPECS, seeds=range(len(SPECS)))
     rng = np.random.default_rng(1)
     for targets in stacked.values():
         for pair in targets.values():
             pair["b"] = rng.standard_normal(pair["b"].shape, np.float32) * pair["a"].any(axis=1)[:, :, None]
+            pair["m"] = rng.uniform(1, 2, pair["m"].shape).astype(np.float32)
     return stacked
 
 
@@ -68,9 +70,9 @@ def our_logits(config: LlamaConfig, source: WeightSource, adapters: Any = None) 
     params = {name: jnp.asarray(source.read(name, whole(shape))) for name, shape in weight_shapes(config).items()}
     rows = None
     if adapters is not None:
-        scales = jnp.array([spec.scale for spec in SPECS], jnp.float32)
+        tasks = jax.tree.map(jnp.asarray, task_inputs(SPECS))
         task_ids = jnp.arange(len(SPECS), dtype=jnp.int32)
-        rows = RowInputs(task_ids=task_ids, scales=scales, dropout_keys=None, keep_rates=None)
+        rows = row_inputs(tasks, task_ids, task_ids.astype(jnp.uint32), dropout=False)
 
     @jax.jit
     def run(params: Any, adapters: Any) -> jax.Array:
@@ -179,6 +181,9 @@ def test_peft_loads_an_adapter_and_computes_what_joint_training_computes(
             pair = adapter[layer][linear.removesuffix("_proj")]
             delta = module.get_delta_weight("default").detach().numpy()
             np.testing.assert_allclose(delta, scale * (pair["a"] @ pair["b"]).T, rtol=1e-5, atol=1e-6)
+            if spec.dora:
+                magnitude = module.lora_magnitude_vector["default"].weight.detach().numpy()
+                np.testing.assert_array_equal(magnitude, pair["m"])
             num_adapted += 1
     assert num_adapted == config.num_layers * len(spec.targets)
     ours = our_logits(config, source, stacked)[task]
@@ -241,17 +246,24 @@ def test_merging_over_a_base_saved_by_transformers_keeps_its_settings(tmp_path: 
     assert load_llama_config(tmp_path / "merged") == dataclasses.replace(config, name="merged")
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_an_adapter_saved_by_peft_is_read(tmp_path: Path, rslora: bool) -> None:
+@pytest.mark.parametrize(("rslora", "dora"), [(False, False), (True, False), (False, True)])
+def test_an_adapter_saved_by_peft_is_read(tmp_path: Path, rslora: bool, dora: bool) -> None:
     save_hf(tmp_path / "base", LLAMA, RandomWeights(LLAMA, seed=1))
     settings = peft.LoraConfig(
-        r=3, lora_alpha=5, use_rslora=rslora, target_modules=["q_proj", "up_proj"], init_lora_weights=False
+        r=3,
+        lora_alpha=5,
+        use_rslora=rslora,
+        use_dora=dora,
+        target_modules=["q_proj", "up_proj"],
+        init_lora_weights=False,
     )
     model = peft.get_peft_model(load_model(tmp_path / "base"), settings)
     model.save_pretrained(tmp_path / "adapter")
     spec, adapter = read_peft_adapter(tmp_path / "adapter")
-    assert spec == LoraSpec(rank=3, alpha=5, rslora=rslora, targets=("q", "up"))
+    assert spec == LoraSpec(rank=3, alpha=5, rslora=rslora, targets=("q", "up"), dora=dora)
     module = model.base_model.model.model.layers[1].self_attn.q_proj
     delta = module.get_delta_weight("default").detach().numpy()
     pair = adapter["1"]["q"]
     np.testing.assert_allclose(spec.scale * (pair["a"] @ pair["b"]).T, delta, rtol=1e-5, atol=1e-6)
+    if dora:
+        np.testing.assert_array_equal(pair["m"], module.lora_magnitude_vector["default"].weight.detach().numpy())

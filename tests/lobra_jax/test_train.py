@@ -67,7 +67,7 @@ def world(tmp_path_factory):
             {"name": "short", "files": ["short.jsonl"], "batch_size": 5, "steps": STEPS, "rank": 2, "alpha": 4,
              "lr": 3e-3, "dropout": 0.1, "eval_fraction": 0.2, "eval_interval": 4, "epsilon": 1e-6},
             {"name": "long", "files": ["long.jsonl"], "batch_size": 3, "steps": STEPS - 1, "rank": 4, "alpha": 8,
-             "targets": ["q", "v", "up"], "lr": 2e-3, "epsilon": 1e-6},
+             "targets": ["q", "v", "up"], "lr": 2e-3, "epsilon": 1e-6, "dora": True, "ema_decay": 0.5},
         ],
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -274,8 +274,10 @@ def test_a_plan_that_cannot_run_is_one_line_and_leaves_nothing(world, tmp_path, 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"provenance": {"num_tasks": 1}}, r"provenance.num_tasks.*got 1.*at least 2"),
-        ({"provenance": {"rank": 2}}, r"provenance.rank.*got 2.*at least 4"),
+        ({"provenance": {"num_tasks": 1}}, r"provenance.num_tasks.*got 1.*2 or more"),
+        ({"provenance": {"rank": 2}}, r"provenance.rank.*got 2.*4 or more"),
+        ({"provenance": {"dora": False}}, r"provenance.dora.*got False.*expected True:"),
+        ({"provenance": {"averages": False}}, r"provenance.averages.*got False.*expected True:"),
         ({"provenance": {"dtype": "bfloat16"}}, r"provenance.dtype.*float32"),
     ],
 )
@@ -365,7 +367,7 @@ def test_an_adapter_of_another_model_is_refused(world, finished, tmp_path):
     write_peft_adapter(tmp_path / "shallow", spec, {"0": layers["0"]}, "base")
     done = go_on(world, tmp_path / "out", tmp_path / "shallow")
     assert "an adapter of other layers than the model's (got '1 layers'); expected 2 of base" in done.output
-    narrow = {layer: {t: {"a": p["a"][1:], "b": p["b"]} for t, p in pairs.items()} for layer, pairs in layers.items()}
+    narrow = {layer: {t: {**p, "a": p["a"][1:]} for t, p in pairs.items()} for layer, pairs in layers.items()}
     write_peft_adapter(tmp_path / "narrow", spec, narrow, "base")
     done = go_on(world, tmp_path / "out", tmp_path / "narrow")
     assert "_proj has the wrong shape (got (15, " in done.output

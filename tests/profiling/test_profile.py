@@ -74,6 +74,9 @@ def setup_of(config_file, limit=LIMIT):
         rank=4,
         targets=("q", "down"),
         dropout=False,
+        dora=False,
+        optimizers=("adamw",),
+        averages=False,
         devices=jax.devices(),
         limit_bytes=limit,
         lengths=(16, 128),
@@ -111,7 +114,7 @@ def test_capacity_is_within_the_limit_by_the_compilers_count(profiled, config_fi
     bench = Bench(setup, config, copies=1)
     shape = (1, profiled[0][config].capacity_tokens)
     bench.compile([shape], copies=1)
-    assert memory_bytes(bench.replicas[0], shape) + reserve_bytes(bench.replicas[0], 8) <= LIMIT
+    assert memory_bytes(bench.replicas[0], shape) + reserve_bytes(setup, bench.replicas[0]) <= LIMIT
 
 
 def test_capacity_grows_with_width_and_shrinks_with_memory(profiled, config_file, tmp_path):

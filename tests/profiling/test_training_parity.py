@@ -14,12 +14,13 @@ TOLERANCE = 1e-4
 def compared(tmp_path_factory):
     for library in ("torch", "transformers", "peft"):
         pytest.importorskip(library)
-    return parity.compare(["answers"], tmp_path_factory.mktemp("parity"))
+    return parity.compare(["answers", "titles"], tmp_path_factory.mktemp("parity"))
 
 
 @pytest.mark.parametrize("side", [0, 1], ids=["alone", "jointly with five others"])
-def test_loss_curve_and_adapter_are_those_of_peft(compared, side):
-    found = compared[side]["answers"]
+@pytest.mark.parametrize("task", ["answers", "titles"], ids=["LoRA", "DoRA"])
+def test_loss_curve_and_adapter_are_those_of_peft(compared, side, task):
+    found = compared[side][task]
     assert found.loss < TOLERANCE
     assert found.adapter < TOLERANCE
 
