@@ -100,7 +100,7 @@ def importable(name: str) -> bool:
 
 def test_the_pages_are_all_here_and_their_links_lead_somewhere():
     pages = {path.name for path in DOCS.glob("*.md")}
-    assert pages == {*PAGES, "config.md"}
+    assert pages == {*PAGES, "config.md", "data.md"}
     for path in [*DOCS.glob("*.md"), ROOT / "README.md"]:
         for target in re.findall(r"\]\(((?!https?:)[^)#]+)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path.name}: {target}"

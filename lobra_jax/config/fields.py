@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from lobra_jax.data.templates import check_template
-from lobra_jax.models.config import TARGETS
+from lobra_jax.models.config import PRESETS, TARGETS
 from planner.bucketing import PRESETS as STATIC_BUCKETS
 from planner.lattice import MAX_ROW_OPTIONS
 
@@ -84,6 +84,12 @@ def _name(value: str) -> str:
     return value
 
 
+def _preset(value: str) -> str:
+    if value not in PRESETS:
+        wrong(f"unknown preset{did_you_mean(value, PRESETS)}", expected=one_of(PRESETS))
+    return value
+
+
 def _template(value: str) -> str:
     problem = check_template(value)
     if problem is not None:
@@ -131,6 +137,7 @@ Targets = Annotated[tuple[Target, ...], BeforeValidator(_as_list), AfterValidato
 """Target modules in the order they run; PEFT's `q_proj` is taken as `q`."""
 TaskName = Annotated[str, AfterValidator(_name)]
 Template = Annotated[str, AfterValidator(_template)]
+Preset = Annotated[str, AfterValidator(_preset)]
 """A template's name or a format string with {prompt}."""
 Identifier = Annotated[str, AfterValidator(_identifier)]
 Buckets = Annotated[Any, BeforeValidator(_buckets)]

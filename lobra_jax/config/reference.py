@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from lobra_jax.config import fields, schema
+from lobra_jax.models.config import PRESETS
 from planner.lattice import MAX_ROW_OPTIONS
 
 COMMAND = "python -m lobra_jax.config.reference --out docs/config.md"
@@ -30,6 +31,7 @@ KINDS = (
     (fields.Targets, "list of q, k, v, o, gate, up, down"),
     (fields.TaskName, "name"),
     (fields.Template, "template"),
+    (fields.Preset, ", ".join(PRESETS)),
     (fields.Identifier, "key"),
     (fields.Buckets, "dynamic, static7, static16 or a list"),
     (str, "text"),

@@ -19,16 +19,15 @@ from lobra_jax.config.fields import (
     NonNegative,
     NonNegativeInt,
     Positive,
+    Preset,
     RowOptions,
     Seed,
     Targets,
     TaskName,
     Template,
-    did_you_mean,
-    one_of,
     wrong,
 )
-from lobra_jax.models.config import PRESETS, TARGETS
+from lobra_jax.models.config import TARGETS
 from lobra_jax.peft_folder import read_peft_spec
 from planner.bucket_choice import DEFAULT_COMPILE_S
 from planner.lattice import DEFAULT_ROW_OPTIONS
@@ -49,7 +48,7 @@ class ModelConfig(Section):
     With `cache_dir` the folder's weights are converted there once and read from there by later runs.
     """
 
-    preset: str | None = None
+    preset: Preset | None = None
     """Shapes by name with random weights. This or `path`."""
     path: FilePath | None = None
     """A Hugging Face folder: config.json, *.safetensors, tokenizer.json."""
@@ -67,8 +66,6 @@ class ModelConfig(Section):
             wrong(problem, expected="exactly one of them")
         if self.cache_dir is not None and self.path is None:
             wrong("cache_dir beside a preset", expected="cache_dir beside path: random weights are not kept")
-        if self.preset is not None and self.preset not in PRESETS:
-            wrong(f"unknown preset {self.preset!r}{did_you_mean(self.preset, PRESETS)}", expected=one_of(PRESETS))
         return self
 
 
