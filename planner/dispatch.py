@@ -47,11 +47,15 @@ SCIP_MAX_PIPELINE_CELLS = 24
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """`rows` x `length` padded tokens; `sequences` index the step's sequence arrays, at most `rows` of them."""
+    """`rows` x `length` padded tokens; `sequences` index the step's sequence arrays, at most `rows` of them.
+
+    Packed rows hold any number: `places` names the row of each sequence; those of a row follow one another in order.
+    """
 
     rows: int
     length: int
     sequences: tuple[int, ...]
+    places: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
