@@ -107,7 +107,7 @@ def drop_packed(x_BLI: Array, rows: PackedRows, layer: Array | int, site: int) -
 
 
 def uniform_at(words_BL2: Array, positions_BL: Array, features: int) -> Array:
-    """Row `positions` of `jax.random.uniform(key, [.., features])` by partitionable threefry, each token its own key."""
+    """Rows `positions` of `jax.random.uniform(key, [.., features])`, partitionable threefry, each token its own key."""
     b, length = positions_BL.shape
     assert length * features < 2**32, "a counter of a mask exceeds 32 bits"
     feature = jax.lax.broadcasted_iota(jnp.uint32, (b, length, features), 2)

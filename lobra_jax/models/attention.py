@@ -45,7 +45,7 @@ def packed_attention(q_BLNH: Array, k_BLKH: Array, v_BLKH: Array, segments: Segm
 
 
 def _overflows(x_BLNH: Array) -> Array:
-    """[B, L]: whether a token has values that `bounded` takes away; its task must still see that they are not finite."""
+    """[B, L]: whether a token has values that `bounded` takes away; its own task must still see them."""
     return ~jnp.all(jnp.abs(x_BLNH) <= FINITE_LIMIT, axis=(2, 3))
 
 
