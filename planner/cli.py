@@ -289,6 +289,8 @@ def explain(
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the batches.")
 @click.option("--dispatch", "method", type=click.Choice(METHODS), default="balance", show_default=True,
               help="How sequences are sent to replicas.")  # fmt: skip
+@click.option("--batching", type=click.Choice(("padded", "packed")), default="padded", show_default=True,
+              help="A sequence a row, or several (the costs must have packed times).")  # fmt: skip
 @click.option("--max-dispatch-buckets", type=click.IntRange(min=1), default=16, show_default=True,
               help="Most padded lengths in one step.")  # fmt: skip
 @click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True,
@@ -300,6 +302,7 @@ def simulate(
     steps: int,
     seed: int,
     method: str,
+    batching: str,
     max_dispatch_buckets: int,
     time_limit: float,
     out: Path | None,
@@ -326,6 +329,7 @@ def simulate(
             num_steps=steps,
             seed=seed,
             method=method,
+            batching=batching,
             max_buckets=max_dispatch_buckets,
             time_limit_s=time_limit,
             on_step=lambda _: bar.update(),
@@ -362,6 +366,7 @@ def _simulation_dict(simulation: Simulation) -> dict[str, Any]:
         "p50_step_s": simulation.quantile_s(0.5),
         "p95_step_s": simulation.quantile_s(0.95),
         "gpu_seconds": simulation.gpu_seconds,
+        "tokens_per_s": simulation.tokens_per_s,
         "padding_share": simulation.padding_share,
         "idle_share": simulation.idle_share,
         "idle_shares": list(simulation.idle_shares),
