@@ -35,17 +35,19 @@ LENGTHS = Path(__file__).resolve().parents[2] / "configs" / "lengths" / "lobra_s
 MODEL = LlamaConfig(
     name="bench",
     vocab_size=1024,
-    hidden_size=128,
-    intermediate_size=352,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=4,
-    head_dim=32,
+    hidden_size=512,
+    intermediate_size=1408,
+    num_layers=2,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=64,
 )
 CONFIG = ParallelConfig(tp=1, pp=1, remat="none")
-SPEC = LoraSpec(rank=8, alpha=16)
+SPEC = LoraSpec(rank=4, alpha=8)
 SHORTER = 8
-"""Lengths and batch sizes are divided by this."""
+"""Lengths are divided by this."""
+FEWER = 16
+"""Batch sizes are divided by this."""
 CONTEXT_LENGTH = 512
 CAPACITY_TOKENS = 2048
 NUM_BUCKETS = 7
@@ -55,7 +57,7 @@ BATCHINGS = ("padded", "packed")
 
 
 @click.command(epilog="\b\nExample:\n  python -m profiling.bench.packing --out profiling/results/cpu_packing.json")
-@click.option("--steps", type=click.IntRange(min=1), default=8, show_default=True, help="Timed steps each way.")
+@click.option("--steps", type=click.IntRange(min=1), default=6, show_default=True, help="Timed steps each way.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of lengths and batches.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the result as JSON.")
 def main(steps: int, seed: int, out: Path | None) -> None:
@@ -97,7 +99,7 @@ def _tasks(seed: int) -> list[TaskData]:
     for index, task in enumerate(Workload.load(LENGTHS).tasks):
         key = task_key(seed=seed, task_seed=index, name=task.name, purpose="batches")
         data = whole(task.name, _store(task, np.random.default_rng([seed, index])))
-        sampler = TaskSampler(data, key, max(task.batch_size // SHORTER, 1))
+        sampler = TaskSampler(data, key, max(task.batch_size // FEWER, 1))
         out.append(TaskData(name=task.name, train=data, evaluation=None, sampler=sampler))
     return out
 
