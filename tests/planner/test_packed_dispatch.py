@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner.batching import choose_batching
 from planner.cost import ConfigCost, CostTable, PackedCost
 from planner.errors import UserError
 from planner.evaluate import evaluate
@@ -122,3 +123,21 @@ def test_the_same_batches_are_simulated_padded_and_packed():
     assert [step.tokens for step in packed.steps] == [step.tokens for step in padded.steps]
     assert packed.padding_share < padded.padding_share
     assert packed.tokens_per_s > padded.tokens_per_s
+
+
+def test_the_sooner_way_is_chosen_and_padded_where_packed_times_are_missing():
+    workload = Workload(tasks=(TaskLengths(name="t", batch_size=64, lengths={100: 0.5, 300: 0.4, 1500: 0.1}),))
+    plan = PLANS[0]
+
+    def choice(costs):
+        return choose_batching(plan, costs, workload, max_buckets=4, num_samples=2)
+
+    assert choice(COSTS).batching == "packed"
+    slow = tuple(
+        dataclasses.replace(c, packed=dataclasses.replace(c.packed, coefficients=(0.0, 0.0, 1e-3, 0.0)))
+        for c in COSTS.configs
+    )
+    assert choice(dataclasses.replace(COSTS, configs=slow)).batching == "padded"
+    bare = tuple(dataclasses.replace(c, packed=None) for c in COSTS.configs)
+    found = choice(dataclasses.replace(COSTS, configs=bare))
+    assert found.batching == "padded" and "no packed times" in str(found)
