@@ -13,6 +13,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import linprog
@@ -69,6 +70,14 @@ class PackedReplica:
                 left_s -= count * slot_s
                 chosen += [shape] * count
         return chosen
+
+
+class Slot(NamedTuple):
+    """The number-th micro-batch of a replica, of this shape."""
+
+    replica: int
+    number: int
+    shape: tuple[int, int]
 
 
 def packed_replicas(plan: Plan, costs: CostTable) -> list[PackedReplica]:
@@ -205,10 +214,23 @@ def _bisect(
 ) -> list[list[MicroBatch]]:
     """Micro-batches of each replica at the least feasible time."""
     order = np.lexsort((task_ids, -lengths))
+    by_longest = sorted(range(len(replicas)), key=lambda index: replicas[index].longest)
 
-    def attempt(seconds: float) -> list[list[MicroBatch]] | None:
-        shapes = [r.shapes_within(seconds, ratio) for r, ratio in zip(replicas, ratios, strict=True)]
-        return _lay(replicas, shapes, order, lengths, task_ids)
+    def attempt(seconds: float) -> dict[Slot, list[int]] | None:
+        """The sequences of each micro-batch; None where they do not fit."""
+        rows = [
+            (Slot(replica, number, shape), shape[1])
+            for replica in by_longest
+            for number, shape in enumerate(replicas[replica].shapes_within(seconds, ratios[replica]))
+            for _ in range(shape[0])
+        ]
+        placed = first_fit(lengths[order], task_ids[order], [length for _, length in rows])
+        if placed is None:
+            return None
+        chosen: dict[Slot, list[int]] = {}
+        for index, row in zip(order.tolist(), placed, strict=True):
+            chosen.setdefault(rows[row][0], []).append(index)
+        return chosen
 
     low_s = high_s = bound_s
     found = attempt(high_s)
@@ -222,36 +244,13 @@ def _bisect(
             low_s = middle_s
         else:
             found, high_s = trial, middle_s
-    return found
-
-
-def _lay(
-    replicas: Sequence[PackedReplica],
-    shapes: Sequence[Sequence[tuple[int, int]]],
-    order: np.ndarray,
-    lengths: np.ndarray,
-    task_ids: np.ndarray,
-) -> list[list[MicroBatch]] | None:
-    """Lays all sequences into rows of these micro-batches; None where they do not fit."""
-    rows = [
-        (replica, number, length)
-        for replica in sorted(range(len(replicas)), key=lambda index: replicas[index].longest)
-        for number, (count, length) in enumerate(shapes[replica])
-        for _ in range(count)
-    ]
-    placed = first_fit(lengths[order], task_ids[order], [length for _, _, length in rows])
-    if placed is None:
-        return None
-    chosen: dict[tuple[int, int], list[int]] = {}
-    for index, row in zip(order.tolist(), placed, strict=True):
-        chosen.setdefault(rows[row][:2], []).append(index)
     work: list[list[MicroBatch]] = [[] for _ in replicas]
-    for (replica, number), own in chosen.items():
-        largest = replicas[replica].shapes.index(shapes[replica][number])
-        smaller = replicas[replica].shapes[largest:]
-        work[replica].append(_smallest(smaller, np.array(own), lengths, task_ids))
-    for replica, own in zip(replicas, work, strict=True):
-        own.sort(key=lambda m: (-m.slot_s(replica.cost), m.sequences))
+    for slot, own in found.items():
+        shapes = replicas[slot.replica].shapes
+        smaller = shapes[shapes.index(slot.shape) :]
+        work[slot.replica].append(_smallest(smaller, np.array(own), lengths, task_ids))
+    for replica, micro_batches in zip(replicas, work, strict=True):
+        micro_batches.sort(key=lambda m: (-m.slot_s(replica.cost), m.sequences))
     return work
 
 
