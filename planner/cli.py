@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from planner.batching import BATCHINGS
 from planner.bucket_choice import (
     DEFAULT_COMPILE_S,
     DEFAULT_STEPS,
@@ -86,6 +87,7 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Choose by the mean or the 95th percentile of the step time over sampled batches.",
         ),
         click.option("--samples", type=count, help="Batches to sample with --robust, and for --check."),
+        click.option("--batching", type=click.Choice(BATCHINGS), help="Plan for padded or packed rows, or the sooner."),
     )
     for option in reversed(options):
         command = option(command)

@@ -14,6 +14,7 @@ from planner.evaluate import evaluate
 from planner.packed_dispatch import least_s, packed_dispatch, packed_replicas
 from planner.packing import packed_shapes
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
+from planner.planning import PlanningFlags, choose_plan
 from planner.simulate import simulate
 from planner.workload import TaskLengths, Workload
 
@@ -141,3 +142,18 @@ def test_the_sooner_way_is_chosen_and_padded_where_packed_times_are_missing():
     bare = tuple(dataclasses.replace(c, packed=None) for c in COSTS.configs)
     found = choice(dataclasses.replace(COSTS, configs=bare))
     assert found.batching == "padded" and "no packed times" in str(found)
+
+
+@pytest.mark.parametrize(("batching", "expected"), [("padded", SMALL), ("packed", DEEP), ("auto", DEEP)])
+def test_plans_are_made_for_the_prices_of_packed_rows(batching, expected):
+    """Padded (1,1) is cheap and packed it is dear; on (1,2) it is the other way round."""
+    prices = {SMALL: (1e-5, 9e-5), DEEP: (9e-5, 1e-6)}
+    configs = tuple(
+        dataclasses.replace(config_cost(c, 1024, padded), packed=config_cost(c, 1024, packed).packed)
+        for c, (padded, packed) in prices.items()
+    )
+    costs = dataclasses.replace(COSTS, configs=configs)
+    workload = Workload(tasks=(TaskLengths(name="t", batch_size=32, lengths={100: 0.5, 700: 0.5}),))
+    flags = PlanningFlags(**{**dict.fromkeys(PlanningFlags.__dataclass_fields__), "batching": batching})
+    plan = choose_plan(workload, costs, 2, flags).plan
+    assert {group.config for group in plan.replicas} == {expected}
