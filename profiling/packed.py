@@ -23,7 +23,7 @@ def measure_packed(setup: Setup, config: ParallelConfig, capacity_tokens: int) -
     """Packed times of one config, from the capacity of its padded micro-batches downwards."""
     share = setup.share(config)
     bench = Bench(setup, config, copies=share.copies, packed=True)
-    limit_bytes = setup.limit_bytes - reserve_bytes(bench.replicas[0], len(setup.devices))
+    limit_bytes = setup.limit_bytes - reserve_bytes(setup, bench.replicas[0])
     found = _shapes_that_fit(setup, bench, capacity_tokens, limit_bytes)
     if found is None:
         return None
