@@ -106,6 +106,7 @@ class Engine:
       devices: all devices by default; the plan takes the first.
       optimizers: names of those that the tasks use.
       averages: whether any task keeps a moving average of its adapter.
+      packed: whether training micro-batches are packed rows.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Engine:
         devices: Sequence[Any] | None = None,
         optimizers: Collection[str] = ("adamw",),
         averages: bool = False,
+        packed: bool = False,
     ) -> None:
         self.plan = plan
         self.model = model
@@ -133,6 +135,7 @@ class Engine:
                 dropout=any(spec.dropout > 0 for spec in specs),
                 dora=any(spec.dora for spec in specs),
                 dtype=dtype,
+                packed=packed,
             )
             for index, submesh in enumerate(cut(plan, devices))
         )

@@ -25,6 +25,7 @@ from lobra_jax.data.batches import (
 from planner.cost import CostTable
 from planner.dispatch import Dispatch, dispatch
 from planner.errors import UserError
+from planner.packed_dispatch import packed_dispatch
 from planner.plan import Plan
 
 Shape = tuple[int, int]
@@ -72,8 +73,10 @@ class Feeder:
         settings: PlannerConfig,
         *,
         eval_replicas: EvalReplicas = "all",
+        batching: str = "padded",
     ) -> None:
         self.tasks = tuple(tasks)
+        self.batching = batching
         self.plan = plan
         self.costs = costs
         self.settings = settings
@@ -102,7 +105,19 @@ class Feeder:
     def prepare(self, task_steps: Mapping[str, int | None]) -> PreparedStep:
         start = time.perf_counter()
         batch = global_batch(self.tasks, task_steps)
-        chosen = dispatch(
+        chosen = self._dispatch(batch)
+        return PreparedStep(
+            task_steps=task_steps,
+            batch=batch,
+            dispatch=chosen,
+            arrays=_fill(batch, chosen),
+            prepare_s=time.perf_counter() - start,
+        )
+
+    def _dispatch(self, batch: GlobalBatch) -> Dispatch:
+        if self.batching == "packed":
+            return packed_dispatch(self.plan, self.costs, batch.lengths, batch.task_ids)
+        return dispatch(
             self.plan,
             self.costs,
             batch.lengths,
@@ -110,13 +125,6 @@ class Feeder:
             method=self.settings.dispatch,
             max_buckets=self.settings.max_dispatch_buckets,
             time_limit_s=self.settings.dispatch_time_limit_s,
-        )
-        return PreparedStep(
-            task_steps=task_steps,
-            batch=batch,
-            dispatch=chosen,
-            arrays=_fill(batch, chosen),
-            prepare_s=time.perf_counter() - start,
         )
 
     def evaluation(self, names: Sequence[str], max_sequences: int) -> Iterator[EvaluationChunk]:

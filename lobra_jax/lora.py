@@ -212,12 +212,16 @@ def column_norms(weight_IO: Array, pair: Mapping[str, Array], scales_T: Array) -
 
 
 def magnitude_ratios(weight_IO: Array, pair: Mapping[str, Array], target: str, rows: RowInputs) -> Array:
-    """[B, 1, O] float32: DoRA's m / ||W + scale a b|| of each row's task; 1 for a task that has no magnitude here.
+    """[B, 1, O] float32: `task_ratios` of each row's task."""
+    return task_ratios(weight_IO, pair, target, rows.tasks)[rows.task_ids][:, None]
+
+
+def task_ratios(weight_IO: Array, pair: Mapping[str, Array], target: str, tasks: TaskInputs) -> Array:
+    """[T, O] float32: DoRA's m / ||W + scale a b|| of each task; 1 for a task that has no magnitude here.
 
     The norm counts as a constant of the gradient (DoRA, section 4.3), as in PEFT.
     """
-    assert rows.tasks.magnitudes is not None
-    has_magnitude_T = rows.tasks.magnitudes[target]
-    norms_TO = jax.lax.stop_gradient(column_norms(weight_IO, jax.lax.stop_gradient(dict(pair)), rows.tasks.scales))
-    ratios_TO = jnp.where(has_magnitude_T[:, None], pair["m"] / norms_TO, 1.0)
-    return ratios_TO[rows.task_ids][:, None]
+    assert tasks.magnitudes is not None
+    has_magnitude_T = tasks.magnitudes[target]
+    norms_TO = jax.lax.stop_gradient(column_norms(weight_IO, jax.lax.stop_gradient(dict(pair)), tasks.scales))
+    return jnp.where(has_magnitude_T[:, None], pair["m"] / norms_TO, 1.0)

@@ -23,6 +23,7 @@ from lobra_jax.mesh import Submesh, check_model_fits, split_layers
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.llama import abstract_stage
 from lobra_jax.models.weights import WeightSource
+from lobra_jax.packed import SegmentInputs
 from lobra_jax.schedule import BACKWARD, FORWARD, Action, issue_order, one_f_one_b
 from lobra_jax.stage import (
     BatchInputs,
@@ -72,6 +73,7 @@ class Replica:
       dropout: whether any task uses LoRA dropout.
       dora: whether any task uses DoRA.
       dtype: of the base weights and activations.
+      packed: whether its training programs take packed rows.
     """
 
     def __init__(
@@ -86,9 +88,11 @@ class Replica:
         dropout: bool,
         dora: bool = False,
         dtype: Any,
+        packed: bool = False,
     ) -> None:
         check_model_fits(model, submesh.parallel)
         self.index = index
+        self.packed = packed
         self.parallel = submesh.parallel
         self.submesh = submesh
         self.stage_layers = split_layers(model, submesh.parallel.pp)
@@ -161,7 +165,7 @@ class Replica:
         ]
 
     def _compile_training(self, shape: Shape) -> None:
-        programs = tuple(compile_training(layout, *shape) for layout in self.layouts)
+        programs = tuple(compile_training(layout, *shape, packed=self.packed) for layout in self.layouts)
         with self._lock:
             self._training[shape] = programs
 
@@ -184,6 +188,8 @@ class Replica:
     def place_batch(self, arrays: MicroBatchArrays) -> list[BatchInputs]:
         """Puts a micro-batch where it is needed: tokens on the first stage, targets and weights on the last."""
         placed = []
+        packed = arrays.segments
+        segments = None if packed is None else SegmentInputs(**vars(packed))
         for layout in self.layouts:
             f = layout.functions
             batch = BatchInputs(
@@ -192,6 +198,7 @@ class Replica:
                 tokens=arrays.tokens if f.is_first else None,
                 targets=arrays.targets if f.is_last else None,
                 loss_weights=arrays.loss_weights if f.is_last else None,
+                segments=segments,
             )
             placed.append(jax.device_put(batch, f.sharding.replicated))
         return placed

@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lobra_jax.lora import Adapters, TaskInputs, row_inputs
-from lobra_jax.loss import weighted_row_losses
+from lobra_jax.lora import Adapters, RowInputs, TaskInputs, row_inputs
+from lobra_jax.loss import weighted_row_losses, weighted_token_losses
 from lobra_jax.models.llama import AbstractStage
+from lobra_jax.packed import PackedRows, SegmentInputs, packed_rows
 from lobra_jax.sharding import StageSharding
+from planner.packing import max_segments, max_tasks
 
 Params = Mapping[str, Array]
 
@@ -30,11 +32,12 @@ class BatchInputs:
     """One micro-batch on one stage: token ids on the first, targets and weights on the last, else None.
 
     Attributes:
-      task_ids: [B] int32.
-      dropout_ids: [B] uint32, identify (task, task step, sequence).
+      task_ids: [B] int32; [B, K] the tasks of each row's slots where rows are packed.
+      dropout_ids: [B] uint32, identify (task, task step, sequence); [B, M] by segment where rows are packed.
       tokens: [B, L] int32.
       targets: [B, L] int32.
       loss_weights: [B, L] float32.
+      segments: where sequences lie in packed rows; None where a row is a sequence.
     """
 
     task_ids: Array
@@ -42,6 +45,7 @@ class BatchInputs:
     tokens: Array | None = None
     targets: Array | None = None
     loss_weights: Array | None = None
+    segments: SegmentInputs | None = None
 
 
 @jax.tree_util.register_pytree_node_class
@@ -103,13 +107,25 @@ class StageFunctions:
 
     def _hidden(self, params: Params, adapters: Adapters, tasks: TaskInputs, x: Array, batch: BatchInputs) -> Array:
         stage = self.abstract.merge(params)
-        rows = row_inputs(tasks, batch.task_ids, batch.dropout_ids, dropout=self.dropout)
-        return stage(x, adapters, rows, remat=self.remat, shard=self.sharding.constrain)
+        return stage(x, adapters, self._rows(tasks, batch), remat=self.remat, shard=self.sharding.constrain)
 
-    def _row_losses(self, params: Params, adapters: Adapters, tasks: TaskInputs, x: Array, batch: BatchInputs) -> Array:
+    def _rows(self, tasks: TaskInputs, batch: BatchInputs) -> RowInputs | PackedRows:
+        if batch.segments is None:
+            return row_inputs(tasks, batch.task_ids, batch.dropout_ids, dropout=self.dropout)
+        return packed_rows(tasks, batch.task_ids, batch.dropout_ids, batch.segments, dropout=self.dropout)
+
+    def _losses(self, params: Params, adapters: Adapters, tasks: TaskInputs, x: Array, batch: BatchInputs) -> Array:
+        """Weighted losses of rows [B], or of tokens [B, L] where rows are packed."""
         hidden = self._hidden(params, adapters, tasks, x, batch)
         head = self.abstract.merge(params).unembedding
-        return weighted_row_losses(hidden, head, batch.targets, batch.loss_weights, self.sharding.constrain)
+        losses = weighted_row_losses if batch.segments is None else weighted_token_losses
+        return losses(hidden, head, batch.targets, batch.loss_weights, self.sharding.constrain)
+
+    def _by_task(self, losses: Array, tasks: TaskInputs, batch: BatchInputs) -> Array:
+        """[T]: the sums of `_losses` over each task's rows or tokens."""
+        rows = self._rows(tasks, batch)
+        task_ids = rows.token_tasks if isinstance(rows, PackedRows) else rows.task_ids
+        return jax.ops.segment_sum(losses.reshape(-1), task_ids.reshape(-1), num_segments=self.num_tasks)
 
     def _differentiated(self, function: Callable[[Adapters, Array], Any], adapters: Adapters, x: Array) -> tuple:
         """(function's value, vjp), in (adapters, x), or in adapters alone where x is token ids."""
@@ -142,9 +158,9 @@ class StageFunctions:
         self, gradients: Adapters, params: Params, adapters: Adapters, tasks: TaskInputs, x: Array, batch: BatchInputs
     ) -> tuple[Adapters, Array | None, Array]:
         """(gradients, dx or None on the first stage, losses [T]): forward, loss and backward at once."""
-        row_losses, vjp = self._differentiated(lambda a, x: self._row_losses(params, a, tasks, x, batch), adapters, x)
-        d_adapters, *dx = vjp(jnp.ones_like(row_losses))
-        losses_T = jax.ops.segment_sum(row_losses, batch.task_ids, num_segments=self.num_tasks)
+        losses, vjp = self._differentiated(lambda a, x: self._losses(params, a, tasks, x, batch), adapters, x)
+        d_adapters, *dx = vjp(jnp.ones_like(losses))
+        losses_T = self._by_task(losses, tasks, batch)
         return jax.tree.map(jnp.add, gradients, d_adapters), dx[0] if dx else None, losses_T
 
     def evaluate(self, params: Params, adapters: Adapters, tasks: TaskInputs, x: Array, batch: BatchInputs) -> Array:
@@ -152,8 +168,7 @@ class StageFunctions:
         quiet = dataclasses.replace(self, dropout=False, remat="none")
         if not self.is_last:
             return quiet._hidden(params, adapters, tasks, x, batch)
-        row_losses = quiet._row_losses(params, adapters, tasks, x, batch)
-        return jax.ops.segment_sum(row_losses, batch.task_ids, num_segments=self.num_tasks)
+        return self._by_task(quiet._losses(params, adapters, tasks, x, batch), tasks, batch)
 
 
 def _done() -> Array:
@@ -171,18 +186,26 @@ class StageLayout:
     tasks: TaskInputs
     dtype: Any
 
-    def batch(self, rows: int, length: int) -> BatchInputs:
+    def batch(self, rows: int, length: int, *, packed: bool = False) -> BatchInputs:
         f, everywhere = self.functions, self.functions.sharding.replicated
 
         def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
 
+        slots = (max_tasks(f.num_tasks),) if packed else ()
+        marks = (max_segments(length),) if packed else ()
+        segments = SegmentInputs(
+            segment_ids=array(jnp.int32, rows, length),
+            positions=array(jnp.int32, rows, length),
+            slots=array(jnp.int32, rows, *marks),
+        )
         return BatchInputs(
-            task_ids=array(jnp.int32, rows),
-            dropout_ids=array(jnp.uint32, rows),
+            task_ids=array(jnp.int32, rows, *slots),
+            dropout_ids=array(jnp.uint32, rows, *marks),
             tokens=array(jnp.int32, rows, length) if f.is_first else None,
             targets=array(jnp.int32, rows, length) if f.is_last else None,
             loss_weights=array(jnp.float32, rows, length) if f.is_last else None,
+            segments=segments if packed else None,
         )
 
     def hidden(self, rows: int, length: int) -> jax.ShapeDtypeStruct:
@@ -237,10 +260,10 @@ class StageProgram:
     fused: jax.stages.Compiled | None = None
 
 
-def compile_training(layout: StageLayout, rows: int, length: int) -> StageProgram:
+def compile_training(layout: StageLayout, rows: int, length: int, *, packed: bool = False) -> StageProgram:
     """Compiles what training needs for a [rows, length] micro-batch. Thread-safe; XLA releases the interpreter."""
     f = layout.functions
-    batch = layout.batch(rows, length)
+    batch = layout.batch(rows, length, packed=packed)
     hidden = layout.hidden(rows, length)
     x = batch.tokens if f.is_first else hidden
     gradients = jax.tree.map(lambda leaf: leaf.sharding, layout.adapters)

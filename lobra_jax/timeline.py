@@ -52,7 +52,7 @@ def _predicted(replica: Replica, dispatch: Dispatch, costs: CostTable) -> list[A
     micro_batches = dispatch.replicas[replica.index]
     cost = costs[replica.parallel]
     num_stages = replica.parallel.pp
-    seconds = [[cost.micro_batch_s(m.rows, m.length)] * num_stages for m in micro_batches]
+    seconds = [[m.slot_s(cost)] * num_stages for m in micro_batches]
     times = simulate(one_f_one_b(num_stages, len(micro_batches)), seconds)
     return [
         ActionTime(

@@ -22,7 +22,7 @@ from lobra_jax.config import RunConfig, TaskConfig
 from lobra_jax.data.batches import TaskData
 from lobra_jax.engine import Engine, IssuedStep, StepResult
 from lobra_jax.export import base_model_name
-from lobra_jax.feeder import Feeder, PreparedStep, evaluation_shapes
+from lobra_jax.feeder import Feeder, PreparedStep, Shape, evaluation_shapes
 from lobra_jax.held_out import BestSoFar, after_evaluation, is_spent, perplexity
 from lobra_jax.lora import task_adapter
 from lobra_jax.metrics import (
@@ -47,6 +47,7 @@ from lobra_jax.tasks import adapter_seed, lora_spec, task_optimizer
 from lobra_jax.timeline import save_timeline, step_timeline
 from planner.cost import CostTable
 from planner.errors import UserError
+from planner.packed_dispatch import packed_replicas
 from planner.plan import Plan
 
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -69,6 +70,8 @@ class Inputs:
     devices: tuple[Any, ...]
     adapters: Mapping[str, TaskAdapter] = dataclasses.field(default_factory=dict)
     """By task: what to go on training instead of a fresh adapter."""
+    batching: str = "padded"
+    """What training's rows hold: padded or packed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,6 +110,7 @@ class Trainer:
             devices=inputs.devices,
             optimizers={optimizer.kind for optimizer in self.optimizers},
             averages=any(optimizer.ema_decay is not None for optimizer in self.optimizers),
+            packed=inputs.batching == "packed",
         )
         self.num_steps = max(task.steps for task in self.task_configs)
         self.stopped: dict[str, int] = {}
@@ -128,7 +132,7 @@ class Trainer:
         weights_s = time.perf_counter() - started
         started = time.perf_counter()
         programs = 0
-        training = self.engine.shapes()
+        training = self._training_shapes()
         evaluation = evaluation_shapes(self.inputs.plan, self.config.training.eval_replicas)
         with compile_bar() as advance:
             for count, total in self.engine.compile(training, evaluation, num_threads=os.cpu_count() or 1):
@@ -139,6 +143,11 @@ class Trainer:
         self.say(f"weights placed in {weights_s:.1f} s, {programs} programs compiled in {compile_s:.1f} s")
         self._compiled = self.compilations.total
         return done
+
+    def _training_shapes(self) -> list[list[Shape]]:
+        if self.inputs.batching == "packed":
+            return [list(replica.shapes) for replica in packed_replicas(self.inputs.plan, self.inputs.costs)]
+        return self.engine.shapes()
 
     def _base(self) -> WeightSource:
         """The base weights, converted into the cache first where the config names one."""
@@ -384,7 +393,8 @@ class Trainer:
 def _progress_line(record: StepRecord, num_steps: int) -> str:
     return (
         f"step {record.step}/{num_steps}: {record.tokens / record.seconds.total:,.0f} tokens/s, "
-        f"{record.seconds.total:.2f} s (predicted {record.predicted_step_s:.2f}), idle {record.idle_share:.0%}"
+        f"{record.seconds.total:.2f} s (predicted {record.predicted_step_s:.2f}), idle {record.idle_share:.0%}, "
+        f"padding {record.padding_share:.0%}"
     )
 
 
@@ -404,6 +414,7 @@ def train(inputs: Inputs, out: Path, *, resume: bool, say: Callable[[str], None]
             inputs.costs,
             inputs.config.planner,
             eval_replicas=inputs.config.training.eval_replicas,
+            batching=inputs.batching,
         ) as feeder,
     ):
         done = trainer.prepare(checkpoints, resume=resume)

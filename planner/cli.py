@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from planner.batching import BATCHINGS
 from planner.bucket_choice import (
     DEFAULT_COMPILE_S,
     DEFAULT_STEPS,
@@ -86,6 +87,7 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Choose by the mean or the 95th percentile of the step time over sampled batches.",
         ),
         click.option("--samples", type=count, help="Batches to sample with --robust, and for --check."),
+        click.option("--batching", type=click.Choice(BATCHINGS), help="Plan for padded or packed rows, or the sooner."),
     )
     for option in reversed(options):
         command = option(command)
@@ -289,6 +291,8 @@ def explain(
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the batches.")
 @click.option("--dispatch", "method", type=click.Choice(METHODS), default="balance", show_default=True,
               help="How sequences are sent to replicas.")  # fmt: skip
+@click.option("--batching", type=click.Choice(("padded", "packed")), default="padded", show_default=True,
+              help="A sequence a row, or several (the costs must have packed times).")  # fmt: skip
 @click.option("--max-dispatch-buckets", type=click.IntRange(min=1), default=16, show_default=True,
               help="Most padded lengths in one step.")  # fmt: skip
 @click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True,
@@ -300,6 +304,7 @@ def simulate(
     steps: int,
     seed: int,
     method: str,
+    batching: str,
     max_dispatch_buckets: int,
     time_limit: float,
     out: Path | None,
@@ -326,6 +331,7 @@ def simulate(
             num_steps=steps,
             seed=seed,
             method=method,
+            batching=batching,
             max_buckets=max_dispatch_buckets,
             time_limit_s=time_limit,
             on_step=lambda _: bar.update(),
@@ -362,6 +368,7 @@ def _simulation_dict(simulation: Simulation) -> dict[str, Any]:
         "p50_step_s": simulation.quantile_s(0.5),
         "p95_step_s": simulation.quantile_s(0.95),
         "gpu_seconds": simulation.gpu_seconds,
+        "tokens_per_s": simulation.tokens_per_s,
         "padding_share": simulation.padding_share,
         "idle_share": simulation.idle_share,
         "idle_shares": list(simulation.idle_shares),

@@ -8,6 +8,13 @@ and a replica that runs micro-batches m_1..m_n in one step takes
 
     T_c = fixed_s + sum_i t_c(m_i) + (pp - 1) max_i t_c(m_i)     (0 if it has none)
 
+A packed micro-batch of b rows of s tokens, whose sequences' lengths have the sum of squares q, takes, where it was
+measured (`PackedCost`),
+
+    t_c(b, s, q) = p1 b s^2 + p2 q + p3 b s + p4
+
+p1 where attention goes over whole rows and masks (no flash kernel), p2 where it goes over each sequence alone.
+
 `step_overhead_s` (gradient sum over replicas, update, new adapters out) is paid once a step by all.
 """
 
@@ -24,6 +31,7 @@ from planner.plan import ParallelConfig
 
 COST_TABLE_VERSION = 1
 NUM_COEFFICIENTS = 6
+NUM_PACKED_COEFFICIENTS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,8 +55,42 @@ class FitError:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedPoint:
+    """One measured packed shape: `rows` of `length` tokens, `squares` the sum of its sequences' squared lengths."""
+
+    rows: int
+    length: int
+    squares: int
+    seconds: float
+    peak_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedCost:
+    """What is known of packed micro-batches on one config: capacity in tokens, coefficients, the points behind them."""
+
+    capacity_tokens: int
+    coefficients: tuple[float, ...]
+    points: tuple[PackedPoint, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.coefficients) != NUM_PACKED_COEFFICIENTS:
+            raise ValueError(f"PackedCost.coefficients: {len(self.coefficients)}, expected {NUM_PACKED_COEFFICIENTS}")
+        if self.capacity_tokens < 1:
+            raise ValueError(f"PackedCost.capacity_tokens = {self.capacity_tokens}: expected >= 1")
+
+    def micro_batch_s(self, rows: int, length: int, squares: float) -> float:
+        """Seconds that one packed micro-batch occupies the slowest stage."""
+        p1, p2, p3, p4 = self.coefficients
+        return p1 * rows * length * length + p2 * squares + p3 * rows * length + p4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ConfigCost:
-    """What is known of one parallel config: capacity in tokens, fitted coefficients, the points behind them."""
+    """What is known of one parallel config: capacity in tokens, fitted coefficients, the points behind them.
+
+    `packed`: the same of packed micro-batches, None where they were not measured.
+    """
 
     config: ParallelConfig
     capacity_tokens: int
@@ -56,6 +98,7 @@ class ConfigCost:
     fixed_s: float = 0.0
     points: tuple[CostPoint, ...] = ()
     fit_error: FitError | None = None
+    packed: PackedCost | None = None
 
     def __post_init__(self) -> None:
         if len(self.coefficients) != NUM_COEFFICIENTS:
@@ -165,6 +208,7 @@ class CostTable:
 
 
 def _config_to_dict(cost: ConfigCost) -> dict[str, Any]:
+    packed = {} if cost.packed is None else {"packed": dataclasses.asdict(cost.packed)}
     return {
         **dataclasses.asdict(cost.config),
         "capacity_tokens": cost.capacity_tokens,
@@ -172,6 +216,7 @@ def _config_to_dict(cost: ConfigCost) -> dict[str, Any]:
         "coefficients": list(cost.coefficients),
         "fit_error": None if cost.fit_error is None else dataclasses.asdict(cost.fit_error),
         "points": [dataclasses.asdict(point) for point in cost.points],
+        **packed,
     }
 
 
@@ -184,4 +229,13 @@ def _config_from_dict(raw: Mapping[str, Any]) -> ConfigCost:
         coefficients=tuple(float(c) for c in raw["coefficients"]),
         fit_error=None if error is None else FitError(**error),
         points=tuple(CostPoint(**point) for point in raw.get("points", ())),
+        packed=None if raw.get("packed") is None else _packed_from_dict(raw["packed"]),
+    )
+
+
+def _packed_from_dict(raw: Mapping[str, Any]) -> PackedCost:
+    return PackedCost(
+        capacity_tokens=raw["capacity_tokens"],
+        coefficients=tuple(float(c) for c in raw["coefficients"]),
+        points=tuple(PackedPoint(**point) for point in raw.get("points", ())),
     )

@@ -24,7 +24,7 @@ import numpy as np
 from planner import balance
 from planner.balance import Tables
 from planner.bucketing import choose_buckets
-from planner.cost import CostTable
+from planner.cost import ConfigCost, CostTable
 from planner.errors import UserError
 from planner.plan import Plan
 from planner.problem import UsableConfig, usable_config
@@ -47,11 +47,24 @@ SCIP_MAX_PIPELINE_CELLS = 24
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """`rows` x `length` padded tokens; `sequences` index the step's sequence arrays, at most `rows` of them."""
+    """`rows` x `length` padded tokens; `sequences` index the step's sequence arrays, at most `rows` of them.
+
+    Packed rows hold any number: `places` names the row of each sequence, those of a row follow one another in order,
+    and `squares` is the sum of all their squared lengths.
+    """
 
     rows: int
     length: int
     sequences: tuple[int, ...]
+    places: tuple[int, ...] | None = None
+    squares: int = 0
+
+    def slot_s(self, cost: ConfigCost) -> float:
+        """Seconds that it occupies the slowest stage of a replica of this cost."""
+        if self.places is None:
+            return cost.micro_batch_s(self.rows, self.length)
+        assert cost.packed is not None, "a packed micro-batch where packed ones were not measured"
+        return cost.packed.micro_batch_s(self.rows, self.length, self.squares)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

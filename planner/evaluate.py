@@ -8,7 +8,8 @@ import itertools
 import numpy as np
 
 from planner.cost import CostTable
-from planner.dispatch import Dispatch
+from planner.dispatch import Dispatch, MicroBatch
+from planner.packing import MAX_TASKS_OF_A_ROW, MIN_SEGMENTS, TOKENS_A_SEGMENT
 from planner.plan import Plan, ReplicaGroup
 from planner.workload import Workload
 
@@ -40,8 +41,13 @@ class Evaluation:
     violations: tuple[str, ...]
 
 
-def evaluate(plan: Plan, costs: CostTable, dispatch: Dispatch, lengths: np.ndarray) -> Evaluation:
-    """Times `dispatch` of sequences of `lengths` [n] tokens on `plan` and lists every violation."""
+def evaluate(
+    plan: Plan, costs: CostTable, dispatch: Dispatch, lengths: np.ndarray, task_ids: np.ndarray | None = None
+) -> Evaluation:
+    """Times `dispatch` of sequences of `lengths` [n] tokens on `plan` and lists every violation.
+
+    `task_ids` [n] tell whether packed rows hold more tasks than they may; without them that is not looked at.
+    """
     groups = [group for group in plan.replicas for _ in range(group.count)]
     violations = _replica_violations(plan, costs)
     if len(dispatch.replicas) != len(groups):
@@ -49,11 +55,19 @@ def evaluate(plan: Plan, costs: CostTable, dispatch: Dispatch, lengths: np.ndarr
     served = np.zeros(len(lengths), dtype=np.int64)
     seconds, padded = [], 0
     for index, (group, batches) in enumerate(zip(groups, dispatch.replicas, strict=False)):
-        times = [_slot_s(costs, group, batch.rows, batch.length) for batch in batches]
+        times = [
+            _slot_s(costs, group, batch.rows, batch.length)
+            if batch.places is None
+            else _packed_slot_s(costs, group, batch.rows, batch.length, [lengths[i] for i in batch.sequences])
+            for batch in batches
+        ]
         seconds.append(_replica_s(costs, group, times))
         for number, batch in enumerate(batches):
             name = f"replica {index} {group.config} micro-batch {number}"
-            violations += _batch_violations(name, plan, group, batch.rows, batch.length, batch.sequences, lengths)
+            if batch.places is None:
+                violations += _batch_violations(name, plan, group, batch.rows, batch.length, batch.sequences, lengths)
+            else:
+                violations += _packed_violations(name, group, batch, lengths, task_ids)
             padded += batch.rows * batch.length
             for sequence in batch.sequences:
                 if 0 <= sequence < len(lengths):
@@ -135,6 +149,30 @@ def _batch_violations(
     return out
 
 
+def _packed_violations(
+    name: str, group: ReplicaGroup, batch: MicroBatch, lengths: np.ndarray, task_ids: np.ndarray | None
+) -> list[str]:
+    out = []
+    if batch.rows * batch.length > group.capacity_tokens:
+        out.append(f"{name} of {batch.rows} x {batch.length} tokens exceeds the capacity {group.capacity_tokens}")
+    if batch.places is None or len(batch.places) != len(batch.sequences) or not batch.sequences:
+        return [*out, f"{name} does not say where its sequences lie, or is empty"]
+    rows: dict[int, list[int]] = {}
+    for sequence, place in zip(batch.sequences, batch.places, strict=True):
+        rows.setdefault(place, []).append(sequence)
+    for row, own in rows.items():
+        if not 0 <= row < batch.rows:
+            out.append(f"{name}: there is no row {row}")
+        tokens = sum(int(lengths[i]) for i in own)
+        if tokens > batch.length:
+            out.append(f"{name}: row {row} holds {tokens} tokens of {batch.length}")
+        if len(own) + 1 > max(batch.length // TOKENS_A_SEGMENT, MIN_SEGMENTS):
+            out.append(f"{name}: row {row} holds {len(own)} sequences")
+        if task_ids is not None and len({int(task_ids[i]) for i in own}) > MAX_TASKS_OF_A_ROW:
+            out.append(f"{name}: row {row} holds more than {MAX_TASKS_OF_A_ROW} tasks")
+    return out
+
+
 def _prediction_violations(dispatch: Dispatch, seconds: list[float]) -> list[str]:
     out = []
     for index, (claimed, found) in enumerate(zip(dispatch.predicted_s, seconds, strict=False)):
@@ -153,6 +191,14 @@ def _slot_s(costs: CostTable, group: ReplicaGroup, rows: int, length: int) -> fl
                 np.asarray(cost.coefficients, dtype=float).reshape(3, 2) @ [rows, 1.0]
             ).tolist()
             return squared * length**2 + linear * length + constant
+    return float("nan")
+
+
+def _packed_slot_s(costs: CostTable, group: ReplicaGroup, rows: int, length: int, own: list[int]) -> float:
+    for cost in costs.configs:
+        if cost.config == group.config and cost.packed is not None:
+            terms = [rows * length**2, sum(int(n) ** 2 for n in own), rows * length, 1.0]
+            return float(np.dot(cost.packed.coefficients, terms))
     return float("nan")
 
 

@@ -162,7 +162,8 @@ def simulation_line(simulation: Simulation) -> str:
     return (
         f"step mean {simulation.mean_step_s:.4g} s, p50 {simulation.quantile_s(0.5):.4g} s, "
         f"p95 {simulation.quantile_s(0.95):.4g} s; {simulation.gpu_seconds:.4g} GPU-seconds a step; "
-        f"padding {simulation.padding_share:.1%}; idle {simulation.idle_share:.1%}; "
+        f"{simulation.tokens_per_s:,.0f} tokens/s; padding {simulation.padding_share:.1%}; "
+        f"idle {simulation.idle_share:.1%}; "
         f"dispatch mean {sum(step.solve_s for step in simulation.steps) / len(simulation.steps):.3g} s"
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import nnls
 
-from planner.cost import NUM_COEFFICIENTS, CostPoint, FitError
+from planner.cost import NUM_COEFFICIENTS, CostPoint, FitError, PackedPoint
 
 HOLD_OUT_EVERY = 5
 """One of this many measured shapes is held out of the fit, to tell its error."""
@@ -62,6 +62,16 @@ def fit_coefficients(points: Sequence[CostPoint]) -> tuple[tuple[float, ...], Fi
     coefficients = np.zeros(NUM_COEFFICIENTS)
     coefficients[used] = solution / norms
     return tuple(coefficients.tolist()), _held_out_error(coefficients, [point for point in points if point.held_out])
+
+
+def fit_packed(points: Sequence[PackedPoint]) -> tuple[float, ...]:
+    """Coefficients (p1..p4) of packed micro-batches, none negative, of least squared relative error."""
+    seconds = np.array([point.seconds for point in points])
+    terms = np.array([[p.rows * p.length**2, p.squares, p.rows * p.length, 1.0] for p in points])
+    scaled = terms / seconds[:, None]
+    norms = np.linalg.norm(scaled, axis=0)
+    solution, _ = nnls(scaled / norms, np.ones(len(points)))
+    return tuple((solution / norms).tolist())
 
 
 def num_terms(num_points: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from planner.batching import choose_batching, packed_prices
 from planner.bucket_choice import DEFAULT_COMPILE_S, DEFAULT_STEPS, BucketRow, best_row, choose_num_buckets
 from planner.constraints import Constraints
 from planner.cost import CostTable
@@ -12,6 +13,7 @@ from planner.plan import Plan
 from planner.planners import solver
 from planner.problem import DEFAULT_NUM_BUCKETS, DEFAULT_TIME_LIMIT_S, build_problem
 from planner.robust import DEFAULT_SAMPLES, Robust, solve_robust
+from planner.simulate import DEFAULT_MAX_BUCKETS
 from planner.workload import Workload
 
 DEFAULT_PLANNER = "exact"
@@ -39,6 +41,7 @@ class PlanningFlags:
     samples: int | None
     compile_s: float | None
     amortise_steps: int | None
+    batching: str | None
 
     @property
     def constraints(self) -> Constraints:
@@ -66,9 +69,28 @@ class Chosen:
 def choose_plan(workload: Workload, costs: CostTable, num_devices: int, flags: PlanningFlags) -> Chosen:
     """Plans as the flags say; what they leave open has the defaults of this package.
 
+    For packed rows the planner is given packed prices. With batching auto it plans both ways and takes the plan whose
+    sampled steps, batched in its better way, are shorter.
+
     Raises:
       UserError: a constraint that the planner does not know, or no plan exists (see `build_problem`).
     """
+    if flags.batching in (None, "padded") or (
+        flags.batching == "auto" and all(c.packed is None for c in costs.configs)
+    ):
+        return _choose(workload, costs, num_devices, flags)
+    packed = _choose(workload, packed_prices(costs), num_devices, flags)
+    if flags.batching == "packed":
+        return packed
+    padded = _choose(workload, costs, num_devices, flags)
+
+    def step_s(chosen: Chosen) -> float:
+        return choose_batching(chosen.plan, costs, workload, max_buckets=DEFAULT_MAX_BUCKETS).mean_step_s
+
+    return packed if step_s(packed) < step_s(padded) else padded
+
+
+def _choose(workload: Workload, costs: CostTable, num_devices: int, flags: PlanningFlags) -> Chosen:
     solve = solver(flags.planner or DEFAULT_PLANNER)
     lengths = None
     if flags.num_buckets is None and flags.buckets in (None, "dynamic"):

@@ -11,6 +11,7 @@ from planner.cost import CostTable
 from planner.dispatch import dispatch
 from planner.errors import UserError
 from planner.evaluate import evaluate
+from planner.packed_dispatch import METHOD, packed_dispatch
 from planner.plan import Plan
 from planner.workload import Workload
 
@@ -70,6 +71,11 @@ class Simulation:
         return 1 - sum(step.tokens for step in self.steps) / sum(step.padded_tokens for step in self.steps)
 
     @property
+    def tokens_per_s(self) -> float:
+        """Real tokens a second, padding not counted."""
+        return sum(step.tokens for step in self.steps) / sum(step.step_s for step in self.steps)
+
+    @property
     def replica_s(self) -> tuple[float, ...]:
         """Mean seconds that each replica works in a step."""
         return tuple(np.mean([step.replica_s for step in self.steps], axis=0).tolist())
@@ -125,9 +131,10 @@ def simulate(
     method: str = "balance",
     max_buckets: int = DEFAULT_MAX_BUCKETS,
     time_limit_s: float = DEFAULT_DISPATCH_TIME_LIMIT_S,
+    batching: str = "padded",
     on_step: Callable[[SimulatedStep], None] | None = None,
 ) -> Simulation:
-    """Dispatches `num_steps` sampled batches; `on_step` is called after each.
+    """Dispatches `num_steps` sampled batches, padded or packed; `on_step` is called after each.
 
     The same arguments give the same batches, and the same times as long as no dispatch runs into `time_limit_s`.
 
@@ -140,10 +147,13 @@ def simulate(
     steps = []
     for index in range(num_steps):
         task_ids, lengths = batch(workload, seed, index)
-        dispatched = dispatch(
-            plan, costs, lengths, task_ids, method=method, max_buckets=max_buckets, time_limit_s=time_limit_s
-        )
-        judged = evaluate(plan, costs, dispatched, lengths)
+        if batching == "packed":
+            dispatched = packed_dispatch(plan, costs, lengths, task_ids)
+        else:
+            dispatched = dispatch(
+                plan, costs, lengths, task_ids, method=method, max_buckets=max_buckets, time_limit_s=time_limit_s
+            )
+        judged = evaluate(plan, costs, dispatched, lengths, task_ids)
         if judged.violations:
             raise RuntimeError(f"step {index}: {judged.violations[0]}")
         steps.append(
@@ -159,4 +169,4 @@ def simulate(
         )
         if on_step is not None:
             on_step(steps[-1])
-    return Simulation(plan=plan, method=method, seed=seed, steps=tuple(steps))
+    return Simulation(plan=plan, method=METHOD if batching == "packed" else method, seed=seed, steps=tuple(steps))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,7 +41,8 @@ def profile(config_path: Path, overrides: tuple[str, ...], out: Path, **options:
     """Measure parallel configs on these devices into a cost table.
 
     Which configs: every (tp, pp, remat) that divides the model and fits the devices, within planner.max_tp, max_pp and
-    remats. An interrupted run goes on where it stopped when it is started again.
+    remats. With training.batching: packed or auto, packed micro-batches too. An interrupted run goes on where it
+    stopped when it is started again.
     """
     from rich.console import Console
 
@@ -67,7 +69,7 @@ def run_profile(
     rank: int | None = None,
 ) -> CostTable:
     """Measures, saves to `out` and prints; devices have been configured. Raises `UserError`."""
-    from profiling.measure import measure_config, measure_step_overhead
+    from profiling.measure import measure_step_overhead
     from profiling.table import load_partial, measure_all, partial_path
 
     started = time.perf_counter()
@@ -84,7 +86,7 @@ def run_profile(
     with _progress_bar(console, len(wanted), len(known)) as advance:
         progress = measure_all(
             wanted,
-            lambda c: measure_config(setup, c),
+            lambda c: _measured(setup, c),
             partial=partial,
             header=header,
             progress=progress,
@@ -102,6 +104,16 @@ def run_profile(
     partial.unlink(missing_ok=True)
     _print_summary(console, table, dropped, out, time.perf_counter() - started)
     return table
+
+
+def _measured(setup: Setup, config: ParallelConfig) -> ConfigCost:
+    from profiling.measure import measure_config
+    from profiling.packed import measure_packed
+
+    cost = measure_config(setup, config)
+    if not setup.packed:
+        return cost
+    return dataclasses.replace(cost, packed=measure_packed(setup, config, cost.capacity_tokens))
 
 
 def _setup(
@@ -145,6 +157,7 @@ def _setup(
         repeats=repeats,
         cores=cores if is_cpu else None,
         num_threads=min(cores, MAX_COMPILE_THREADS),
+        packed=config.training.batching != "padded",
     )
 
 
@@ -200,6 +213,7 @@ def _header(setup: Setup, configs: Sequence[ParallelConfig]) -> Header:
             "lengths": list(setup.lengths),
             "max_tokens": setup.max_tokens,
             "repeats": setup.repeats,
+            **({"packed": True} if setup.packed else {}),
         },
     )
 

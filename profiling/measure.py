@@ -53,6 +53,7 @@ class Setup:
       repeats: readings of each shape, fewer for slow ones.
       cores: cores that simulated devices share; None for real accelerators.
       num_threads: compilations at a time.
+      packed: measure packed micro-batches too.
     """
 
     model: LlamaConfig
@@ -71,6 +72,7 @@ class Setup:
     repeats: int
     cores: int | None
     num_threads: int
+    packed: bool = False
 
     def share(self, config: ParallelConfig) -> HostShare:
         if self.cores is None:
@@ -106,11 +108,12 @@ class Filler:
 class Bench:
     """Replicas of one config on disjoint submeshes, ready to run steps of made-up micro-batches at the same time."""
 
-    def __init__(self, setup: Setup, config: ParallelConfig, *, copies: int) -> None:
+    def __init__(self, setup: Setup, config: ParallelConfig, *, copies: int, packed: bool = False) -> None:
         self.setup = setup
         g = config.num_devices
         self.replicas = [
-            make_replica(setup, config, index, setup.devices[index * g : (index + 1) * g]) for index in range(copies)
+            make_replica(setup, config, index, setup.devices[index * g : (index + 1) * g], packed=packed)
+            for index in range(copies)
         ]
         self._adapters: list[list[Adapters]] = []
         self._tasks: list[list[TaskInputs]] = []
@@ -144,7 +147,10 @@ class Bench:
 
     def step_s(self, shape: Shape, num_micro_batches: int) -> float:
         """Seconds of one step of equal micro-batches on all replicas at once, from issuing to the last gradient."""
-        batches = [made_up_batch(self.setup, shape)] * num_micro_batches
+        return self.run_s([made_up_batch(self.setup, shape)] * num_micro_batches)
+
+    def run_s(self, batches: Sequence[MicroBatchArrays]) -> float:
+        """The same of any micro-batches."""
         runs = [ReplicaRun(gradients=replica.zero_gradients()) for replica in self.replicas]
         jax.block_until_ready([run.gradients for run in runs])
         start = time.perf_counter()
@@ -158,7 +164,9 @@ class Bench:
         return time.perf_counter() - start
 
 
-def make_replica(setup: Setup, config: ParallelConfig, index: int, devices: Sequence[Any]) -> Replica:
+def make_replica(
+    setup: Setup, config: ParallelConfig, index: int, devices: Sequence[Any], *, packed: bool = False
+) -> Replica:
     return Replica(
         index=index,
         model=setup.model,
@@ -169,6 +177,7 @@ def make_replica(setup: Setup, config: ParallelConfig, index: int, devices: Sequ
         dropout=setup.dropout,
         dora=setup.dora,
         dtype=setup.dtype,
+        packed=packed,
     )
 
 
@@ -187,7 +196,7 @@ def made_up_batch(setup: Setup, shape: Shape) -> MicroBatchArrays:
 
 
 def measure_config(setup: Setup, config: ParallelConfig) -> ConfigCost:
-    """Capacity, times and fit of one config. Raises `DoesNotFitError` if it holds no micro-batch at all."""
+    """Capacity, times and fit of one config, padded. Raises `DoesNotFitError` if it holds no micro-batch at all."""
     share = setup.share(config)
     bench = Bench(setup, config, copies=share.copies)
     replica = bench.replicas[0]

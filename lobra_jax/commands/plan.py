@@ -270,4 +270,5 @@ def config_flags(config: RunConfig) -> PlanningFlags:
         time_limit=section.solve_time_limit_s,
         robust=section.robust,
         samples=section.samples,
+        batching=config.training.batching,
     )

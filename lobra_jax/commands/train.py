@@ -63,6 +63,7 @@ def train(
     workload = workload_of(data)
     plan = _plan(config, workload, costs, out, plan_path, resume)
     check_lengths(data, plan)
+    batching = _batching(config, plan, costs, workload)
     configure(config.devices, cache_dir=config.data.cache_dir)
 
     from lobra_jax.train import Inputs
@@ -81,7 +82,14 @@ def train(
     _report_data(data)
     click.echo(f"plan: {plan}")
     inputs = Inputs(
-        config=config, model=model, tasks=data, plan=plan, costs=costs, devices=tuple(devices), adapters=adapters
+        config=config,
+        model=model,
+        tasks=data,
+        plan=plan,
+        costs=costs,
+        devices=tuple(devices),
+        adapters=adapters,
+        batching=batching,
     )
     run(inputs, out, resume=resume, say=click.echo)
     click.echo(f"{out}: adapters of {', '.join(task.name for task in config.tasks)}")
@@ -241,6 +249,21 @@ def _make_plan(config: RunConfig, workload: Workload, costs: CostTable) -> Plan:
     if chosen.lengths is not None:
         click.echo(bucket_line(chosen.lengths))
     return chosen.plan
+
+
+def _batching(config: RunConfig, plan: Plan, costs: CostTable, workload: Workload) -> str:
+    """Padded or packed; `auto` is the same choice on every start of a run, as it looks at nothing that changes."""
+    from planner.batching import choose_batching, packed_problem
+
+    if config.training.batching != "auto":
+        problem = packed_problem(plan, costs, workload) if config.training.batching == "packed" else ""
+        if problem:
+            raise UserError(problem, key="training.batching", value="packed", expected="padded or auto")
+        return config.training.batching
+    buckets = config.planner.max_dispatch_buckets
+    choice = choose_batching(plan, costs, workload, seed=config.training.seed, max_buckets=buckets)
+    click.echo(str(choice))
+    return choice.batching
 
 
 def _check_devices(plan: Plan, model: LlamaConfig, devices: list[Any]) -> None:

@@ -366,6 +366,8 @@ class TrainingConfig(Section):
     """Newest checkpoints kept."""
     log_interval: Count = 1
     """Joint steps between printed lines where there is no terminal for a progress bar."""
+    batching: Literal["padded", "packed", "auto"] = "padded"
+    """A sequence a row; several, of several tasks, a row; or the sooner of the two by the cost table."""
     eval_batch_size: Count = 256
     """Sequences evaluated at a time."""
     eval_replicas: Literal["all", "one"] = "all"
@@ -393,6 +395,11 @@ class RunConfig(Section):
                     expected="names that differ by more than upper and lower case",
                 )
             seen[folded] = task.name
+        if self.training.batching != "padded" and self.planner.dispatch != "balance":
+            wrong(
+                f"training.batching: {self.training.batching} with planner.dispatch: {self.planner.dispatch}",
+                expected="planner.dispatch: balance, which is what packed rows are dealt out by",
+            )
         return self
 
     def task(self, name: str) -> TaskConfig:

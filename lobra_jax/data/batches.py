@@ -16,6 +16,7 @@ import numpy as np
 
 from lobra_jax.data.dataset import TokenDataset
 from planner.errors import UserError
+from planner.packing import max_segments, max_tasks
 
 if TYPE_CHECKING:
     from lobra_jax.data.cache import SourceSummary
@@ -231,6 +232,21 @@ def _assemble(chosen: Sequence[tuple[TokenDataset, np.ndarray, np.ndarray] | Non
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Segments:
+    """Where sequences lie in packed rows. What is left of a row is one more segment, of token 0 and weight 0.
+
+    Attributes:
+      segment_ids: int32 [rows, length], from 0 in each row.
+      positions: int32 [rows, length], from 0 in each segment.
+      slots: int32 [rows, segments], which of its row's tasks a segment belongs to.
+    """
+
+    segment_ids: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class MicroBatchArrays:
     """One micro-batch as the model takes it; padded on the right with token 0, weight 0, task 0.
 
@@ -238,8 +254,9 @@ class MicroBatchArrays:
       tokens, targets: int32 [rows, length].
       loss_weights: float32 [rows, length]: 1 / (targets of the row's task in this step) where a target counts, else 0,
         so that the weighted token losses of all micro-batches of a step sum to each task's mean loss.
-      task_ids: int32 [rows].
-      dropout_ids: uint32 [rows].
+      task_ids: int32 [rows]; packed: int32 [rows, slots], the tasks of each row.
+      dropout_ids: uint32 [rows]; packed: uint32 [rows, segments].
+      segments: where sequences lie in packed rows, None where a row is a sequence.
     """
 
     tokens: np.ndarray
@@ -247,6 +264,7 @@ class MicroBatchArrays:
     loss_weights: np.ndarray
     task_ids: np.ndarray
     dropout_ids: np.ndarray
+    segments: Segments | None = None
 
 
 def fill_micro_batch(batch: GlobalBatch, micro_batch: MicroBatch) -> MicroBatchArrays:
@@ -255,6 +273,8 @@ def fill_micro_batch(batch: GlobalBatch, micro_batch: MicroBatch) -> MicroBatchA
     Raises:
       ValueError: more sequences than rows, or a sequence longer than the micro-batch.
     """
+    if micro_batch.places is not None:
+        return _fill_packed(batch, micro_batch, micro_batch.places)
     chosen = np.asarray(micro_batch.sequences, dtype=np.int64)
     rows, length = micro_batch.rows, micro_batch.length
     if len(chosen) > rows or (len(chosen) and batch.lengths[chosen].max() > length):
@@ -278,4 +298,44 @@ def fill_micro_batch(batch: GlobalBatch, micro_batch: MicroBatch) -> MicroBatchA
     loss_weights /= np.maximum(batch.num_target_tokens[task_ids], 1).astype(np.float32)[:, None]
     return MicroBatchArrays(
         tokens=tokens, targets=targets, loss_weights=loss_weights, task_ids=task_ids, dropout_ids=dropout_ids
+    )
+
+
+def _fill_packed(batch: GlobalBatch, micro_batch: MicroBatch, places: Sequence[int]) -> MicroBatchArrays:
+    """Lays sequence i of the micro-batch into row places[i], after those of the row before it."""
+    rows, length, num_tasks = micro_batch.rows, micro_batch.length, len(batch.datasets)
+    tokens = np.zeros((rows, length), np.int32)
+    targets = np.zeros((rows, length), np.int32)
+    loss_weights = np.zeros((rows, length), np.float32)
+    task_ids = np.zeros((rows, max_tasks(num_tasks)), np.int32)
+    dropout_ids = np.zeros((rows, max_segments(length)), np.uint32)
+    segment_ids = np.zeros((rows, length), np.int32)
+    positions = np.zeros((rows, length), np.int32)
+    slots = np.zeros((rows, max_segments(length)), np.int32)
+    used, segments = [0] * rows, [0] * rows
+    tasks: list[list[int]] = [[] for _ in range(rows)]
+    for index, row in zip(micro_batch.sequences, places, strict=True):
+        task, count, start, segment = int(batch.task_ids[index]), int(batch.lengths[index]), used[row], segments[row]
+        if task not in tasks[row]:
+            tasks[row].append(task)
+        if start + count > length or len(tasks[row]) > task_ids.shape[1] or segment >= slots.shape[1] - 1:
+            raise ValueError(f"row {row} of {length} tokens has no room for sequence {index} of {count} tokens")
+        part = slice(start, start + count)
+        sequence, trainable = batch.sequence(index)
+        tokens[row, part], targets[row, part] = sequence[:-1], sequence[1:]
+        loss_weights[row, part] = trainable[1:] / np.float32(max(batch.num_target_tokens[task], 1))
+        segment_ids[row, part], positions[row, part] = segment, np.arange(count)
+        slots[row, segment], dropout_ids[row, segment] = tasks[row].index(task), batch.dropout_ids[index]
+        used[row], segments[row] = start + count, segment + 1
+    for row in range(rows):
+        task_ids[row, : len(tasks[row])] = tasks[row]
+        segment_ids[row, used[row] :] = segments[row]
+        positions[row, used[row] :] = np.arange(length - used[row])
+    return MicroBatchArrays(
+        tokens=tokens,
+        targets=targets,
+        loss_weights=loss_weights,
+        task_ids=task_ids,
+        dropout_ids=dropout_ids,
+        segments=Segments(segment_ids=segment_ids, positions=positions, slots=slots),
     )

@@ -21,11 +21,13 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from lobra_jax.lora import DROPOUT_SITES, Adapters, RowInputs, drop, low_rank_deltas, magnitude_ratios
-from lobra_jax.models.attention import attention
+from lobra_jax.models.attention import attention, packed_attention
 from lobra_jax.models.config import LlamaConfig, RopeScaling
+from lobra_jax.packed import PackedRows, drop_packed, packed_deltas, packed_ratios
 from lobra_jax.sharding import TARGET_AXES
 
 Shard = Callable[..., Array]
+Rows = RowInputs | PackedRows
 
 SAVED_BY_DOTS = ("q", "k", "v", "attention", "residual_mid", "gate", "up")
 """What remat "dots" keeps of a layer; norms, rotary embedding, SwiGLU and low-rank products are redone."""
@@ -61,7 +63,7 @@ class Layer(nnx.Module):
                 setattr(self, f"{target}_bias", _weight(dtype, shape[1:], TARGET_AXES[target][1:]))
 
     def linears(
-        self, x: Array, targets: Sequence[str], adapters: Mapping, rows: RowInputs | None, index: Array
+        self, x: Array, targets: Sequence[str], adapters: Mapping, rows: Rows | None, index: Array
     ) -> list[Array]:
         """x W (+ bias) (+ low-rank delta) for linears that read the same input.
 
@@ -76,10 +78,13 @@ class Layer(nnx.Module):
         adapted = [target for target in targets if target in adapters]
         if rows is None or not adapted:
             return list(outs.values())
-        dropped = drop(x, rows, index, DROPOUT_SITES[targets[0]])
-        for target, delta in zip(adapted, low_rank_deltas(dropped, adapters, adapted, rows), strict=True):
+        packed = isinstance(rows, PackedRows)
+        dropped = (drop_packed if packed else drop)(x, rows, index, DROPOUT_SITES[targets[0]])
+        deltas = (packed_deltas if packed else low_rank_deltas)(dropped, adapters, adapted, rows)
+        for target, delta in zip(adapted, deltas, strict=True):
             if rows.tasks.magnitudes is not None:
-                ratio = magnitude_ratios(getattr(self, target)[...], adapters[target], target, rows)
+                ratios = packed_ratios if packed else magnitude_ratios
+                ratio = ratios(getattr(self, target)[...], adapters[target], target, rows)
                 base = bases[target] if rows.dropout_keys is None else self._product(dropped, target)
                 delta = (ratio - 1).astype(x.dtype) * base + ratio.astype(x.dtype) * delta
             outs[target] = outs[target] + delta
@@ -92,7 +97,7 @@ class Layer(nnx.Module):
         self,
         x_BLD: Array,
         adapters: Mapping,
-        rows: RowInputs | None,
+        rows: Rows | None,
         rope: tuple[Array, Array],
         index: Array,
         shard: Shard,
@@ -108,7 +113,9 @@ class Layer(nnx.Module):
         v = checkpoint_name(shard(v, "batch", "position", "kv_heads"), "v")
         k = k.reshape(b, length, c.num_kv_heads, c.head_dim)
         v = v.reshape(b, length, c.num_kv_heads, c.head_dim)
-        out = attention(apply_rope(q, rope), apply_rope(k, rope), v).reshape(b, length, c.num_heads * c.head_dim)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        out = packed_attention(q, k, v, rows.segments) if isinstance(rows, PackedRows) else attention(q, k, v)
+        out = out.reshape(b, length, c.num_heads * c.head_dim)
         out = checkpoint_name(shard(out, "batch", "position", "heads"), "attention")
         (out,) = self.linears(out, ("o",), adapters, rows, index)
         x_BLD = checkpoint_name(shard(x_BLD + out, "batch", "length", "hidden"), "residual_mid")
@@ -137,7 +144,7 @@ class Stage(nnx.Module):
             if not config.tie_embeddings:
                 self.head = _weight(dtype, (d, v), ("hidden", "vocab"))
 
-    def __call__(self, x: Array, adapters: Adapters, rows: RowInputs | None, *, remat: str, shard: Shard) -> Array:
+    def __call__(self, x: Array, adapters: Adapters, rows: Rows | None, *, remat: str, shard: Shard) -> Array:
         """tokens [B, L] (first stage) or hidden [B, L, D] -> hidden [B, L, D], normed on the last stage.
 
         `rows=None` runs the frozen base alone.
@@ -145,9 +152,11 @@ class Stage(nnx.Module):
         if self.is_first:
             x = shard(embed_tokens(x, self.embed[...]), "batch", "length", "hidden")
         rope = rope_tables(self.config, x.shape[1])
+        if isinstance(rows, PackedRows):
+            rope = tuple(table[rows.segments.positions] for table in rope)
         graph, _ = nnx.split(next(iter(self.layers.values())))
 
-        def run(params: Any, x: Array, pairs: Mapping, rows: RowInputs | None, rope: Any, index: Array) -> Array:
+        def run(params: Any, x: Array, pairs: Mapping, rows: Rows | None, rope: Any, index: Array) -> Array:
             return nnx.merge(graph, params)(x, pairs, rows, rope, index, shard)
 
         run_once_traced = jax.jit(with_remat(run, remat))
@@ -230,7 +239,10 @@ def scale_frequencies(frequency: Array, scaling: RopeScaling) -> Array:
 
 
 def apply_rope(x_BLNH: Array, rope: tuple[Array, Array]) -> Array:
-    """Rotates halves (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), the convention of Hugging Face checkpoints."""
-    cos, sin = (table[None, :, None, :] for table in rope)
+    """Rotates halves (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), the convention of Hugging Face checkpoints.
+
+    The tables are [L, H/2], or [B, L, H/2] where rows are packed.
+    """
+    cos, sin = (table[None, :, None, :] if table.ndim == 2 else table[:, :, None, :] for table in rope)
     x1, x2 = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BLNH.dtype)

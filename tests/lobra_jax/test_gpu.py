@@ -3,14 +3,18 @@
 JAX_PLATFORMS=cuda python -m pytest -m gpu tests/lobra_jax/test_gpu.py
 """
 
+import operator
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lobra_jax.data.batches import MicroBatchArrays
+from lobra_jax.data.batches import MicroBatchArrays, Segments
 from lobra_jax.lora import LoraSpec, init_adapters
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.weights import RandomWeights
+from planner.packing import max_segments
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
 
 pytestmark = pytest.mark.gpu
@@ -27,6 +31,7 @@ MODEL = LlamaConfig(
 )
 SPECS = [LoraSpec(rank=8, alpha=16), LoraSpec(rank=16, alpha=16, targets=("q", "v", "down"))]
 ROWS, LENGTH = 4, 256
+FIELDS = operator.attrgetter("tokens", "targets", "loss_weights")
 
 
 def micro_batch(seed: int) -> MicroBatchArrays:
@@ -44,7 +49,36 @@ def micro_batch(seed: int) -> MicroBatchArrays:
     )
 
 
-def gradients(configs, dtype):
+def packed(padded: MicroBatchArrays) -> MicroBatchArrays:
+    """The same sequences, up to their last weight, two to a row; the rest of a row is a segment of its own."""
+    num_rows, room, num_segments = ROWS // 2, 2 * LENGTH, max_segments(2 * LENGTH)
+    ids, positions = np.zeros((2, num_rows, room), np.int32)
+    tokens, targets, weights = (np.zeros((num_rows, room), a.dtype) for a in FIELDS(padded))
+    marks = np.zeros((num_rows, num_segments), np.uint32)
+    for row in range(num_rows):
+        start = 0
+        for segment, source in enumerate((2 * row, 2 * row + 1)):
+            count = np.count_nonzero(padded.loss_weights[source])
+            part = slice(start, start + count)
+            for packed_array, array in zip((tokens, targets, weights), FIELDS(padded), strict=True):
+                packed_array[row, part] = array[source, :count]
+            ids[row, part], positions[row, part] = segment, np.arange(count)
+            marks[row, segment] = padded.dropout_ids[source]
+            start += count
+        ids[row, start:], positions[row, start:] = 2, np.arange(room - start)
+    slots = np.zeros((num_rows, num_segments), np.int32)
+    slots[:, 1] = 1
+    return MicroBatchArrays(
+        tokens=tokens,
+        targets=targets,
+        loss_weights=weights,
+        task_ids=padded.task_ids.reshape(num_rows, 2),
+        dropout_ids=marks,
+        segments=Segments(segment_ids=ids, positions=positions, slots=slots),
+    )
+
+
+def gradients(configs, dtype, as_packed=False):
     """(losses [T], gradient pytree) of four micro-batches, dealt round the replicas of (tp, pp, remat)."""
     from lobra_jax.engine import Engine
     from lobra_jax.replica import ReplicaRun
@@ -54,9 +88,10 @@ def gradients(configs, dtype):
         for tp, pp, remat in configs
     )
     plan = Plan(model=MODEL.name, num_devices=len(jax.devices()), replicas=groups, buckets=(LENGTH,))
-    engine = Engine(plan, MODEL, SPECS, dtype=dtype)
+    engine = Engine(plan, MODEL, SPECS, dtype=dtype, packed=as_packed)
     engine.load(RandomWeights(MODEL, seed=0))
-    for _ in engine.compile([[(ROWS, LENGTH)]] * len(groups), [()] * len(groups), num_threads=4):
+    shape = (ROWS // 2, 2 * LENGTH) if as_packed else (ROWS, LENGTH)
+    for _ in engine.compile([[shape]] * len(groups), [()] * len(groups), num_threads=4):
         pass
     adapters = init_adapters(MODEL, SPECS, [1, 2])
     rng = np.random.default_rng(0)
@@ -72,6 +107,7 @@ def gradients(configs, dtype):
     for replica in engine.replicas:
         run = ReplicaRun(gradients=replica.zero_gradients())
         mine = [micro_batch(seed) for seed in range(4) if seed % len(groups) == replica.index]
+        mine = [packed(arrays) for arrays in mine] if as_packed else mine
         for _ in replica.issue(run, mine, spread[replica.index], engine.tasks[replica.index]):
             pass
         losses += sum(np.asarray(x, np.float64) for x in run.losses)
@@ -119,3 +155,57 @@ def test_bf16_with_the_flash_kernel_agrees_with_fp32(reference, shape):
     np.testing.assert_allclose(losses, reference[0], rtol=1e-2)
     assert distance(found, reference[1]) < 5e-2
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize(("dtype", "loss_error", "error"), [(np.float32, 1e-5, 1e-5), (jnp.bfloat16, 1e-2, 5e-2)])
+def test_packed_rows_agree_with_padded_ones(reference, shape, dtype, loss_error, error):
+    if shape[0] * shape[1] > len(jax.devices()):
+        pytest.skip(f"needs more than {len(jax.devices())} devices")
+    losses, found = gradients([(*shape, "dots")], dtype, as_packed=True)
+    np.testing.assert_allclose(losses, reference[0], rtol=loss_error)
+    assert distance(found, reference[1]) < error
+
+
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_the_flash_kernel_keeps_segments_apart(kv_heads):
+    """Against attention over each segment alone in fp32, forward and gradients; one row is a single segment."""
+    from lobra_jax.models.attention import packed_attention
+    from lobra_jax.packed import SegmentInputs
+
+    length, cuts = 512, [[100, 317, 450], []]
+    rng = np.random.default_rng(0)
+    q, weights = rng.normal(size=(2, 2, length, 8, 128)).astype(np.float32)
+    k, v = rng.normal(size=(2, 2, length, kv_heads, 128)).astype(np.float32)
+    ids = np.array([np.searchsorted(cut, np.arange(length), side="right") for cut in cuts], np.int32)
+    segments = SegmentInputs(
+        segment_ids=jnp.asarray(ids),
+        positions=jnp.zeros_like(ids),
+        slots=jnp.zeros((2, max_segments(length)), jnp.int32),
+    )
+
+    def run(dtype, q, k, v):
+        out = packed_attention(q.astype(dtype), k.astype(dtype), v.astype(dtype), segments)
+        return jnp.sum(out.astype(jnp.float32) * weights), out
+
+    for dtype, tolerance in ((jnp.bfloat16, 2e-2), (jnp.float32, 1e-5)):
+        grad = jax.jit(jax.grad(lambda *x, d=dtype: run(d, *x), argnums=(0, 1, 2), has_aux=True))
+        gradients_of, out = grad(q, k, v)
+        expected = jax.grad(lambda *x: alone(cuts, length, weights, *x), argnums=(0, 1, 2), has_aux=True)(q, k, v)
+        for found, wanted in zip((*gradients_of, out), (*expected[0], expected[1]), strict=True):
+            found, wanted = np.asarray(found, np.float32), np.asarray(wanted)
+            assert np.isfinite(found).all()
+            assert np.linalg.norm(found - wanted) < tolerance * np.linalg.norm(wanted)
+
+
+def alone(cuts, length, weights, q, k, v):
+    rows = []
+    for row, cut in enumerate(cuts):
+        parts = [np.s_[row : row + 1, a:b] for a, b in zip([0, *cut], [*cut, length], strict=True)]
+        own = [
+            jax.nn.dot_product_attention(q[part], k[part], v[part], is_causal=True, implementation="xla")
+            for part in parts
+        ]
+        rows.append(jnp.concatenate(own, axis=1))
+    out = jnp.concatenate(rows)
+    return jnp.sum(out * weights), out

@@ -19,7 +19,7 @@ from lobra_jax.models.hf import save_hf
 from lobra_jax.models.weights import RandomWeights
 from lobra_jax.peft_folder import read_peft_adapter, write_peft_adapter
 from lobra_jax.train import Trainer
-from planner.cost import ConfigCost, CostTable
+from planner.cost import ConfigCost, CostTable, PackedCost
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
 
 MODEL = LlamaConfig(
@@ -76,6 +76,7 @@ def world(tmp_path_factory):
             config=ParallelConfig(tp=tp, pp=pp, remat=remat),
             capacity_tokens=capacity,
             coefficients=(0.0, 0.0, 1e-5 / tp, 0.0, 0.0, 1e-3),
+            packed=PackedCost(capacity_tokens=capacity, coefficients=(0.0, 0.0, 1e-5 / tp, 1e-3)),
         )
         for tp, pp, remat, capacity in CONFIGS
     )
@@ -203,9 +204,34 @@ def test_resume_on_another_plan_goes_on_from_the_same_state(world, finished, tmp
     assert difference(adapter(out, "short"), adapter(finished, "short")) < 1e-5
 
 
-def test_a_task_whose_loss_is_not_finite_stops_alone(world, finished, tmp_path):
+def test_packed_rows_where_they_are_faster_train_the_same_adapters(world, finished, tmp_path):
+    """The cost table of these tests prices packed and padded tokens alike, so fewer of them are faster."""
+    out = tmp_path / "packed"
+    result = train(world, out, "--set", "training.batching=auto")
+    assert result.exit_code == 0, result.output
+    assert "batching: packed (over 16 sampled batches a step takes" in result.output
+    for name in ("short", "long"):
+        assert difference(adapter(out, name), adapter(finished, name)) < 1e-5
+    packed, padded = (read_metrics(run / "metrics.jsonl", "step") for run in (out, finished))
+    assert [r["tokens"] for r in packed] == [r["tokens"] for r in padded]
+    assert sum(r["padded_tokens"] for r in packed) < sum(r["padded_tokens"] for r in padded)
+    assert [r["compilations"] for r in packed] == [0] * STEPS
+
+
+def test_packed_rows_without_packed_times_are_refused(world, tmp_path):
+    raw = json.loads((world / "costs.json").read_text())
+    for config in raw["configs"]:
+        del config["packed"]
+    (tmp_path / "costs.json").write_text(json.dumps(raw))
+    settings = (f"planner.costs={tmp_path / 'costs.json'}", "training.batching=packed")
+    result = train(world, tmp_path / "run", *(part for setting in settings for part in ("--set", setting)))
+    assert result.exit_code == 2 and "no packed times" in result.output and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("batching", ["padded", "packed"])
+def test_a_task_whose_loss_is_not_finite_stops_alone(world, finished, tmp_path, batching):
     out = tmp_path / "broken"
-    result = train(world, out, "--set", "tasks.long.lr=1e38")
+    result = train(world, out, "--set", "tasks.long.lr=1e38", "--set", f"training.batching={batching}")
     assert result.exit_code == 2
     assert "task 'long' at step 2" in result.output.splitlines()[-1]
     assert all(np.isfinite(array).all() for array in adapter(out, "long").values())

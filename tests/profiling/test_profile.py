@@ -1,5 +1,6 @@
 """`lobra profile` on simulated devices: the table, capacities under a memory limit, resuming, mistakes."""
 
+import dataclasses
 import json
 
 import jax
@@ -14,6 +15,7 @@ from lobra_jax.replica import memory_bytes
 from planner.cost import CostTable
 from planner.plan import ParallelConfig
 from profiling.measure import Bench, Setup, reserve_bytes
+from profiling.packed import measure_packed
 from profiling.table import partial_path
 
 MODEL = {
@@ -91,13 +93,25 @@ def test_table_has_every_config_with_times_and_a_held_out_error(profiled, config
     table, _, output = profiled
     assert {(c.config.tp, c.config.pp) for c in table.configs} == {(1, 1), (1, 2), (2, 1)}
     assert table.model_fingerprint == model_config(load_config(config_file, check_files=False)).fingerprint
-    assert table.step_overhead_s > 0
+    assert table.step_overhead_s > 0 and all(cost.packed is None for cost in table.configs)
     for cost in table.configs:
         assert cost.fit_error is not None and cost.fit_error.num_held_out == sum(p.held_out for p in cost.points) == 1
         assert all(p.seconds > 0 and 0 < p.peak_bytes <= LIMIT for p in cost.points)
         assert all(p.rows * p.length <= cost.capacity_tokens for p in cost.points)
         assert cost.micro_batch_s(1, cost.capacity_tokens) >= cost.micro_batch_s(1, 16) >= 0
         assert str(cost.capacity_tokens) in output
+
+
+def test_packed_micro_batches_are_measured_with_short_and_with_long_sequences(config_file):
+    setup = dataclasses.replace(setup_of(config_file), devices=jax.devices()[:1], cores=None, lengths=(16, 48))
+    cost = measure_packed(setup, WHOLE, 96)
+    assert cost is not None and cost.capacity_tokens == 96
+    shapes = [(point.rows, point.length) for point in cost.points]
+    assert set(shapes) == {(2, 48), (1, 48), (1, 32)} and len(shapes) == 4
+    assert {point.squares for point in cost.points[:1] + cost.points[3:]} == {2 * 3 * 16**2, 2 * 48**2}
+    for point in cost.points:
+        assert 0 < point.peak_bytes <= LIMIT
+        assert cost.micro_batch_s(point.rows, point.length, point.squares) > 0
 
 
 def test_table_says_how_it_was_measured(profiled):

@@ -26,6 +26,7 @@ class Rectangle:
     rows: int
     length: int
     sequences: tuple[int, ...]
+    places: tuple[int, ...] | None = None
 
 
 def make_dataset(name: str, lengths: list[int], seed: int = 0) -> TokenDataset:
