@@ -61,6 +61,10 @@ COMMANDS: Mapping[str, CommandEntry] = {
         target="lobra_jax.commands.export:export",
         help="Write one task's adapter as PEFT reads it, or the merged model.",
     ),
+    "bench": CommandEntry(
+        target="profiling.bench.cli:bench",
+        help="Measure speed and memory on these devices.",
+    ),
 }
 """Every command, in the order of a first use."""
 

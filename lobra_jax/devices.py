@@ -38,14 +38,19 @@ def configure(config: DevicesConfig, *, cache_dir: Path) -> None:
     if config.simulated is not None:
         _simulate(config.simulated)
     else:
-        flags = os.environ.get("XLA_FLAGS", "")
-        missing = [flag for flag in ACCELERATOR_FLAGS if flag.partition("=")[0] not in flags]
-        os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
+        set_accelerator_flags()
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir / CACHE_FOLDER))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_S_TO_CACHE)
+
+
+def set_accelerator_flags() -> None:
+    """Adds `ACCELERATOR_FLAGS` to XLA_FLAGS, those apart that it has."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    missing = [flag for flag in ACCELERATOR_FLAGS if flag.partition("=")[0] not in flags]
+    os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
 
 
 def _simulate(count: int) -> None:

@@ -1,0 +1,19 @@
+"""`lobra bench`: speed and memory on the devices present, beside what bounds them and beside other stacks."""
+
+from __future__ import annotations
+
+import click
+
+from lobra_jax.cli import CommandEntry, LazyGroup
+
+BENCHES = {
+    "step": CommandEntry(
+        target="profiling.bench.step:main",
+        help="Time a joint step beside the matmul ceiling and the frozen base alone.",
+    ),
+}
+
+
+@click.group(cls=LazyGroup, entries=BENCHES, epilog="\b\nExample:\n  lobra bench step --out step.json")
+def bench() -> None:
+    """Measure speed and memory on the devices present."""

@@ -1,0 +1,387 @@
+"""The cases of `lobra bench step`: engines over shared random weights, compiled together, run one by one."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lobra_jax.engine import Engine, StepResult
+from lobra_jax.lora import Adapters, task_inputs
+from lobra_jax.lora_spec import LoraSpec
+from lobra_jax.loss import weighted_row_losses
+from lobra_jax.models.config import LlamaConfig
+from lobra_jax.optim import TaskOptimizer, step_inputs
+from lobra_jax.replica import Replica, ReplicaRun, memory_bytes
+from lobra_jax.stage import BatchInputs
+from planner.errors import UserError
+from planner.plan import ParallelConfig, Plan, ReplicaGroup
+from profiling.bench.ceiling import floor_flops, matmul_rate
+from profiling.measure import Setup, made_up_batch, reserve_bytes
+
+NUM_WARM_UPS = 2
+TRACED_STEPS = 2
+WEIGHT_STD = 0.02
+LEARNING_RATE = 1e-4
+CHECK_LAYERS = 2
+CHECK_SHAPE = (6, 256)
+LOSS_TOLERANCE = 0.01
+GRADIENT_TOLERANCE = 0.05
+"""Of bfloat16 against float32, relative."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One step to time.
+
+    Attributes:
+      replicas: of `config`, each with `micro_batches` of `rows` x `length` a step.
+      ranks: of the adapters, one each task.
+    """
+
+    model: LlamaConfig
+    dtype: str
+    config: ParallelConfig
+    replicas: int
+    rows: int
+    length: int
+    micro_batches: int
+    ranks: tuple[int, ...]
+    targets: tuple[str, ...]
+    dropout: float
+
+    def __str__(self) -> str:
+        ranks = f"rank {self.ranks[0]}" if len(set(self.ranks)) == 1 else f"ranks {min(self.ranks)}-{max(self.ranks)}"
+        slots = f"{self.micro_batches}x " if self.micro_batches > 1 else ""
+        return f"{self.replicas}x{self.config} {slots}{self.rows}x{self.length}, {len(self.ranks)} tasks of {ranks}"
+
+    @property
+    def num_devices(self) -> int:
+        return self.replicas * self.config.num_devices
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.replicas * self.micro_batches * self.rows * self.length
+
+    @property
+    def plan(self) -> Plan:
+        group = ReplicaGroup(count=self.replicas, config=self.config, capacity_tokens=self.rows * self.length)
+        return Plan(model=self.model.name, num_devices=self.num_devices, replicas=(group,), buckets=(self.length,))
+
+    @property
+    def specs(self) -> list[LoraSpec]:
+        return [LoraSpec(rank=r, alpha=r, targets=self.targets, dropout=self.dropout) for r in self.ranks]
+
+    def setup(self, devices: Sequence[Any]) -> Setup:
+        """As `lobra profile` would measure it."""
+        return Setup(
+            model=self.model,
+            dtype=jnp.dtype(self.dtype),
+            num_tasks=len(self.ranks),
+            rank=max(self.ranks),
+            targets=self.targets,
+            dropout=self.dropout > 0,
+            dora=False,
+            optimizers=("adamw",),
+            averages=False,
+            devices=devices,
+            limit_bytes=0,
+            lengths=(self.length,),
+            max_tokens=self.rows * self.length,
+            repeats=1,
+            cores=None,
+            num_threads=1,
+        )
+
+    def engine(self, devices: Sequence[Any]) -> Engine:
+        return Engine(self.plan, self.model, self.specs, dtype=jnp.dtype(self.dtype), devices=devices)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Check:
+    """A small step in the bench's arithmetic against float32: relative errors of the loss and of all gradients."""
+
+    loss_error: float
+    gradient_error: float
+
+    @property
+    def passed(self) -> bool:
+        return self.loss_error <= LOSS_TOLERANCE and self.gradient_error <= GRADIENT_TOLERANCE
+
+    def __str__(self) -> str:
+        return (
+            f"on a small shape loss is off float32's by {self.loss_error:.1e}, gradients by {self.gradient_error:.1e}"
+        )
+
+
+class Bench:
+    """Cases of one (tp, pp), model and dtype; their engines are compiled side by side, their weights shared.
+
+    Raises:
+      UserError: fewer devices than the cases need.
+    """
+
+    def __init__(self, cases: Sequence[Case], *, steps: int, trace: Path | None) -> None:
+        first = cases[0]
+        present = jax.devices()
+        if first.num_devices > len(present):
+            raise UserError(
+                "more devices than there are",
+                key="--tp x --pp x --replicas",
+                value=first.num_devices,
+                expected=f"at most {len(present)} ({present[0].device_kind})",
+            )
+        self._devices = present[: first.num_devices]
+        self.devices = f"{len(self._devices)} x {present[0].device_kind}"
+        self._steps, self._trace = steps, trace
+        self.check = check(first, self._devices)
+        self._engines = [(case, case.engine(self._devices)) for case in cases]
+        self._compile_s = self._compile()
+        self._params = [random_params(replica) for replica in self._engines[0][1].replicas]
+        self._rates: dict[int, dict[str, float]] = {}
+
+    def _compile(self) -> list[float]:
+        """Seconds of each case; all at once, so that the cores are used."""
+
+        def compile_one(entry: tuple[Case, Engine]) -> float:
+            case, engine = entry
+            start = time.perf_counter()
+            shapes = [[(case.rows, case.length)]] * case.replicas
+            for _ in engine.compile(shapes, [()] * case.replicas, num_threads=case.replicas):
+                pass
+            return time.perf_counter() - start
+
+        with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="case") as executor:
+            return list(executor.map(compile_one, self._engines))
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The cases' results, the smallest first: a peak is known where it is above those before."""
+        entries = []
+        for (case, engine), compile_s in zip(self._engines, self._compile_s, strict=True):
+            shape = (case.rows, case.length)
+            predicted = memory_bytes(engine.replicas[0], shape)
+            predicted += reserve_bytes(case.setup(self._devices), engine.replicas[0])
+            entries.append((predicted, case, engine, compile_s))
+        self._engines.clear()
+        entries.sort(key=lambda entry: entry[0])
+        while entries:
+            predicted, case, engine, compile_s = entries.pop(0)
+            tokens = case.rows * case.length
+            if tokens not in self._rates:
+                self._rates[tokens] = matmul_rate(case.model, tokens, jnp.dtype(case.dtype), tp=case.config.tp)
+            base_s = self._base_s(case, engine.replicas[0]) if case.config.pp == 1 else None
+            yield self._row(case, engine, predicted, compile_s, base_s)
+            del engine
+
+    def _row(
+        self, case: Case, engine: Engine, predicted: int, compile_s: float, base_s: float | None
+    ) -> dict[str, Any]:
+        before = _peak_bytes(self._devices)
+        results, issue_s = self._run(case, engine)
+        after = _peak_bytes(self._devices)
+        step_s = statistics.median(result.total_s for result in results)
+        flops = floor_flops(case.model, case.rows, case.length) * case.micro_batches * case.replicas / case.num_devices
+        rates = self._rates[case.rows * case.length]
+        return {
+            "case": str(case),
+            "model": case.model.name,
+            "num_layers": case.model.num_layers,
+            "dtype": case.dtype,
+            "tp": case.config.tp,
+            "pp": case.config.pp,
+            "remat": case.config.remat,
+            "replicas": case.replicas,
+            "rows": case.rows,
+            "length": case.length,
+            "micro_batches": case.micro_batches,
+            "ranks": list(case.ranks),
+            "targets": list(case.targets),
+            "dropout": case.dropout,
+            "step_s": step_s,
+            "all_step_s": [result.total_s for result in results],
+            "execute_s": statistics.median(result.execute_s for result in results),
+            "sum_update_s": statistics.median(result.sum_update_s for result in results),
+            "base_s": base_s,
+            "tokens_per_s_per_device": case.tokens / step_s / case.num_devices,
+            "floor_flops_per_device": flops,
+            "floor_flop_rate": flops / step_s,
+            "matmul_rate": rates,
+            "share_of_ceiling": flops / step_s / rates["all"],
+            "predicted_bytes": predicted,
+            "peak_bytes": after if after is not None and (before is None or after > before) else None,
+            "compile_s": compile_s,
+            "issue_s_per_micro_batch": issue_s / (case.micro_batches * case.replicas),
+            "loss": float(results[-1].losses[0]),
+        }
+
+    def _run(self, case: Case, engine: Engine) -> tuple[list[StepResult], float]:
+        """(timed steps, median seconds to issue one with idle devices)."""
+        for replica, params in zip(engine.replicas, self._params, strict=True):
+            replica.params = params
+        engine.set_state(engine.gradient_sum.init(random_adapters(engine.replicas[0], case.specs)))
+        engine.warm_up()
+        batch = made_up_batch(case.setup(self._devices), (case.rows, case.length))
+        batches = [[batch] * case.micro_batches] * case.replicas
+        optimizer = TaskOptimizer(
+            learning_rates=np.full(1, LEARNING_RATE, np.float32),
+            weight_decay=0.0,
+            beta1=0.9,
+            beta2=0.999,
+            epsilon=1e-8,
+            clip_norm=1.0,
+        )
+        hyper = step_inputs([optimizer] * len(case.ranks), [0] * len(case.ranks))
+        issue_s = []
+        for _ in range(NUM_WARM_UPS):
+            start = time.perf_counter()
+            issued = engine.issue(batches, hyper)
+            issue_s.append(time.perf_counter() - start)
+            engine.finish(issued)
+        results = self._steps_of(engine, batches, hyper, self._steps)
+        if self._trace is not None:
+            with jax.profiler.trace(str(self._trace / str(case).replace(" ", "_").replace(",", ""))):
+                self._steps_of(engine, batches, hyper, TRACED_STEPS)
+        return results, issue_s[-1]
+
+    @staticmethod
+    def _steps_of(engine: Engine, batches: Any, hyper: Any, count: int) -> list[StepResult]:
+        """As a training loop runs them: a step is issued before the one before it is waited for."""
+        results, pending = [], engine.issue(batches, hyper)
+        for _ in range(count - 1):
+            following = engine.issue(batches, hyper)
+            results.append(engine.finish(pending))
+            pending = following
+        results.append(engine.finish(pending))
+        return results
+
+    def _base_s(self, case: Case, replica: Replica) -> float:
+        """Seconds of one micro-batch of the frozen base alone, all its gradients of inputs included."""
+        batch = replica.place_batch(made_up_batch(case.setup(self._devices), (case.rows, case.length)))[0]
+        run = jax.jit(functools.partial(_base_loss_and_gradient, replica)).lower(self._params[0][0], batch).compile()
+        times = []
+        for _ in range(NUM_WARM_UPS + self._steps):
+            start = time.perf_counter()
+            jax.block_until_ready(run(self._params[0][0], batch))
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[NUM_WARM_UPS:])
+
+
+def _base_loss_and_gradient(replica: Replica, params: Any, batch: BatchInputs) -> tuple[Any, Any]:
+    """Loss without adapters, and its gradient in the first norm's scale, which needs those of all inputs above it."""
+    f = replica.layouts[0].functions
+
+    def loss(scale: Any) -> Any:
+        stage = f.abstract.merge({**params, "layers.0.attn_norm": scale})
+        hidden = stage(batch.tokens, {}, None, remat=f.remat, shard=f.sharding.constrain)
+        losses = weighted_row_losses(hidden, stage.unembedding, batch.targets, batch.loss_weights, f.sharding.constrain)
+        return losses.sum()
+
+    return jax.value_and_grad(loss)(params["layers.0.attn_norm"])
+
+
+def check(case: Case, devices: Sequence[Any]) -> Check:
+    """A small step of the case's kind on its devices, against float32 on the first of them."""
+    model = dataclasses.replace(case.model, num_layers=max(CHECK_LAYERS, case.config.pp))
+    small = dataclasses.replace(
+        case, model=model, rows=CHECK_SHAPE[0], length=CHECK_SHAPE[1], dropout=0.0, replicas=1, micro_batches=1
+    )
+    exact = dataclasses.replace(small, dtype="float32", config=ParallelConfig(tp=1, pp=1, remat="none"))
+    losses, gradients = zip(*(_one_step(c, devices) for c in (exact, small)), strict=True)
+    reference, found = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for g in gradients)
+    return Check(
+        loss_error=float(np.abs(losses[1] - losses[0]).sum() / np.abs(losses[0]).sum()),
+        gradient_error=float(np.linalg.norm(found - reference) / np.linalg.norm(reference)),
+    )
+
+
+def _one_step(case: Case, devices: Sequence[Any]) -> tuple[np.ndarray, Adapters]:
+    """(losses [T], gradients as NumPy) of one micro-batch."""
+    exact = case.dtype == "float32"
+    with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
+        replica = case.engine(devices[: case.num_devices]).replicas[0]
+        for compile_one in replica.compilations([(case.rows, case.length)]):
+            compile_one()
+    batch = made_up_batch(case.setup(devices), (case.rows, case.length))
+    replica.params = [_rounded(stage, jnp.bfloat16) for stage in random_params(replica)]
+    adapters = random_adapters(replica, case.specs)
+    placed = [
+        {layer: jax.device_put(adapters[layer], pairs) for layer, pairs in _shardings(layout.adapters).items()}
+        for layout in replica.layouts
+    ]
+    run = ReplicaRun(gradients=replica.zero_gradients())
+    for _ in replica.issue(run, [batch], placed, replica.place_tasks(task_inputs(case.specs))):
+        pass
+    gradients = {layer: pairs for stage in run.gradients for layer, pairs in stage.items()}
+    return np.asarray(run.losses[0]), jax.tree.map(np.asarray, gradients)
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def _rounded(params: Any, dtype: Any) -> Any:
+    """As if stored in `dtype`."""
+    return {name: x.astype(dtype).astype(x.dtype) for name, x in params.items()}
+
+
+def random_params(replica: Replica) -> list[dict[str, Any]]:
+    """Weights made on the replica's own devices, by name: norms one, the rest normal."""
+
+    def make(name: str, number: int, spec: jax.ShapeDtypeStruct) -> Any:
+        if name.endswith("norm"):
+            return jax.device_put(jnp.ones(spec.shape, spec.dtype), spec.sharding)
+        return _normal(number, spec.shape, spec.dtype, WEIGHT_STD, spec.sharding)
+
+    numbers = {name: i for i, name in enumerate(n for layout in replica.layouts for n in layout.params)}
+    return [
+        {name: make(name, numbers[name], spec) for name, spec in layout.params.items()} for layout in replica.layouts
+    ]
+
+
+def random_adapters(replica: Replica, specs: Sequence[LoraSpec]) -> Adapters:
+    """Both factors random on the first device, what is padding of a rank zero."""
+    everywhere = jax.sharding.SingleDeviceSharding(replica.submesh.devices[0])
+    adapters: Adapters = {}
+    number = 0
+    for layout in replica.layouts:
+        for layer, pairs in layout.adapters.items():
+            adapters[layer] = {}
+            for target, pair in pairs.items():
+                a, b = (
+                    _normal(number + i, pair[name].shape, pair[name].dtype, WEIGHT_STD, everywhere)
+                    for i, name in enumerate("ab")
+                )
+                kept = jnp.arange(a.shape[-1])[None] < jnp.asarray([spec.rank for spec in specs])[:, None]
+                adapters[layer][target] = {"a": a * kept[:, None], "b": b * kept[:, :, None]}
+                number += 2
+    return adapters
+
+
+def _normal(seed: int, shape: tuple[int, ...], dtype: Any, std: float, sharding: Any) -> Any:
+    return _normal_program(shape, jnp.dtype(dtype), std, sharding)(seed)
+
+
+@functools.cache
+def _normal_program(shape: tuple[int, ...], dtype: Any, std: float, sharding: Any) -> Any:
+    return jax.jit(
+        lambda seed: (jax.random.normal(jax.random.key(seed), shape, jnp.float32) * std).astype(dtype),
+        out_shardings=sharding,
+    )
+
+
+def _peak_bytes(devices: Sequence[Any]) -> int | None:
+    """Of the fullest device since the process began; None where devices do not tell."""
+    stats = [device.memory_stats() or {} for device in devices]
+    return max((s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s), default=None)
