@@ -124,8 +124,14 @@ class PlanningProblem:
 
     @property
     def narrowest_for_longest(self) -> int:
-        """Index of the config with the fewest devices (then the most room) that fits the last bucket."""
+        """Index of the config with the fewest devices (then the most room) that fits the last bucket.
+
+        One of the pinned configs, where they are as many as a plan may have.
+        """
         fitting = [index for index, usable in enumerate(self.configs) if usable.fits(len(self.buckets) - 1)]
+        pinned = [index for index, count in enumerate(self.pinned_counts) if count]
+        if self.max_configs is not None and len(pinned) >= self.max_configs:
+            fitting = [index for index in fitting if index in pinned]
         return min(fitting, key=lambda i: (self.configs[i].num_devices, -self.configs[i].capacity_tokens))
 
     def make_plan(

@@ -121,9 +121,7 @@ class Check:
         return self.loss_error <= LOSS_TOLERANCE and self.gradient_error <= GRADIENT_TOLERANCE
 
     def __str__(self) -> str:
-        return (
-            f"on a small shape loss is off float32's by {self.loss_error:.1e}, gradients by {self.gradient_error:.1e}"
-        )
+        return f"on a small shape loss off float32 by {self.loss_error:.1e}, gradients by {self.gradient_error:.1e}"
 
 
 class Bench:

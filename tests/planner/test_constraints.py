@@ -133,6 +133,17 @@ def test_exact_equals_brute_force_with_pins_and_few_configs(instance, data):
     assert max_configs is None or len(plan.replicas) <= max_configs
 
 
+def test_devices_left_over_by_the_pins_stay_idle_rather_than_have_one_config_too_many():
+    table = table_of(
+        cost(CONFIGS[0], 16, per_token=1e-4, per_slot=0.0),
+        cost(CONFIGS[2], 16, per_token=1e-4, per_slot=0.0, fixed_s=1e-3),
+    )
+    constraints = Constraints(pinned=("1x(tp4,pp1,none)",), max_configs=1)
+    plan = make_plan("exact", workload_of([1], (16,)), table, 5, buckets=(16,), constraints=constraints)
+    assert [(group.count, group.config) for group in plan.replicas] == [(1, CONFIGS[2])]
+    assert plan.predicted.step_s == pytest.approx(2.6e-3)
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(instances())
 def test_every_planners_plan_is_valid_and_none_beats_the_bound(instance):
