@@ -22,8 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from lobra_jax.lora_spec import LoraSpec
+from lobra_jax.low_rank import into_ranks, out_of_ranks
 from lobra_jax.models.config import TARGETS, LlamaConfig
 from lobra_jax.peft_folder import TaskAdapter
 
@@ -186,13 +188,14 @@ def low_rank_deltas(
     x_BLI: Array, pairs: Mapping[str, dict[str, Array]], targets: Sequence[str], rows: RowInputs
 ) -> list[Array]:
     """scale * x a_t b_t for linears that read the same `x`, one [B, L, O] each; one input matmul for all."""
-    a_BIR = jnp.concatenate([pairs[t]["a"].astype(x_BLI.dtype)[rows.task_ids] for t in targets], axis=-1)
-    h_BLR = jnp.einsum("bli,bir->blr", x_BLI, a_BIR, preferred_element_type=jnp.float32)
-    h_BLR = (h_BLR * rows.scales[:, None, None]).astype(x_BLI.dtype)  # alpha / rank is not rounded to bf16
+    a_TIR = jnp.concatenate([pairs[t]["a"] for t in targets], axis=-1)
+    task_ids_BK = rows.task_ids[:, None]
+    h_BLKR = into_ranks(x_BLI, a_TIR, task_ids_BK, False) * rows.scales[:, None, None, None]
+    h_BLKR = h_BLKR.astype(x_BLI.dtype)  # alpha / rank is not rounded to bf16
     ranks = np.cumsum([pairs[t]["a"].shape[-1] for t in targets])[:-1].tolist()
     return [
-        jnp.einsum("blr,bro->blo", h, pairs[t]["b"].astype(x_BLI.dtype)[rows.task_ids])
-        for t, h in zip(targets, jnp.split(h_BLR, ranks, axis=-1), strict=True)
+        out_of_ranks(checkpoint_name(h, "low_rank"), pairs[t]["b"], task_ids_BK, False)
+        for t, h in zip(targets, jnp.split(h_BLKR, ranks, axis=-1), strict=True)
     ]
 
 

@@ -7,7 +7,7 @@ those of a padded row to rounding. (Cutting rows into blocks of one task each wo
 costs as much memory traffic as the activations themselves for blocks short enough not to waste their tails.)
 
 What is not finite in one task's tokens stays there: a product of two tasks' values is always with an exact zero, and
-`bounded` keeps infinities and NaN, for which 0 x inf is not 0, out of those sums.
+`low_rank.bounded` keeps infinities and NaN, for which 0 x inf is not 0, out of those sums.
 
 Shape letters as in `lora`; K slots of a row, M segments of a row.
 """
@@ -24,9 +24,7 @@ from jax import Array
 from jax.extend.random import threefry2x32_p
 
 from lobra_jax.lora import NUM_DROPOUT_SITES, TaskInputs, task_ratios
-
-FINITE_LIMIT = 1e15
-"""Larger magnitudes count as overflow where tasks meet in one sum: the product of two of them is still a float32."""
+from lobra_jax.low_rank import into_ranks, out_of_ranks
 
 
 @jax.tree_util.register_dataclass
@@ -118,62 +116,17 @@ def uniform_at(words_BL2: Array, positions_BL: Array, features: int) -> Array:
     return jax.lax.bitcast_convert_type(one_to_two, jnp.float32) - 1.0
 
 
-def bounded(x: Array) -> Array:
-    """x with infinities, NaN and what would overflow in a product set to zero."""
-    return jnp.where(jnp.abs(x) <= FINITE_LIMIT, x, jnp.zeros_like(x))
-
-
-@jax.custom_vjp
-def _into_ranks(x_BLI: Array, a_BKIR: Array) -> Array:
-    """x a for every slot of the row: [B, L, K, R] fp32; `a` is fp32 and its gradient is too."""
-    return jnp.einsum("bli,bkir->blkr", x_BLI, a_BKIR.astype(x_BLI.dtype), preferred_element_type=jnp.float32)
-
-
-def _into_ranks_fwd(x_BLI: Array, a_BKIR: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _into_ranks(x_BLI, a_BKIR), (x_BLI, a_BKIR)
-
-
-def _into_ranks_bwd(saved: tuple[Array, Array], d_h: Array) -> tuple[Array, Array]:
-    x_BLI, a_BKIR = saved
-    d_h = d_h.astype(x_BLI.dtype)  # zero in all slots but the token's own
-    d_x = jnp.einsum("blkr,bkir->bli", d_h, a_BKIR.astype(x_BLI.dtype))
-    return d_x, jnp.einsum("bli,blkr->bkir", bounded(x_BLI), d_h, preferred_element_type=jnp.float32)
-
-
-_into_ranks.defvjp(_into_ranks_fwd, _into_ranks_bwd)
-
-
-@jax.custom_vjp
-def _out_of_ranks(h_BLKR: Array, b_BKRO: Array) -> Array:
-    """h b summed over the row's slots: [B, L, O]; `b` is fp32 and its gradient is too."""
-    return jnp.einsum("blkr,bkro->blo", h_BLKR, b_BKRO.astype(h_BLKR.dtype))
-
-
-def _out_of_ranks_fwd(h_BLKR: Array, b_BKRO: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _out_of_ranks(h_BLKR, b_BKRO), (h_BLKR, b_BKRO)
-
-
-def _out_of_ranks_bwd(saved: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
-    """A gradient that is not finite still reaches its own task through d_h and so its `a`, which stops the task."""
-    h_BLKR, b_BKRO = saved
-    d_h = jnp.einsum("blo,bkro->blkr", d_y, b_BKRO.astype(d_y.dtype))
-    return d_h, jnp.einsum("blkr,blo->bkro", h_BLKR, bounded(d_y), preferred_element_type=jnp.float32)
-
-
-_out_of_ranks.defvjp(_out_of_ranks_fwd, _out_of_ranks_bwd)
-
-
 def packed_deltas(
     x_BLI: Array, pairs: Mapping[str, dict[str, Array]], targets: Sequence[str], rows: PackedRows
 ) -> list[Array]:
     """`lora.low_rank_deltas` on packed rows: scale * x a_t b_t with each token's own t, one [B, L, O] each."""
-    a_BKIR = jnp.concatenate([pairs[t]["a"][rows.task_ids] for t in targets], axis=-1)
-    h_BLKR = _into_ranks(x_BLI, a_BKIR) * rows.scales[..., None, None]
+    a_TIR = jnp.concatenate([pairs[t]["a"] for t in targets], axis=-1)
+    h_BLKR = into_ranks(x_BLI, a_TIR, rows.task_ids, True) * rows.scales[..., None, None]
     own = rows.slots[..., None] == jnp.arange(rows.task_ids.shape[1], dtype=jnp.int32)[None, None]
     h_BLKR = jnp.where(own[..., None], h_BLKR, 0.0).astype(x_BLI.dtype)
     ranks = np.cumsum([pairs[t]["a"].shape[-1] for t in targets])[:-1].tolist()
     return [
-        _out_of_ranks(h, pairs[t]["b"][rows.task_ids])
+        out_of_ranks(h, pairs[t]["b"], rows.task_ids, True)
         for t, h in zip(targets, jnp.split(h_BLKR, ranks, axis=-1), strict=True)
     ]
 

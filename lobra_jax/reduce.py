@@ -5,7 +5,8 @@ replica sends its gradients to their layers' homes; the home sums; squared norms
 clipping sees a task's whole gradient; each home updates its layers; new adapters go back to every replica.
 
 What travels between a stage and a home is one flat array, packed and unpacked by jitted functions: a transfer for each
-of the hundreds of small factors would cost the host more time than the devices.
+of the hundreds of small factors would cost the host more time than the devices. Nothing is packed for a home that is
+the stage's only device.
 """
 
 from __future__ import annotations
@@ -54,9 +55,10 @@ class Home:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Route:
-    """A stage's exchange with the homes of its layers, one flat array each way and home.
+    """A stage's exchange with the homes of its layers, one flat array each way and home elsewhere.
 
     `collect` packs the stage's gradients, whole on each of its devices; `distribute` unpacks and cuts new adapters.
+    `local` is the home that needs none of it, `local_layers` its layers, `placement` where the stage wants them.
     """
 
     homes: tuple[Home, ...]
@@ -64,6 +66,9 @@ class _Route:
     whole: NamedSharding
     collect: Callable[[Adapters], list[Array]]
     distribute: Callable[[list[Array]], Adapters]
+    local: Home | None
+    local_layers: Layers
+    placement: Mapping[str, Any]
 
 
 def assign_homes(num_layers: int, devices: Sequence[Any]) -> tuple[Home, ...]:
@@ -92,13 +97,24 @@ def unpack(flat: Array, like: Adapters, layers: Layers) -> Adapters:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _sum_gradients(contributions: list[Array], like: Adapters, layers: tuple[Layers, ...]) -> tuple[Adapters, Array]:
-    """(sum, squared norms [T]) of flat contributions, the i-th holding `layers[i]`, in their order."""
+def _sum_packed(
+    contributions: list[Array | Adapters], like: Adapters, layers: tuple[Layers, ...]
+) -> tuple[Adapters, Array]:
+    """(sum, squared norms [T]) of contributions, flat or not, the i-th holding `layers[i]`, in their order."""
     total: Adapters = {}
-    for flat, own in zip(contributions, layers, strict=True):
-        for layer, pairs in unpack(flat, like, own).items():
+    for part, own in zip(contributions, layers, strict=True):
+        for layer, pairs in (part if isinstance(part, dict) else unpack(part, like, own)).items():
             total[layer] = pairs if layer not in total else jax.tree.map(jnp.add, total[layer], pairs)
     return total, optim.squared_norms(total)
+
+
+def _sum_gradients(
+    contributions: list[Array | Adapters], like: Adapters, layers: tuple[Layers, ...]
+) -> tuple[Adapters, Array]:
+    """`_sum_packed`; a home's only contribution is its sum, without a copy, where it is not packed."""
+    if len(contributions) == 1 and isinstance(contributions[0], dict):
+        return contributions[0], _squared_norms(contributions[0])
+    return _sum_packed(contributions, like, layers)
 
 
 @jax.jit
@@ -106,6 +122,7 @@ def _add_up(norms: list[Array]) -> Array:
     return sum(norms[1:], start=norms[0])
 
 
+_squared_norms = jax.jit(optim.squared_norms)
 _update = jax.jit(optim.update)
 _pack_some = jax.jit(pack, static_argnums=1)
 _init_moments = jax.jit(optim.init_state, static_argnums=(1, 2))
@@ -138,7 +155,9 @@ class GradientSum:
         """What a stage exchanges with each home that has layers of it."""
         names = {str(layer) for layer in stage_layers}
         shared = [(home, tuple(x for x in home.layers if x in names)) for home in self.homes]
-        shared = [(home, layers) for home, layers in shared if layers]
+        devices = list(layout.functions.sharding.mesh.devices.flat)
+        local = next(((home, own) for home, own in shared if own and devices == [home.device]), None)
+        shared = [(home, own) for home, own in shared if own and (local is None or home is not local[0])]
         layers = tuple(own for _, own in shared)
         placement = jax.tree.map(lambda leaf: leaf.sharding, layout.adapters)
         whole = layout.functions.sharding.replicated
@@ -155,7 +174,10 @@ class GradientSum:
             layers=layers,
             whole=whole,
             collect=jax.jit(collect, out_shardings=whole),
-            distribute=jax.jit(distribute, out_shardings=placement),
+            distribute=jax.jit(distribute, out_shardings={layer: placement[layer] for own in layers for layer in own}),
+            local=None if local is None else local[0],
+            local_layers=() if local is None else local[1],
+            placement=placement,
         )
 
     def home_of(self, layer: str) -> Home:
@@ -187,27 +209,37 @@ class GradientSum:
                 if layers not in packed:
                     packed[layers] = _pack_some({layer: adapters[layer] for layer in layers}, layers)
         return [
-            [self._receive(self._routes[replica.index, stage], packed) for stage in range(replica.parallel.pp)]
+            [
+                self._receive(self._routes[replica.index, stage], packed, adapters)
+                for stage in range(replica.parallel.pp)
+            ]
             for replica in self.replicas
         ]
 
-    def _receive(self, route: _Route, packed: Mapping[Layers, Array]) -> Adapters:
-        return route.distribute([jax.device_put(packed[layers], route.whole) for layers in route.layers])
+    def _receive(self, route: _Route, packed: Mapping[Layers, Array], adapters: Adapters) -> Adapters:
+        own = {layer: jax.device_put(adapters[layer], route.placement[layer]) for layer in route.local_layers}
+        if not route.layers:
+            return own
+        return own | route.distribute([jax.device_put(packed[layers], route.whole) for layers in route.layers])
 
     def step(
         self, state: AdapterState, gradients: Sequence[Sequence[Adapters]], hyper: HyperInputs
     ) -> tuple[AdapterState, Array]:
         """Sums [replica][stage] gradients and updates; returns the new state and gradient norms [T]."""
-        arrived: dict[Home, list[tuple[Layers, Array]]] = {home: [] for home in self.homes}
+        arrived: dict[Home, list[tuple[Layers, Array | Adapters]]] = {home: [] for home in self.homes}
         for replica, stages in zip(self.replicas, gradients, strict=True):
             for stage, tree in enumerate(stages):
                 route = self._routes[replica.index, stage]
-                for home, layers, flat in zip(route.homes, route.layers, route.collect(tree), strict=True):
+                if route.local is not None:
+                    own = {layer: tree[layer] for layer in route.local_layers}
+                    arrived[route.local].append((route.local_layers, own))
+                flats = route.collect(tree) if route.layers else []
+                for home, layers, flat in zip(route.homes, route.layers, flats, strict=True):
                     arrived[home].append((layers, jax.device_put(flat, home.sharding)))
         sums, norms = [], []
         for home, parts in arrived.items():
             like = {layer: state.adapters[layer] for layer in home.layers}
-            total, norm = _sum_gradients([flat for _, flat in parts], like, tuple(layers for layers, _ in parts))
+            total, norm = _sum_gradients([part for _, part in parts], like, tuple(layers for layers, _ in parts))
             sums.append(total)
             norms.append(jax.device_put(norm, self.homes[0].sharding))
         squared_norm = _add_up(norms)

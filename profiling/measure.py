@@ -27,7 +27,7 @@ from planner.cost import ConfigCost, CostPoint
 from planner.fit import MIN_POINTS_TO_HOLD_OUT, fit_coefficients, hold_out
 from planner.plan import ParallelConfig
 from profiling.grid import HostShare, Shape, held_out_shape, host_share
-from profiling.memory import find_capacity
+from profiling.memory import DoesNotFitError, find_capacity
 from profiling.timing import slots, time_steps
 
 FILLER_SIZE = 65_521
@@ -201,6 +201,8 @@ def measure_config(setup: Setup, config: ParallelConfig) -> ConfigCost:
     bench = Bench(setup, config, copies=share.copies)
     replica = bench.replicas[0]
     reserve = reserve_bytes(setup, replica)
+    if update_bytes(setup, replica) > setup.limit_bytes:
+        raise DoesNotFitError(f"the update alone needs {update_bytes(setup, replica):,} bytes of {setup.limit_bytes:,}")
     capacity = find_capacity(
         bench.bytes,
         limit_bytes=setup.limit_bytes - reserve,
@@ -259,15 +261,24 @@ def fixed_bytes(replica: Replica) -> int:
 def reserve_bytes(setup: Setup, replica: Replica) -> int:
     """Bytes on a device that a step needs beside its programs', whatever the micro-batch.
 
-    Its share of the master adapters, the last good ones, averages and optimisers' states (layers go round the devices),
-    before and after the update; and, as the next step is issued while this one runs, that step's adapters and gradient
-    sums on the fullest stage.
+    Its share of what training keeps: master adapters, the last good ones, averages and optimisers' states (layers go
+    round the devices). On one device alone the master adapters are those that its programs take. Else gradients and
+    new adapters travel while programs run, as much as the fullest stage's.
     """
+    kept = _kept_bytes(setup, replica)
+    stage_bytes = max(_leaf_bytes(layout.adapters) for layout in replica.layouts)
+    return kept - stage_bytes if len(setup.devices) == 1 else kept + 2 * stage_bytes
+
+
+def update_bytes(setup: Setup, replica: Replica) -> int:
+    """Bytes of a device at the update: weights, gradients, and what training keeps, before and after."""
+    return fixed_bytes(replica) + 2 * _kept_bytes(setup, replica)
+
+
+def _kept_bytes(setup: Setup, replica: Replica) -> int:
     adapters = {layer: pairs for layout in replica.layouts for layer, pairs in layout.adapters.items()}
     layer_bytes = max(_state_bytes(setup, pairs) for pairs in adapters.values())
-    layers_at_home = -(-len(adapters) // min(len(setup.devices), len(adapters)))
-    following = max(2 * _leaf_bytes(layout.adapters) for layout in replica.layouts)
-    return 2 * layers_at_home * layer_bytes + following
+    return -(-len(adapters) // min(len(setup.devices), len(adapters))) * layer_bytes
 
 
 def _state_bytes(setup: Setup, pairs: Any) -> int:

@@ -11,11 +11,17 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
-from lobra_jax.packed import FINITE_LIMIT, SegmentInputs, bounded
+from lobra_jax.low_rank import FINITE_LIMIT, bounded
+from lobra_jax.packed import SegmentInputs
 
 QUERY_CHUNK = 256
 """Queries whose scores against all keys exist at once where there is no flash kernel."""
+
+FLASH_FORWARD = "dot_product_attention_fwd_wrapper"
+"""The primitive of cuDNN's forward, whose outputs (the values, and each query's softmax sum) its backward needs: saving
+them both is what spares a second forward. Elsewhere the output is named "attention"."""
 
 GROUPED_OFFSETS_FROM = (0, 11, 2)
 """JAX before this takes a key's offset in a packed row for a query's, which is wrong where heads share keys."""
@@ -26,8 +32,10 @@ def attention(q_BLNH: Array, k_BLKH: Array, v_BLKH: Array) -> Array:
     if _has_flash_kernel(q_BLNH):
         return jax.nn.dot_product_attention(q_BLNH, k_BLKH, v_BLKH, is_causal=True, implementation="cudnn")
     if q_BLNH.shape[1] <= 2 * QUERY_CHUNK:
-        return jax.nn.dot_product_attention(q_BLNH, k_BLKH, v_BLKH, is_causal=True, implementation="xla")
-    return chunked_attention(q_BLNH, k_BLKH, v_BLKH)
+        out = jax.nn.dot_product_attention(q_BLNH, k_BLKH, v_BLKH, is_causal=True, implementation="xla")
+    else:
+        out = chunked_attention(q_BLNH, k_BLKH, v_BLKH)
+    return checkpoint_name(out, "attention")
 
 
 def packed_attention(q_BLNH: Array, k_BLKH: Array, v_BLKH: Array, segments: SegmentInputs) -> Array:
@@ -41,7 +49,7 @@ def packed_attention(q_BLNH: Array, k_BLKH: Array, v_BLKH: Array, segments: Segm
         out = jax.nn.dot_product_attention(q, k, v, mask=same[:, None], is_causal=True, implementation="xla")
     else:
         out = chunked_attention(q, k, v, segments.segment_ids)
-    return jnp.where(overflow_BL[..., None, None], jnp.nan, _bounded_cotangent(out))
+    return checkpoint_name(jnp.where(overflow_BL[..., None, None], jnp.nan, _bounded_cotangent(out)), "attention")
 
 
 def _overflows(x_BLNH: Array) -> Array:

@@ -10,6 +10,7 @@ Shape letters: B row, L position, D hidden, N head, K key/value head, H head dim
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from lobra_jax.lora import DROPOUT_SITES, Adapters, RowInputs, drop, low_rank_deltas, magnitude_ratios
-from lobra_jax.models.attention import attention, packed_attention
+from lobra_jax.models.attention import FLASH_FORWARD, attention, packed_attention
 from lobra_jax.models.config import LlamaConfig, RopeScaling
 from lobra_jax.packed import PackedRows, drop_packed, packed_deltas, packed_ratios
 from lobra_jax.sharding import TARGET_AXES
@@ -29,8 +30,9 @@ from lobra_jax.sharding import TARGET_AXES
 Shard = Callable[..., Array]
 Rows = RowInputs | PackedRows
 
-SAVED_BY_DOTS = ("q", "k", "v", "attention", "residual_mid", "gate", "up")
-"""What remat "dots" keeps of a layer; norms, rotary embedding, SwiGLU and low-rank products are redone."""
+SAVED_BY_DOTS = ("q", "k", "v", "attention", "residual_mid", "gate", "up", "low_rank")
+"""What remat "dots" keeps of a layer, beside a flash kernel's outputs: norms and SwiGLU are redone, and what comes out
+of the ranks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,32 +65,56 @@ class Layer(nnx.Module):
                 setattr(self, f"{target}_bias", _weight(dtype, shape[1:], TARGET_AXES[target][1:]))
 
     def linears(
-        self, x: Array, targets: Sequence[str], adapters: Mapping, rows: Rows | None, index: Array
+        self,
+        x: Array,
+        targets: Sequence[str],
+        adapters: Mapping,
+        rows: Rows | None,
+        index: Array,
+        residual: Array | None = None,
     ) -> list[Array]:
-        """x W (+ bias) (+ low-rank delta) for linears that read the same input.
+        """x W (+ bias) (+ low-rank delta) (+ residual) for linears that read the same input.
+
+        What is added to x W is added up before: matmuls then take it as what they accumulate onto.
 
         With DoRA the row's task gives x W + bias + (ratio - 1) x W + ratio delta, in which both products of the added
         part see the input after dropout.
         """
-        bases = {target: self._product(x, target) for target in targets}
-        outs = dict(bases)
+        *inputs, own = fan_out(x, len(targets) + 1)
+        bases = {target: self._product(x, target) for x, target in zip(inputs, targets, strict=True)}
+        added = {} if residual is None else dict.fromkeys(targets, residual)
+        adapted = [target for target in targets if target in adapters] if rows is not None else []
+        if adapted:
+            for target, delta in zip(adapted, self._deltas(own, adapted, adapters, rows, index, bases), strict=True):
+                added[target] = added[target] + delta if target in added else delta
+        outs = {target: base + added[target] if target in added else base for target, base in bases.items()}
         if self.config.qkv_bias:
             for target in outs.keys() & {"q", "k", "v"}:
                 outs[target] = outs[target] + getattr(self, f"{target}_bias")[...][None, None]
-        adapted = [target for target in targets if target in adapters]
-        if rows is None or not adapted:
-            return list(outs.values())
-        packed = isinstance(rows, PackedRows)
-        dropped = (drop_packed if packed else drop)(x, rows, index, DROPOUT_SITES[targets[0]])
-        deltas = (packed_deltas if packed else low_rank_deltas)(dropped, adapters, adapted, rows)
-        for target, delta in zip(adapted, deltas, strict=True):
-            if rows.tasks.magnitudes is not None:
-                ratios = packed_ratios if packed else magnitude_ratios
-                ratio = ratios(getattr(self, target)[...], adapters[target], target, rows)
-                base = bases[target] if rows.dropout_keys is None else self._product(dropped, target)
-                delta = (ratio - 1).astype(x.dtype) * base + ratio.astype(x.dtype) * delta
-            outs[target] = outs[target] + delta
         return list(outs.values())
+
+    def _deltas(
+        self,
+        x: Array,
+        adapted: Sequence[str],
+        adapters: Mapping,
+        rows: Rows,
+        index: Array,
+        bases: Mapping[str, Array],
+    ) -> list[Array]:
+        """What each row's task adds to x W."""
+        packed = isinstance(rows, PackedRows)
+        dropped = (drop_packed if packed else drop)(x, rows, index, DROPOUT_SITES[adapted[0]])
+        deltas = (packed_deltas if packed else low_rank_deltas)(dropped, adapters, adapted, rows)
+        if rows.tasks.magnitudes is None:
+            return deltas
+        ratios = packed_ratios if packed else magnitude_ratios
+        scaled = []
+        for target, delta in zip(adapted, deltas, strict=True):
+            ratio = ratios(getattr(self, target)[...], adapters[target], target, rows)
+            base = bases[target] if rows.dropout_keys is None else self._product(dropped, target)
+            scaled.append((ratio - 1).astype(x.dtype) * base + ratio.astype(x.dtype) * delta)
+        return scaled
 
     def _product(self, x_BLI: Array, target: str) -> Array:
         return jnp.einsum("bli,io->blo", x_BLI, getattr(self, target)[...])
@@ -108,24 +134,22 @@ class Layer(nnx.Module):
 
         h_BLD = rms_norm(x_BLD, self.attn_norm[...], c.rms_norm_eps)
         q, k, v = self.linears(h_BLD, ("q", "k", "v"), adapters, rows, index)
-        q = checkpoint_name(shard(q, "batch", "position", "heads"), "q").reshape(b, length, c.num_heads, c.head_dim)
-        k = checkpoint_name(shard(k, "batch", "position", "kv_heads"), "k")
-        v = checkpoint_name(shard(v, "batch", "position", "kv_heads"), "v")
-        k = k.reshape(b, length, c.num_kv_heads, c.head_dim)
-        v = v.reshape(b, length, c.num_kv_heads, c.head_dim)
-        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        q = shard(q, "batch", "position", "heads").reshape(b, length, c.num_heads, c.head_dim)
+        k = shard(k, "batch", "position", "kv_heads").reshape(b, length, c.num_kv_heads, c.head_dim)
+        v = shard(v, "batch", "position", "kv_heads").reshape(b, length, c.num_kv_heads, c.head_dim)
+        q, k = checkpoint_name(apply_rope(q, rope), "q"), checkpoint_name(apply_rope(k, rope), "k")
+        v = checkpoint_name(v, "v")
         out = packed_attention(q, k, v, rows.segments) if isinstance(rows, PackedRows) else attention(q, k, v)
-        out = out.reshape(b, length, c.num_heads * c.head_dim)
-        out = checkpoint_name(shard(out, "batch", "position", "heads"), "attention")
-        (out,) = self.linears(out, ("o",), adapters, rows, index)
-        x_BLD = checkpoint_name(shard(x_BLD + out, "batch", "length", "hidden"), "residual_mid")
+        out = shard(out.reshape(b, length, c.num_heads * c.head_dim), "batch", "position", "heads")
+        (x_BLD,) = self.linears(out, ("o",), adapters, rows, index, residual=x_BLD)
+        x_BLD = checkpoint_name(shard(x_BLD, "batch", "length", "hidden"), "residual_mid")
 
         h_BLD = rms_norm(x_BLD, self.mlp_norm[...], c.rms_norm_eps)
         gate, up = self.linears(h_BLD, ("gate", "up"), adapters, rows, index)
         gate = checkpoint_name(shard(gate, "batch", "position", "mlp"), "gate")
         up = checkpoint_name(shard(up, "batch", "position", "mlp"), "up")
-        (out,) = self.linears(jax.nn.silu(gate) * up, ("down",), adapters, rows, index)
-        return shard(x_BLD + out, "batch", "length", "hidden")
+        (x_BLD,) = self.linears(jax.nn.silu(gate) * up, ("down",), adapters, rows, index, residual=x_BLD)
+        return shard(x_BLD, "batch", "length", "hidden")
 
 
 class Stage(nnx.Module):
@@ -205,8 +229,30 @@ def with_remat(function: Callable[..., Array], remat: str) -> Callable[..., Arra
     if remat == "full":
         return jax.checkpoint(function)
     if remat == "dots":
-        return jax.checkpoint(function, policy=jax.checkpoint_policies.save_only_these_names(*SAVED_BY_DOTS))
+        return jax.checkpoint(function, policy=_is_saved_by_dots)
     raise ValueError(f"remat = {remat!r}: expected none, dots or full")
+
+
+def _is_saved_by_dots(primitive: Any, *inputs: Any, **parameters: Any) -> bool:
+    named = jax.checkpoint_policies.save_only_these_names(*SAVED_BY_DOTS)
+    return primitive.name == FLASH_FORWARD or named(primitive, *inputs, **parameters)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def fan_out(x: Array, count: int) -> tuple[Array, ...]:
+    """x for each of `count` readers, whose gradients add up from the last to the first.
+
+    XLA's matmuls take a sum that they are the first term of as what they accumulate onto. In the order in which JAX
+    would add up, every second sum costs passes over memory of its own.
+    """
+    return (x,) * count
+
+
+def _fan_out_bwd(count: int, _: None, cotangents: tuple[Array, ...]) -> tuple[Array]:
+    return (functools.reduce(lambda total, own: own + total, reversed(cotangents)),)
+
+
+fan_out.defvjp(lambda x, count: (fan_out(x, count), None), _fan_out_bwd)
 
 
 def embed_tokens(tokens_BL: Array, embed_VD: Array) -> Array:

@@ -11,6 +11,7 @@ Nothing counts for adapters, for what remat redoes, or for elementwise work.
 
 from __future__ import annotations
 
+import statistics
 import time
 from typing import Any
 
@@ -18,8 +19,10 @@ from lobra_jax.models.config import LlamaConfig
 
 ATTENTION_PASSES = 3.5
 """Forward once, backward 2.5 times: five matmuls for the forward's two."""
-SECONDS_A_MATMUL = 0.05
-"""Each matmul is repeated for about as long."""
+SPLIT_INPUTS = ("o", "down")
+"""Linears whose input features are cut over a stage's devices, not their output features."""
+VALUE_STD = 0.02
+SUSTAINED_S = 4.0
 
 
 def floor_flops(config: LlamaConfig, rows: int, length: int) -> float:
@@ -33,45 +36,37 @@ def floor_flops(config: LlamaConfig, rows: int, length: int) -> float:
     )
 
 
-def matmul_rate(config: LlamaConfig, tokens: int, dtype: Any, *, tp: int = 1) -> dict[str, float]:
-    """FLOP/s of the model's own matmuls on one device, forward and for the gradient of the input.
+def matmul_rate(config: LlamaConfig, tokens: int, dtype: Any, *, tp: int = 1) -> float:
+    """FLOP/s of one device over the model's own matmuls, back to back for as long as steps are timed.
 
-    By linear, and "all": their operations over their seconds, each as often as a step does it. With tp, one device's
-    share of each.
+    Every linear of every layer and the head, forward and for the gradient of the input; with tp one device's share of
+    each. A few matmuls alone run faster than that: under load the device lowers its clock to keep within its power.
     """
     import jax
     import jax.numpy as jnp
 
     def random(*shape: int) -> jax.Array:
-        return (jax.random.normal(jax.random.key(sum(shape)), shape, jnp.float32) * 0.02).astype(dtype)
+        return (jax.random.normal(jax.random.key(sum(shape)), shape, jnp.float32) * VALUE_STD).astype(dtype)
 
     forward = jax.jit(lambda x, w: x @ w)
     backward = jax.jit(lambda y, w: y @ w.T)
-    linears = {name: (shape, config.num_layers) for name, shape in config.target_shapes.items()}
-    linears["head"] = ((config.hidden_size, config.vocab_size), 1)
-    rates, flops_all, seconds_all = {}, 0.0, 0.0
-    measured: dict[tuple[int, int], float] = {}
-    for name, ((fan_in, fan_out), times) in linears.items():
-        splits_inputs = name in ("o", "down")
-        fan_in, fan_out = (fan_in // tp, fan_out) if splits_inputs else (fan_in, fan_out // tp)
-        if (fan_in, fan_out) not in measured:
-            x, y, w = random(tokens, fan_in), random(tokens, fan_out), random(fan_in, fan_out)
-            measured[fan_in, fan_out] = _seconds(forward, x, w) + _seconds(backward, y, w)
-        seconds, flops = measured[fan_in, fan_out], 4.0 * tokens * fan_in * fan_out
-        rates[name] = flops / seconds
-        flops_all += times * flops
-        seconds_all += times * seconds
-    return {"all": flops_all / seconds_all, **rates}
+    shapes = [
+        (fan_in // tp, fan_out) if name in SPLIT_INPUTS else (fan_in, fan_out // tp)
+        for name, (fan_in, fan_out) in config.target_shapes.items()
+    ] * config.num_layers
+    shapes.append((config.hidden_size, config.vocab_size // tp))
+    operands = {shape: (random(tokens, shape[0]), random(tokens, shape[1]), random(*shape)) for shape in set(shapes)}
 
+    def run() -> float:
+        start = time.perf_counter()
+        for shape in shapes:
+            x, y, w = operands[shape]
+            outs = forward(x, w), backward(y, w)
+        jax.block_until_ready(outs)
+        return time.perf_counter() - start
 
-def _seconds(function: Any, *arguments: Any) -> float:
-    """Of one call among many in a row."""
-    function(*arguments).block_until_ready()
-    start = time.perf_counter()
-    function(*arguments).block_until_ready()
-    count = max(3, round(SECONDS_A_MATMUL / (time.perf_counter() - start)))
-    start = time.perf_counter()
-    for _ in range(count):
-        out = function(*arguments)
-    out.block_until_ready()
-    return (time.perf_counter() - start) / count
+    run()
+    times = [run()]
+    while sum(times) < SUSTAINED_S:
+        times.append(run())
+    return 4.0 * tokens * sum(fan_in * fan_out for fan_in, fan_out in shapes) / statistics.median(times)

@@ -144,7 +144,7 @@ def _line(row: dict[str, Any]) -> str:
     return (
         f"{row['case']}: step {row['step_s'] * 1e3:.1f} ms (sum and update {row['sum_update_s'] * 1e3:.1f}), "
         f"{row['tokens_per_s_per_device']:,.0f} tokens/s a device, {row['floor_flop_rate'] / 1e12:.0f} TFLOP/s, "
-        f"{row['share_of_ceiling']:.3f} of the matmuls' {row['matmul_rate']['all'] / 1e12:.0f}{base}, "
+        f"{row['share_of_ceiling']:.3f} of the matmuls' {row['matmul_rate'] / 1e12:.0f}{base}, "
         f"GiB predicted {row['predicted_bytes'] / GIB:.1f}, measured {peak}, compiled in {row['compile_s']:.0f} s, "
         f"host {row['issue_s_per_micro_batch'] * 1e3:.1f} ms a micro-batch"
     )

@@ -28,7 +28,7 @@ from lobra_jax.stage import BatchInputs
 from planner.errors import UserError
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
 from profiling.bench.ceiling import floor_flops, matmul_rate
-from profiling.measure import Setup, made_up_batch, reserve_bytes
+from profiling.measure import Setup, made_up_batch, reserve_bytes, update_bytes
 
 NUM_WARM_UPS = 2
 TRACED_STEPS = 2
@@ -148,7 +148,7 @@ class Bench:
         self._engines = [(case, case.engine(self._devices)) for case in cases]
         self._compile_s = self._compile()
         self._params = [random_params(replica) for replica in self._engines[0][1].replicas]
-        self._rates: dict[int, dict[str, float]] = {}
+        self._rates: dict[int, float] = {}
 
     def _compile(self) -> list[float]:
         """Seconds of each case; all at once, so that the cores are used."""
@@ -169,8 +169,9 @@ class Bench:
         entries = []
         for (case, engine), compile_s in zip(self._engines, self._compile_s, strict=True):
             shape = (case.rows, case.length)
-            predicted = memory_bytes(engine.replicas[0], shape)
-            predicted += reserve_bytes(case.setup(self._devices), engine.replicas[0])
+            setup, replica = case.setup(self._devices), engine.replicas[0]
+            predicted = memory_bytes(replica, shape) + reserve_bytes(setup, replica)
+            predicted = max(predicted, update_bytes(setup, replica))
             entries.append((predicted, case, engine, compile_s))
         self._engines.clear()
         entries.sort(key=lambda entry: entry[0])
@@ -179,7 +180,7 @@ class Bench:
             tokens = case.rows * case.length
             if tokens not in self._rates:
                 self._rates[tokens] = matmul_rate(case.model, tokens, jnp.dtype(case.dtype), tp=case.config.tp)
-            base_s = self._base_s(case, engine.replicas[0]) if case.config.pp == 1 else None
+            base_s = self._base_s(case, engine.replicas[0]) * case.micro_batches if case.config.pp == 1 else None
             yield self._row(case, engine, predicted, compile_s, base_s)
             del engine
 
@@ -191,7 +192,7 @@ class Bench:
         after = _peak_bytes(self._devices)
         step_s = statistics.median(result.total_s for result in results)
         flops = floor_flops(case.model, case.rows, case.length) * case.micro_batches * case.replicas / case.num_devices
-        rates = self._rates[case.rows * case.length]
+        rate = self._rates[case.rows * case.length]
         return {
             "case": str(case),
             "model": case.model.name,
@@ -215,8 +216,8 @@ class Bench:
             "tokens_per_s_per_device": case.tokens / step_s / case.num_devices,
             "floor_flops_per_device": flops,
             "floor_flop_rate": flops / step_s,
-            "matmul_rate": rates,
-            "share_of_ceiling": flops / step_s / rates["all"],
+            "matmul_rate": rate,
+            "share_of_ceiling": flops / step_s / rate,
             "predicted_bytes": predicted,
             "peak_bytes": after if after is not None and (before is None or after > before) else None,
             "compile_s": compile_s,
@@ -265,7 +266,7 @@ class Bench:
         return results
 
     def _base_s(self, case: Case, replica: Replica) -> float:
-        """Seconds of one micro-batch of the frozen base alone, all its gradients of inputs included."""
+        """Seconds of a micro-batch of the frozen base alone, all its gradients of inputs included."""
         batch = replica.place_batch(made_up_batch(case.setup(self._devices), (case.rows, case.length)))[0]
         run = jax.jit(functools.partial(_base_loss_and_gradient, replica)).lower(self._params[0][0], batch).compile()
         times = []

@@ -1,0 +1,83 @@
+"""The two matmuls of stacked adapters: into the rank and out of it, each row by its own tasks' factors.
+
+Their inputs are rounded to the activations' dtype and their gradients come out in fp32, summed over rows in fp32, so
+that no matmul over tokens runs in fp32. A backward keeps nothing but what it was given: factors are looked up again.
+
+Shape letters as in `lora`; K slots: the tasks of a row, one where a row is a sequence (see `packed`).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+FINITE_LIMIT = 1e15
+"""Larger magnitudes count as overflow where tasks meet in one sum: the product of two of them is still a float32."""
+
+
+def bounded(x: Array) -> Array:
+    """x with infinities, NaN and what would overflow in a product set to zero."""
+    return jnp.where(jnp.abs(x) <= FINITE_LIMIT, x, jnp.zeros_like(x))
+
+
+def _own(factors: Array, task_ids_BK: Array, dtype: jnp.dtype) -> Array:
+    """[B, K, ...]: each row's factors, rounded."""
+    return factors.astype(dtype)[task_ids_BK]
+
+
+def _by_task(d_factors_BK: Array, task_ids_BK: Array, num_tasks: int) -> Array:
+    """[T, ...]: the transpose of `_own`."""
+    return jnp.zeros((num_tasks, *d_factors_BK.shape[2:]), jnp.float32).at[task_ids_BK].add(d_factors_BK)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def into_ranks(x_BLI: Array, a_TIR: Array, task_ids_BK: Array, shared: bool) -> Array:
+    """x a for every slot of the row: [B, L, K, R] fp32.
+
+    With `shared` rows, tokens of several tasks meet in the gradient's sum: what is not finite there is left out, as
+    0 x inf is not 0. Its own task sees it all the same, in its cotangents.
+    """
+    a_BKIR = _own(a_TIR, task_ids_BK, x_BLI.dtype)
+    return jnp.einsum("bli,bkir->blkr", x_BLI, a_BKIR, preferred_element_type=jnp.float32)
+
+
+def _into_fwd(x_BLI: Array, a_TIR: Array, task_ids_BK: Array, shared: bool) -> tuple[Array, tuple[Array, ...]]:
+    return into_ranks(x_BLI, a_TIR, task_ids_BK, shared), (x_BLI, a_TIR, task_ids_BK)
+
+
+def _into_bwd(shared: bool, saved: tuple[Array, ...], d_h_BLKR: Array) -> tuple[Array, Array, None]:
+    x_BLI, a_TIR, task_ids_BK = saved
+    d_h = d_h_BLKR.astype(x_BLI.dtype)  # zero in all slots but the token's own
+    d_x = jnp.einsum("blkr,bkir->bli", d_h, _own(a_TIR, task_ids_BK, x_BLI.dtype))
+    x_BLI = bounded(x_BLI) if shared else x_BLI
+    d_a_BKRI = jnp.einsum("blkr,bli->bkri", d_h, x_BLI, preferred_element_type=jnp.float32)
+    d_a_TRI = _by_task(d_a_BKRI, task_ids_BK, a_TIR.shape[0])
+    return d_x, jnp.swapaxes(d_a_TRI, 1, 2), None
+
+
+into_ranks.defvjp(_into_fwd, _into_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def out_of_ranks(h_BLKR: Array, b_TRO: Array, task_ids_BK: Array, shared: bool) -> Array:
+    """h b summed over the row's slots: [B, L, O] in the dtype of h; `shared` as in `into_ranks`."""
+    return jnp.einsum("blkr,bkro->blo", h_BLKR, _own(b_TRO, task_ids_BK, h_BLKR.dtype))
+
+
+def _out_fwd(h_BLKR: Array, b_TRO: Array, task_ids_BK: Array, shared: bool) -> tuple[Array, tuple[Array, ...]]:
+    return out_of_ranks(h_BLKR, b_TRO, task_ids_BK, shared), (h_BLKR, b_TRO, task_ids_BK)
+
+
+def _out_bwd(shared: bool, saved: tuple[Array, ...], d_y_BLO: Array) -> tuple[Array, Array, None]:
+    """A gradient that is not finite still reaches its own task through d_h and so its `a`, which stops the task."""
+    h_BLKR, b_TRO, task_ids_BK = saved
+    d_h = jnp.einsum("blo,bkro->blkr", d_y_BLO, _own(b_TRO, task_ids_BK, d_y_BLO.dtype))
+    d_y_BLO = bounded(d_y_BLO) if shared else d_y_BLO
+    d_b_BKRO = jnp.einsum("blkr,blo->bkro", h_BLKR, d_y_BLO, preferred_element_type=jnp.float32)
+    return d_h, _by_task(d_b_BKRO, task_ids_BK, b_TRO.shape[0]), None
+
+
+out_of_ranks.defvjp(_out_fwd, _out_bwd)
