@@ -44,7 +44,7 @@ def lower_capacities(
 
 
 def _lower(plan: Plan, config: ParallelConfig, failed: int, longest: int) -> Plan:
-    """The next smaller capacity: the largest micro-batch that the buckets make of at most `SHRINK` of the failed tokens.
+    """The next smaller capacity: the largest micro-batch of the buckets of at most `SHRINK` of the failed one's tokens.
 
     Where the longest sequence needs more and no other replica takes it, it is that sequence's bucket.
     """
