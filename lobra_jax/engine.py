@@ -31,6 +31,7 @@ from lobra_jax.mesh import cut
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.weights import WeightSource
 from lobra_jax.optim import OPTIMIZERS, HyperInputs, no_inputs
+from lobra_jax.out_of_memory import Failure, OutOfMemoryError, blaming, is_out_of_memory
 from lobra_jax.peft_folder import TaskAdapter
 from lobra_jax.reduce import AdapterState, GradientSum
 from lobra_jax.replica import Issued, Replica, ReplicaRun, Shape
@@ -85,9 +86,10 @@ class StepResult:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IssuedStep:
-    """A step handed to the devices and not yet waited for."""
+    """A step handed to the devices and not yet waited for; `settle_s` of its issuing went to waiting for the last."""
 
     issued_at: float
+    settle_s: float
     runs: tuple[ReplicaRun, ...]
     gradient_norms: Array
     alive: Array
@@ -152,6 +154,8 @@ class Engine:
         num_stages = sum(replica.parallel.pp for replica in self.replicas)
         self._watchers = ThreadPoolExecutor(2 * (num_stages + 1), thread_name_prefix="watch")
         self._previous_ready: Future | None = None
+        self._unsettled: IssuedStep | None = None
+        self._before: AdapterState | None = None
 
     def load(self, source: WeightSource) -> None:
         for replica in self.replicas:
@@ -208,17 +212,24 @@ class Engine:
         self.pause()
 
     def issue(self, batches: ReplicaBatches, hyper: HyperInputs) -> IssuedStep:
-        """Hands one step to the devices, all replicas interleaved; returns at once."""
+        """Hands one step to the devices, all replicas interleaved, while the one before it may still run.
+
+        Before the update is issued the step before must be done: were it to fail, its state is what is gone back to,
+        and one more state would have to be held otherwise. The devices have this step's micro-batches meanwhile.
+
+        Raises:
+          OutOfMemoryError: nothing of this step has happened; or of the one before, which `finish` then says again.
+        """
         issued_at = time.perf_counter()
-        runs = tuple(ReplicaRun(gradients=replica.zero_gradients()) for replica in self.replicas)
-        issuing = [
-            replica.issue(run, micro_batches, self._spread[replica.index], self.tasks[replica.index])
-            for replica, run, micro_batches in zip(self.replicas, runs, batches, strict=True)
-        ]
-        while issuing:
-            issuing = [actions for actions in issuing if next(actions, StopIteration) is not StopIteration]
-        state, norms = self.gradient_sum.step(self.state, [run.gradients for run in runs], hyper)
-        self.set_state(state)
+        runs = self._issue_micro_batches(batches)
+        settling = time.perf_counter()
+        if self._unsettled is not None:
+            self._settle(self._unsettled)
+        settle_s = time.perf_counter() - settling
+        before = self.state
+        with blaming():
+            state, norms = self.gradient_sum.step(before, [run.gradients for run in runs], hyper)
+            self.set_state(state)
         for run in runs:
             run.gradients.clear()
         ends = tuple(
@@ -229,17 +240,60 @@ class Engine:
             for replica, run in zip(self.replicas, runs, strict=True)
         )
         ready = self._watchers.submit(_await_all, self._spread)
-        return IssuedStep(
+        step = IssuedStep(
             issued_at=issued_at,
+            settle_s=settle_s,
             runs=runs,
             gradient_norms=norms,
             alive=state.alive,
             ends=ends,
             adapters_ready=ready,
         )
+        self._unsettled, self._before = step, before
+        return step
+
+    def _issue_micro_batches(self, batches: ReplicaBatches) -> tuple[ReplicaRun, ...]:
+        runs = tuple(ReplicaRun(gradients=replica.zero_gradients()) for replica in self.replicas)
+        issuing = [
+            replica.issue(run, micro_batches, self._spread[replica.index], self.tasks[replica.index])
+            for replica, run, micro_batches in zip(self.replicas, runs, batches, strict=True)
+        ]
+        try:
+            while issuing:
+                issuing = [actions for actions in issuing if next(actions, StopIteration) is not StopIteration]
+        except OutOfMemoryError as error:
+            # What could not be issued may have lacked the results of an earlier micro-batch that had no room.
+            raise OutOfMemoryError(_failures(runs) or error.failures) from error
+        return runs
+
+    def _settle(self, step: IssuedStep) -> None:
+        """Waits for a step's new adapters, which need all of it; if a device had no room, goes back to before it.
+
+        Raises:
+          OutOfMemoryError: the engine is as it was before the step was issued.
+        """
+        error = step.adapters_ready.exception()
+        is_last = step is self._unsettled
+        before = self._before
+        if is_last:
+            self._unsettled = self._before = None
+        if error is None:
+            return
+        if not is_out_of_memory(error):
+            raise error
+        if is_last:
+            assert before is not None, "set with the unsettled step"
+            self.set_state(before)
+            self.pause()
+        raise OutOfMemoryError(_failures(step.runs)) from error
 
     def finish(self, step: IssuedStep) -> StepResult:
-        """Waits for a step; losses, norms and times."""
+        """Waits for a step; losses, norms and times.
+
+        Raises:
+          OutOfMemoryError: a device had no room for it; the engine is as it was before it.
+        """
+        self._settle(step)
         start, host_wait_s = step.issued_at, 0.0
         if self._previous_ready is not None:
             before = self._previous_ready.result()
@@ -282,14 +336,34 @@ class Engine:
         """float64 [T]: each task's weighted token losses over [replica][micro-batch], without dropout.
 
         With its averaged adapter for a task that keeps one.
+
+        Raises:
+          OutOfMemoryError: a device had no room for a micro-batch.
         """
         spread = self.gradient_sum.spread(self.state.tasks.averaged) if self.gradient_sum.averages else self._spread
-        results = [
-            replica.evaluate(arrays, spread[replica.index], self.tasks[replica.index])
-            for replica, own in zip(self.replicas, batches, strict=True)
-            for arrays in own
-        ]
-        return sum((np.asarray(r, np.float64) for r in results), start=np.zeros(len(self.specs)))
+        work = [(replica, arrays) for replica, own in zip(self.replicas, batches, strict=True) for arrays in own]
+        results = []
+        for replica, arrays in work:
+            with blaming(replica.index, arrays.tokens.shape):
+                results.append(replica.evaluate(arrays, spread[replica.index], self.tasks[replica.index]))
+        total = np.zeros(len(self.specs))
+        for (replica, arrays), result in zip(work, results, strict=True):
+            with blaming(replica.index, arrays.tokens.shape):
+                total += np.asarray(result, np.float64)
+        return total
+
+
+def _failures(runs: Sequence[ReplicaRun]) -> list[Failure]:
+    """Each replica's first action that had no room; what it issued afterwards failed for want of that one's results."""
+    failures = []
+    for index, run in enumerate(runs):
+        for item in run.issued:
+            try:
+                item.done.block_until_ready()
+            except jax.errors.JaxRuntimeError:
+                failures.append(Failure(replica=index, shape=item.shape))
+                break
+    return failures
 
 
 def _await_each(done: list[Array]) -> list[float]:

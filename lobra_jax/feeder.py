@@ -90,6 +90,11 @@ class Feeder:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
+    def replan(self, plan: Plan) -> None:
+        """Prepares steps for another plan from now on; what was prepared ahead is dropped."""
+        self._ahead = None
+        self.plan = plan
+
     def prefetch(self, task_steps: Mapping[str, int | None]) -> None:
         """Starts preparing a step in the background."""
         self._ahead = (dict(task_steps), self._thread.submit(self.prepare, dict(task_steps)))

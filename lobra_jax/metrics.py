@@ -114,7 +114,7 @@ class EvalRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EventRecord:
-    """Something that happened once: "finished", "early_stop", "nan", "checkpoint", "resumed" ..."""
+    """Something that happened once: "finished", "early_stop", "nan", "checkpoint", "resumed", "out_of_memory" ..."""
 
     kind: ClassVar[str] = "event"
     step: int

@@ -23,6 +23,7 @@ from lobra_jax.mesh import Submesh, check_model_fits, split_layers
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.llama import abstract_stage
 from lobra_jax.models.weights import WeightSource
+from lobra_jax.out_of_memory import blaming
 from lobra_jax.packed import SegmentInputs
 from lobra_jax.schedule import BACKWARD, FORWARD, Action, issue_order, one_f_one_b
 from lobra_jax.stage import (
@@ -165,12 +166,14 @@ class Replica:
         ]
 
     def _compile_training(self, shape: Shape) -> None:
-        programs = tuple(compile_training(layout, *shape, packed=self.packed) for layout in self.layouts)
+        with blaming(self.index, shape):
+            programs = tuple(compile_training(layout, *shape, packed=self.packed) for layout in self.layouts)
         with self._lock:
             self._training[shape] = programs
 
     def _compile_evaluation(self, shape: Shape) -> None:
-        programs = tuple(compile_evaluation(layout, *shape) for layout in self.layouts)
+        with blaming(self.index, shape):
+            programs = tuple(compile_evaluation(layout, *shape) for layout in self.layouts)
         with self._lock:
             self._evaluation[shape] = programs
 
@@ -179,7 +182,8 @@ class Replica:
         return self._training[shape]
 
     def zero_gradients(self) -> list[Adapters]:
-        return [zeros() for zeros in self._zeros]
+        with blaming(self.index):
+            return [zeros() for zeros in self._zeros]
 
     def place_tasks(self, tasks: TaskInputs) -> list[TaskInputs]:
         """Puts per-task values [T] onto every stage."""
@@ -217,6 +221,9 @@ class Replica:
           micro_batches: the step's micro-batches, the most expensive first; may be empty.
           adapters: by stage, placed as the stage's layout says.
           tasks: by stage.
+
+        Raises:
+          OutOfMemoryError: a device had no room for a micro-batch, as far as issuing it tells.
         """
         batches: dict[int, list[BatchInputs]] = {}
         inputs: dict[tuple[int, int], Array] = {}
@@ -225,30 +232,31 @@ class Replica:
         for action in issue_order(one_f_one_b(self.parallel.pp, len(micro_batches))):
             stage, m = action.stage, action.micro_batch
             shape: Shape = micro_batches[m].tokens.shape
-            program = self._training[shape][stage]
-            if m not in batches:
-                batches[m] = self.place_batch(micro_batches[m])
-            batch = batches[m][stage]
-            fixed = (self.params[stage], adapters[stage], tasks[stage])
-            if action.phase == BACKWARD:
-                dy = cotangents.pop((stage, m))
-                run.gradients[stage], dx, done = program.backward(
-                    run.gradients[stage], *fixed, batch, residuals.pop((stage, m)), dy
-                )
-                self._send_back(cotangents, stage, m, shape, dx)
-            else:
-                x = batch.tokens if stage == 0 else inputs.pop((stage, m))
-                if action.phase == FORWARD:
-                    y, residuals[stage, m], done = program.forward(*fixed, x, batch)
-                    following = self.layouts[stage + 1].hidden(*shape).sharding
-                    inputs[stage + 1, m] = jax.device_put(y, following)
-                else:
-                    run.gradients[stage], dx, done = program.fused(run.gradients[stage], *fixed, x, batch)
-                    run.losses.append(done)
+            with blaming(self.index, shape):
+                program = self._training[shape][stage]
+                if m not in batches:
+                    batches[m] = self.place_batch(micro_batches[m])
+                batch = batches[m][stage]
+                fixed = (self.params[stage], adapters[stage], tasks[stage])
+                if action.phase == BACKWARD:
+                    dy = cotangents.pop((stage, m))
+                    run.gradients[stage], dx, done = program.backward(
+                        run.gradients[stage], *fixed, batch, residuals.pop((stage, m)), dy
+                    )
                     self._send_back(cotangents, stage, m, shape, dx)
-            run.issued.append(Issued(action=action, shape=shape, done=done))
-            if stage == 0 and action.phase != FORWARD:
-                del batches[m]
+                else:
+                    x = batch.tokens if stage == 0 else inputs.pop((stage, m))
+                    if action.phase == FORWARD:
+                        y, residuals[stage, m], done = program.forward(*fixed, x, batch)
+                        following = self.layouts[stage + 1].hidden(*shape).sharding
+                        inputs[stage + 1, m] = jax.device_put(y, following)
+                    else:
+                        run.gradients[stage], dx, done = program.fused(run.gradients[stage], *fixed, x, batch)
+                        run.losses.append(done)
+                        self._send_back(cotangents, stage, m, shape, dx)
+                run.issued.append(Issued(action=action, shape=shape, done=done))
+                if stage == 0 and action.phase != FORWARD:
+                    del batches[m]
             yield
 
     def _send_back(self, cotangents: dict, stage: int, micro_batch: int, shape: Shape, dx: Array | None) -> None:

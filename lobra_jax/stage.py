@@ -107,7 +107,16 @@ class StageFunctions:
 
     def _hidden(self, params: Params, adapters: Adapters, tasks: TaskInputs, x: Array, batch: BatchInputs) -> Array:
         stage = self.abstract.merge(params)
-        return stage(x, adapters, self._rows(tasks, batch), remat=self.remat, shard=self.sharding.constrain)
+        rows, shard = self._rows(tasks, batch), self.sharding.constrain
+        return stage(x, adapters, rows, remat=self.remat, shard=shard, chunked=self._chunked(rows))
+
+    def _chunked(self, rows: RowInputs | PackedRows) -> bool:
+        """Whether long feed-forwards go in chunks: where they are made anew, and nothing depends on a token's position.
+
+        Dropout masks and packed rows do; and positions that lie on several devices would have to be gathered.
+        """
+        depends = isinstance(rows, PackedRows) or rows.dropout_keys is not None
+        return self.remat in ("attention", "full") and self.sharding.mesh.size == 1 and not depends
 
     def _rows(self, tasks: TaskInputs, batch: BatchInputs) -> RowInputs | PackedRows:
         if batch.segments is None:

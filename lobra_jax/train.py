@@ -6,13 +6,13 @@ A step is recorded after the next one has been issued, so the devices never wait
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,7 +22,7 @@ from lobra_jax.config import RunConfig, TaskConfig
 from lobra_jax.data.batches import TaskData
 from lobra_jax.engine import Engine, IssuedStep, StepResult
 from lobra_jax.export import base_model_name
-from lobra_jax.feeder import Feeder, PreparedStep, Shape, evaluation_shapes
+from lobra_jax.feeder import Feeder, PreparedStep
 from lobra_jax.held_out import BestSoFar, after_evaluation, is_spent, perplexity
 from lobra_jax.lora import task_adapter
 from lobra_jax.metrics import (
@@ -32,7 +32,6 @@ from lobra_jax.metrics import (
     PhaseSeconds,
     StepRecord,
     TaskRecord,
-    compile_bar,
     length_counts,
     progress_bar,
 )
@@ -41,13 +40,14 @@ from lobra_jax.models.hf import base_weights
 from lobra_jax.models.weight_cache import converted
 from lobra_jax.models.weights import WeightSource
 from lobra_jax.optim import step_inputs
+from lobra_jax.out_of_memory import Failure, OutOfMemoryError, is_out_of_memory
 from lobra_jax.peft_folder import TaskAdapter, write_peft_adapter
+from lobra_jax.room import Room
 from lobra_jax.run_state import run_metadata, state_from_tree, state_to_tree
 from lobra_jax.tasks import adapter_seed, lora_spec, task_optimizer
 from lobra_jax.timeline import save_timeline, step_timeline
 from planner.cost import CostTable
 from planner.errors import UserError
-from planner.packed_dispatch import packed_replicas
 from planner.plan import Plan
 
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -55,6 +55,7 @@ ADAPTERS_FOLDER = "adapters"
 BEST_FOLDER = "best"
 """Beside the adapters as they are last: each task's at its lowest held-out loss."""
 
+PLAN_FILE = "plan.yaml"
 TIMELINE_FILE = "timeline.json"
 
 
@@ -112,42 +113,52 @@ class Trainer:
             averages=any(optimizer.ema_decay is not None for optimizer in self.optimizers),
             packed=inputs.batching == "packed",
         )
+        self.room = Room(
+            self.engine,
+            inputs.costs,
+            batching=inputs.batching,
+            eval_replicas=self.config.training.eval_replicas,
+            longest=max(_longest(task) for task in inputs.tasks),
+            plan_path=out / PLAN_FILE,
+            say=say,
+        )
         self.num_steps = max(task.steps for task in self.task_configs)
         self.stopped: dict[str, int] = {}
         self.ended: dict[str, int] = {}
         self.best: dict[str, BestSoFar] = {}
         self._compiled = 0
         self._timeline: dict[str, Any] | None = None
+        self._step = 0
+        self._pending: _Pending | None = None
 
     def prepare(self, checkpoints: Checkpoints, *, resume: bool) -> int:
         """Weights, adapters and compiled programs onto the devices; returns the steps already done."""
         started = time.perf_counter()
-        self.engine.load(self._base())
-        names = [task.name for task in self.task_configs]
-        given = {names.index(name): adapter for name, adapter in self.inputs.adapters.items()}
-        self.engine.init_adapters([adapter_seed(self.config, task) for task in self.task_configs], given)
+        self._place()
         done = 0
         if resume:
             done = self._restore(checkpoints)
         weights_s = time.perf_counter() - started
         started = time.perf_counter()
-        programs = 0
-        training = self._training_shapes()
-        evaluation = evaluation_shapes(self.inputs.plan, self.config.training.eval_replicas)
-        with compile_bar() as advance:
-            for count, total in self.engine.compile(training, evaluation, num_threads=os.cpu_count() or 1):
-                programs = total
-                advance(count, total)
-        self.engine.warm_up()
+        programs = self.room.compile()
+        self.room.within("warm-up", self.engine.warm_up)
         compile_s = time.perf_counter() - started
         self.say(f"weights placed in {weights_s:.1f} s, {programs} programs compiled in {compile_s:.1f} s")
         self._compiled = self.compilations.total
         return done
 
-    def _training_shapes(self) -> list[list[Shape]]:
-        if self.inputs.batching == "packed":
-            return [list(replica.shapes) for replica in packed_replicas(self.inputs.plan, self.inputs.costs)]
-        return self.engine.shapes()
+    def _place(self) -> None:
+        """Base weights, and the adapters to start from."""
+        names = [task.name for task in self.task_configs]
+        given = {names.index(name): adapter for name, adapter in self.inputs.adapters.items()}
+        try:
+            self.engine.load(self._base())
+            self.engine.init_adapters([adapter_seed(self.config, task) for task in self.task_configs], given)
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            expected = "a plan of wider replicas (tp, pp)"
+            raise UserError("out of device memory for weights and adapters", key="plan", expected=expected) from error
 
     def _base(self) -> WeightSource:
         """The base weights, converted into the cache first where the config names one."""
@@ -186,27 +197,23 @@ class Trainer:
         Raises:
           UserError: at the end, naming the tasks whose loss was not finite; the others are complete.
         """
+        self._step = done
+
+        def lowered(plan: Plan, message: str) -> None:
+            feeder.replan(plan)
+            metrics.write(EventRecord(step=self._step, event="out_of_memory", message=message))
+
+        self.room.on_lowered.append(lowered)
         if done == 0:
             self._evaluate(0, self.task_configs, feeder, metrics)
-        pending: _Pending | None = None
         with progress_bar(self.num_steps, done=done) as advance:
-            for step in range(done, self.num_steps):
-                task_steps = self._task_steps(step)
-                if all(k is None for k in task_steps.values()):
-                    break
-                issued = self._issue(step, task_steps, feeder)
-                following = self._task_steps(step + 1)
-                if any(k is not None for k in following.values()):
-                    feeder.prefetch(following)
-                if pending is not None:
-                    advance(self._record(pending, metrics))
-                pending = issued
-                if self._is_boundary(step + 1):
-                    advance(self._record(pending, metrics))
-                    pending = None
-                    self._milestones(step + 1, feeder, checkpoints, metrics)
-            if pending is not None:
-                advance(self._record(pending, metrics))
+            while self._pending is not None or not self._is_over(self._step):
+                try:
+                    self._turn(feeder, checkpoints, metrics, advance)
+                    continue
+                except OutOfMemoryError as error:
+                    failures = error.failures
+                self._retry(failures, metrics, advance)
         if self.stopped:
             self._save(max(done, *self.stopped.values()), checkpoints)
             stopped = ", ".join(f"task {name!r} at step {step}" for name, step in self.stopped.items())
@@ -215,6 +222,42 @@ class Trainer:
                 file=self.out,
                 expected="finite losses (a lower lr, or a smaller clip_norm)",
             )
+
+    def _turn(
+        self, feeder: Feeder, checkpoints: Checkpoints, metrics: MetricsWriter, advance: Callable[[StepRecord], None]
+    ) -> None:
+        """Issues the next step, if there is one, and records the one before it.
+
+        Raises:
+          OutOfMemoryError: of the one or the other, see `_retry`.
+        """
+        step = self._step
+        issued = None if self._is_over(step) else self._issue(step, self._task_steps(step), feeder)
+        if not self._is_over(step + 1):
+            feeder.prefetch(self._task_steps(step + 1))
+        if self._pending is not None:
+            advance(self._record(self._pending, metrics))
+        self._pending, self._step = issued, step + 1
+        if issued is not None and self._is_boundary(step + 1):
+            advance(self._record(issued, metrics))
+            self._pending = None
+            self._milestones(step + 1, feeder, checkpoints, metrics)
+
+    def _retry(
+        self, failures: Sequence[Failure], metrics: MetricsWriter, advance: Callable[[StepRecord], None]
+    ) -> None:
+        """Lowers capacities and goes back to the first step that has not happened."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            try:
+                advance(self._record(pending, metrics))
+            except OutOfMemoryError as error:
+                failures, self._step = error.failures, pending.step
+        del pending
+        self.room.lower(failures, f"step {self._step + 1}")
+
+    def _is_over(self, step: int) -> bool:
+        return all(k is None for k in self._task_steps(step).values())
 
     def _task_steps(self, step: int) -> dict[str, int | None]:
         return {
@@ -236,7 +279,7 @@ class Trainer:
             prepared=prepared,
             issued=issued,
             wait_s=taken - started,
-            issue_s=time.perf_counter() - taken,
+            issue_s=time.perf_counter() - taken - issued.settle_s,
         )
 
     def _record(self, pending: _Pending, metrics: MetricsWriter) -> StepRecord:
@@ -278,8 +321,7 @@ class Trainer:
 
     def _step_record(self, pending: _Pending, result: StepResult) -> StepRecord:
         prepared = pending.prepared
-        plan = self.inputs.plan
-        device_seconds = plan.used_devices * result.total_s
+        device_seconds = self.room.plan.used_devices * result.total_s
         return StepRecord(
             step=pending.step + 1,
             tokens=prepared.batch.num_tokens,
@@ -330,8 +372,7 @@ class Trainer:
         for task in running:
             if done == task.steps:
                 metrics.write(EventRecord(step=done, task=task.name, event="finished"))
-        over = all(k is None for k in self._task_steps(done).values())
-        if over or done % self.config.training.checkpoint_interval == 0:
+        if self._is_over(done) or done % self.config.training.checkpoint_interval == 0:
             self._save(done, checkpoints)
             metrics.write(EventRecord(step=done, event="checkpoint"))
         self.engine.pause()
@@ -354,12 +395,7 @@ class Trainer:
         names = tuple(task.name for task in tasks if task.has_evaluation)
         if not names:
             return
-        totals = np.zeros(len(self.task_configs))
-        tokens = np.zeros(len(self.task_configs), np.int64)
-        for chunk in feeder.evaluation(names, self.config.training.eval_batch_size):
-            targets = chunk.batch.num_target_tokens
-            totals += self.engine.evaluate(chunk.arrays) * targets
-            tokens += targets
+        totals, tokens = self.room.within("evaluation", lambda: self._held_out(names, feeder))
         for index, task in enumerate(self.task_configs):
             if task.name in names:
                 loss = float(totals[index] / tokens[index])
@@ -378,6 +414,16 @@ class Trainer:
                     self._write_adapter(index, self.out / BEST_FOLDER / task.name)
                 elif is_spent(best, task.patience) and done < task.steps:
                     self._end(task, done, best, metrics)
+
+    def _held_out(self, names: Sequence[str], feeder: Feeder) -> tuple[np.ndarray, np.ndarray]:
+        """[task] summed token losses of the held-out examples, and their tokens."""
+        totals = np.zeros(len(self.task_configs))
+        tokens = np.zeros(len(self.task_configs), np.int64)
+        for chunk in feeder.evaluation(names, self.config.training.eval_batch_size):
+            targets = chunk.batch.num_target_tokens
+            totals += self.engine.evaluate(chunk.arrays) * targets
+            tokens += targets
+        return totals, tokens
 
     def _end(self, task: TaskConfig, done: int, best: BestSoFar, metrics: MetricsWriter) -> None:
         """Ends a task whose held-out loss no longer falls; the others have the devices to themselves."""
@@ -398,6 +444,11 @@ def _progress_line(record: StepRecord, num_steps: int) -> str:
     )
 
 
+def _longest(task: TaskData) -> int:
+    """Tokens of a task's longest example."""
+    return max(int(data.lengths.max()) for data in (task.train, task.evaluation) if data is not None)
+
+
 def train(inputs: Inputs, out: Path, *, resume: bool, say: Callable[[str], None]) -> None:
     """Trains what `inputs` says into the run directory `out`.
 
@@ -406,19 +457,19 @@ def train(inputs: Inputs, out: Path, *, resume: bool, say: Callable[[str], None]
     """
     trainer = Trainer(inputs, out, say)
     keep = inputs.config.training.keep_checkpoints
-    with (
-        Checkpoints(out / CHECKPOINTS_FOLDER, keep=keep) as checkpoints,
-        Feeder(
-            inputs.tasks,
-            inputs.plan,
-            inputs.costs,
-            inputs.config.planner,
-            eval_replicas=inputs.config.training.eval_replicas,
-            batching=inputs.batching,
-        ) as feeder,
-    ):
+    with Checkpoints(out / CHECKPOINTS_FOLDER, keep=keep) as checkpoints:
         done = trainer.prepare(checkpoints, resume=resume)
-        with MetricsWriter(out, resume_step=done if resume else None) as metrics:
+        with (
+            Feeder(
+                inputs.tasks,
+                trainer.room.plan,
+                inputs.costs,
+                inputs.config.planner,
+                eval_replicas=inputs.config.training.eval_replicas,
+                batching=inputs.batching,
+            ) as feeder,
+            MetricsWriter(out, resume_step=done if resume else None) as metrics,
+        ):
             if resume:
                 metrics.write(EventRecord(step=done, event="resumed"))
             trainer.run(feeder, checkpoints, metrics, done=done)

@@ -16,7 +16,7 @@ import yaml
 from planner.errors import UserError
 from planner.lattice import DEFAULT_ROW_OPTIONS, MAX_ROW_OPTIONS
 
-REMATS = ("none", "dots", "full")
+REMATS = ("none", "dots", "attention", "full")
 """Rematerialisation policies, from most memory to least."""
 
 PLAN_VERSION = 1

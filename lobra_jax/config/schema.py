@@ -328,7 +328,7 @@ class PlannerConfig(Section):
     """Tensor-parallel sizes allowed; null for all."""
     pps: tuple[Count, ...] | None = None
     """Numbers of pipeline stages allowed; null for all."""
-    remats: tuple[Literal["none", "dots", "full"], ...] = Field(default=REMATS, min_length=1)
+    remats: tuple[Literal["none", "dots", "attention", "full"], ...] = Field(default=REMATS, min_length=1)
     """Rematerialisation policies to measure and plan with."""
     devices_per_host: Count | None = None
     """A layer's devices stay within a host of so many; null for no limit."""

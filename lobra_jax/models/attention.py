@@ -29,7 +29,7 @@ GROUPED_OFFSETS_FROM = (0, 11, 2)
 
 def attention(q_BLNH: Array, k_BLKH: Array, v_BLKH: Array) -> Array:
     """Softmax(q k^T / sqrt(H)) v over earlier and same positions; grouped queries where K < N. [B, L, N, H]."""
-    if _has_flash_kernel(q_BLNH):
+    if has_flash_kernel(q_BLNH):
         return jax.nn.dot_product_attention(q_BLNH, k_BLKH, v_BLKH, is_causal=True, implementation="cudnn")
     if q_BLNH.shape[1] <= 2 * QUERY_CHUNK:
         out = jax.nn.dot_product_attention(q_BLNH, k_BLKH, v_BLKH, is_causal=True, implementation="xla")
@@ -40,7 +40,7 @@ def attention(q_BLNH: Array, k_BLKH: Array, v_BLKH: Array) -> Array:
 
 def packed_attention(q_BLNH: Array, k_BLKH: Array, v_BLKH: Array, segments: SegmentInputs) -> Array:
     """`attention` within each segment of a row. With the flash kernel its cost is that of the segments alone."""
-    if _has_flash_kernel(q_BLNH):
+    if has_flash_kernel(q_BLNH):
         return _flash_segments(q_BLNH, k_BLKH, v_BLKH, segments)
     overflow_BL = functools.reduce(jnp.logical_or, (_overflows(x) for x in (q_BLNH, k_BLKH, v_BLKH)))
     q, k, v = (bounded(x) for x in (q_BLNH, k_BLKH, v_BLKH))
@@ -57,7 +57,8 @@ def _overflows(x_BLNH: Array) -> Array:
     return ~jnp.all(jnp.abs(x_BLNH) <= FINITE_LIMIT, axis=(2, 3))
 
 
-def _has_flash_kernel(q: Array) -> bool:
+def has_flash_kernel(q: Array) -> bool:
+    """Whether attention of such queries runs cuDNN's kernel."""
     return jax.default_backend() == "gpu" and q.dtype != jnp.float32
 
 

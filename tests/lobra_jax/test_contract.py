@@ -14,8 +14,8 @@ CONSTANT = {"kind": "constant", "peak": 1e-3, "warmup_steps": 0, "final_fraction
 PLANS = {
     "tensor parallel": [(2, 1, "none")],
     "four devices to a layer": [(4, 1, "dots")],
-    "eight devices to a layer": [(8, 1, "none")],
-    "two stages": [(1, 2, "none")],
+    "eight devices to a layer": [(8, 1, "attention")],
+    "two stages": [(1, 2, "attention")],
     "tensor and pipeline, dots": [(2, 2, "dots")],
     "three stages of four layers, full": [(1, 3, "full")],
     "a stage a layer": [(1, 4, "dots")],

@@ -15,7 +15,7 @@ from lobra_jax.lora import LoraSpec, init_adapters
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.weights import RandomWeights
 from planner.packing import max_segments
-from planner.plan import ParallelConfig, Plan, ReplicaGroup
+from planner.plan import REMATS, ParallelConfig, Plan, ReplicaGroup
 
 pytestmark = pytest.mark.gpu
 
@@ -137,7 +137,7 @@ def reference(no_tf32):
     return gradients([(1, 1, "none")], np.float32)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", REMATS)
 @pytest.mark.parametrize("shapes", [[(1, 1)], [(1, 1), (1, 1)], [(2, 1)], [(1, 2)], [(2, 1), (1, 2)], [(2, 2)]])
 def test_unlike_replicas_agree_with_one(reference, shapes, remat):
     if sum(tp * pp for tp, pp in shapes) > len(jax.devices()):

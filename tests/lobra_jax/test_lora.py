@@ -1,7 +1,5 @@
 """Stacked adapters against the plain formula, and the random streams they depend on."""
 
-import importlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +15,7 @@ from lobra_jax.lora import (
     task_adapter,
     task_inputs,
 )
-from lobra_jax.models import attention as attention_module
 from lobra_jax.models.config import TARGETS
-from lobra_jax.models.llama import with_remat
 
 
 def rows_of(task_ids, specs, dropout_ids=None, dropout=False):
@@ -128,21 +124,3 @@ def test_dropout_is_the_same_on_a_sharded_activation():
 def test_without_dropout_no_random_numbers_are_drawn():
     rows = rows_of([0], [LoraSpec(rank=2, alpha=2)])
     assert isinstance(rows, RowInputs) and rows.dropout_keys is None
-
-
-@pytest.mark.parametrize(("remat", "forwards"), [("none", 1), ("dots", 1), ("full", 2)])
-def test_a_flash_forward_is_redone_only_by_full(monkeypatch, remat, forwards):
-    """As a GPU would trace it: its outputs, the softmax sums too, are kept by "dots"."""
-    kernels = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
-    monkeypatch.setattr(kernels, "check_cudnn_version", lambda: 91_900)
-    monkeypatch.setattr(kernels, "check_compute_capability", lambda capability: True)
-    monkeypatch.setattr(kernels, "is_cuda_compute_capability_equal", lambda capability: False)
-    monkeypatch.setattr(attention_module, "_has_flash_kernel", lambda q: True)
-
-    def layer(x):
-        heads = x.reshape(2, 128, 1, 64)
-        return jnp.sum(attention_module.attention(heads, heads, heads).astype(jnp.float32))
-
-    program = str(jax.make_jaxpr(jax.grad(with_remat(layer, remat)))(jnp.ones((2, 128, 64), jnp.bfloat16)))
-    assert program.count(attention_module.FLASH_FORWARD) == forwards
-    assert program.count("dot_product_attention_bwd_wrapper") == 1

@@ -1,0 +1,116 @@
+"""Room on the devices: the plan's programs, and smaller capacities where a device ran out of memory all the same."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from lobra_jax.engine import Engine
+from lobra_jax.feeder import EvalReplicas, Shape, evaluation_shapes
+from lobra_jax.metrics import compile_bar
+from lobra_jax.out_of_memory import Failure, OutOfMemoryError
+from planner.cost import CostTable
+from planner.lower import lower_capacities
+from planner.packed_dispatch import packed_replicas
+from planner.plan import Plan
+
+Result = TypeVar("Result")
+
+
+class Room:
+    """The plan that a run follows, whose capacities fall when a device runs out of memory.
+
+    Args:
+      engine: compiles and runs the plan.
+      costs: where the plan's packed shapes come from.
+      batching: padded or packed.
+      eval_replicas: which replicas evaluate.
+      longest: tokens of the longest sequence that must be served.
+      plan_path: the run's plan, rewritten so that a resumed run keeps what was lowered.
+      say: receives lines for the user.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        costs: CostTable,
+        *,
+        batching: str,
+        eval_replicas: EvalReplicas,
+        longest: int,
+        plan_path: Path,
+        say: Callable[[str], None],
+    ) -> None:
+        self.engine = engine
+        self.costs = costs
+        self.batching = batching
+        self.eval_replicas = eval_replicas
+        self.longest = longest
+        self.plan_path = plan_path
+        self.say = say
+        self.on_lowered: list[Callable[[Plan, str], None]] = []
+
+    @property
+    def plan(self) -> Plan:
+        return self.engine.plan
+
+    def compile(self) -> int:
+        """Compiles what the plan's shapes lack, in parallel; returns the number of programs."""
+        return self.within("compiling", self._compile)
+
+    def within(self, doing: str, work: Callable[[], Result]) -> Result:
+        """The outcome of `work`, done again with smaller capacities for as long as a device runs out of memory.
+
+        Raises:
+          UserError: no smaller capacity can serve the longest sequence.
+        """
+        while True:
+            try:
+                return work()
+            except OutOfMemoryError as error:
+                failures = error.failures
+            # Out here the arrays of the failed attempt, which the exception's frames hold, are gone.
+            self.lower(failures, doing)
+
+    def lower(self, failures: Sequence[Failure], doing: str) -> None:
+        """Lowers the capacity of the replicas that had no room, or of all that can where none is known to be at fault.
+
+        Rewrites the run's plan, says it in one line, and compiles the new shapes.
+        """
+        replicas, before = self.engine.replicas, self.plan
+        largest = [max(shapes, key=math.prod) for shapes in self._training_shapes()]
+        suspects = failures or [Failure(replica=replica.index, shape=None) for replica in replicas]
+        failed = {replicas[f.replica].parallel: math.prod(f.shape or largest[f.replica]) for f in suspects}
+        plan = lower_capacities(before, failed, longest=self.longest, suspects=not failures)
+        changes = dict.fromkeys(
+            f"{old.config} from {old.capacity_tokens} to {new.capacity_tokens} tokens"
+            for old, new in zip(before.replicas, plan.replicas, strict=True)
+            if old != new
+        )
+        where = "".join(f", replica {f.replica}{f}" for f in failures)
+        message = f"out of device memory in {doing}{where}: capacity lowered of {', '.join(changes)}; done again"
+        self.engine.plan = plan
+        plan.save(self.plan_path)
+        self.say(message)
+        for listener in self.on_lowered:
+            listener(plan, message)
+        self.compile()
+
+    def _compile(self) -> int:
+        evaluation = evaluation_shapes(self.plan, self.eval_replicas)
+        programs = 0
+        with compile_bar() as advance:
+            for done, total in self.engine.compile(
+                self._training_shapes(), evaluation, num_threads=os.cpu_count() or 1
+            ):
+                programs = total
+                advance(done, total)
+        return programs
+
+    def _training_shapes(self) -> list[list[Shape]]:
+        if self.batching == "packed":
+            return [list(replica.shapes) for replica in packed_replicas(self.plan, self.costs)]
+        return self.engine.shapes()

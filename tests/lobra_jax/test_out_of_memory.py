@@ -1,0 +1,265 @@
+"""A device that runs out of memory in the middle of training: what was done stays done, and the rest is done again.
+
+The errors are real: each failing program first asks for more memory than a machine can address.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from lobra_jax import reduce, replica
+from lobra_jax.config import RunConfig
+from lobra_jax.data.batches import global_batch
+from lobra_jax.engine import Engine
+from lobra_jax.lora import LoraSpec
+from lobra_jax.metrics import read_metrics
+from lobra_jax.optim import step_inputs
+from lobra_jax.out_of_memory import Failure, OutOfMemoryError
+from lobra_jax.train import Inputs, train
+from planner import lower
+from planner.cost import ConfigCost, CostTable
+from planner.errors import UserError
+from planner.plan import ParallelConfig, Plan, ReplicaGroup
+
+TOO_MANY = 1 << 46
+"""Floats of 256 TiB, beyond what a process can address."""
+
+
+def run_out_now() -> None:
+    jax.jit(lambda x: jnp.broadcast_to(x, (TOO_MANY,)))(jnp.float32(1))
+    raise AssertionError("there was room for it")
+
+
+def run_out_later(outputs):
+    """The outputs as they are after a program that found no room while it ran: none can be read."""
+    nothing = jax.jit(lambda x: jax.lax.sort(jax.lax.iota(jnp.float32, TOO_MANY) * x)[0])(jnp.float32(1))
+
+    def spoil(leaf):
+        (device,) = leaf.devices()
+        return leaf + jax.device_put(nothing, device).astype(leaf.dtype)
+
+    return jax.tree.map(spoil, outputs)
+
+
+class Once:
+    """Wraps a function so that one of its calls fails, after `calls` good ones."""
+
+    def __init__(self, function, fail, *, calls: int = 0):
+        self.function, self.fail, self.left = function, fail, calls
+
+    def __call__(self, *arguments, **options):
+        self.left -= 1
+        if self.left == -1:
+            return self.fail(lambda: self.function(*arguments, **options))
+        return self.function(*arguments, **options)
+
+    def __getattr__(self, name):
+        return getattr(self.function, name)
+
+
+def now(_):
+    run_out_now()
+
+
+def later(call):
+    return run_out_later(call())
+
+
+def fail_in(engine: Engine, index: int, stage: int, phase: str, fail) -> None:
+    """The next call of one program of a replica fails."""
+    programs = engine.replicas[index]._training
+    for shape, stages in programs.items():
+        spoiled = dataclasses.replace(stages[stage], **{phase: Once(getattr(stages[stage], phase), fail)})
+        programs[shape] = tuple(spoiled if i == stage else p for i, p in enumerate(stages))
+
+
+@pytest.fixture(scope="module")
+def ready(world):
+    """An engine of a whole replica and a pipeline, with the arguments of three steps and the state after each."""
+    spec = LoraSpec(rank=2, alpha=2, targets=("q",))
+    task = world.make_task("b", batch_size=12, steps=3, seed=2, clip=1.0, spec=spec, kind="constant", peak=1e-3,
+                           warmup_steps=0, final_fraction=1.0)  # fmt: skip
+    tasks = [task]
+    model = dataclasses.replace(world.model, num_layers=2)
+    engine = world.engine(world.plan((1, 1, "none"), (1, 2, "full")), tasks, model)
+    start = engine.state
+    steps, states = [], []
+    for step in range(3):
+        task_steps = {task.data.name: step for task in tasks}
+        batch = global_batch([task.data for task in tasks], task_steps)
+        hyper = step_inputs([task.optimizer for task in tasks], list(task_steps.values()))
+        steps.append((world.dispatch(batch, engine.plan, step + 1), hyper))
+        assert all(len(own) for own in steps[-1][0]), "a replica without work cannot fail"
+        engine.finish(engine.issue(*steps[-1]))
+        states.append(jax.tree.map(np.asarray, engine.state.tasks))
+    return engine, start, steps, states
+
+
+def assert_same(state, expected) -> None:
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, state.tasks), expected)
+
+
+@pytest.mark.parametrize(
+    ("index", "stage", "phase", "fail"),
+    [(0, 0, "fused", later), (1, 0, "forward", later), (1, 0, "backward", now), (1, 1, "fused", now)],
+)
+def test_a_step_without_room_leaves_the_engine_as_it_was(ready, index, stage, phase, fail):
+    engine, start, steps, states = ready
+    engine.set_state(start)
+    first = engine.issue(*steps[0])
+    programs = dict(engine.replicas[index]._training)
+    fail_in(engine, index, stage, phase, fail)
+    shape = steps[1][0][index][0].tokens.shape
+    with pytest.raises(OutOfMemoryError) as raised:
+        engine.finish(engine.issue(*steps[1]))
+    assert raised.value.failures == (Failure(replica=index, shape=shape),)
+    engine.finish(first)
+    assert_same(engine.state, states[0])
+    engine.replicas[index]._training = programs
+    engine.finish(engine.issue(*steps[1]))
+    engine.finish(engine.issue(*steps[2]))
+    assert_same(engine.state, states[2])
+
+
+def test_a_step_found_to_have_failed_while_the_next_is_issued_takes_that_one_with_it(ready):
+    engine, start, steps, states = ready
+    engine.set_state(start)
+    engine.finish(engine.issue(*steps[0]))
+    programs = dict(engine.replicas[0]._training)
+    fail_in(engine, 0, 0, "fused", later)
+    second = engine.issue(*steps[1])
+    for attempt in (lambda: engine.issue(*steps[2]), lambda: engine.finish(second)):
+        with pytest.raises(OutOfMemoryError) as raised:
+            attempt()
+    assert [failure.replica for failure in raised.value.failures] == [0]
+    assert_same(engine.state, states[0])
+    engine.replicas[0]._training = programs
+
+
+def test_a_sum_without_room_is_nobodys_fault(ready, monkeypatch):
+    engine, start, steps, states = ready
+    engine.set_state(start)
+    engine.finish(engine.issue(*steps[0]))
+    for fail in (now, later):
+        with monkeypatch.context() as patch:
+            patch.setattr(reduce, "_add_up", Once(reduce._add_up, fail))
+            with pytest.raises(OutOfMemoryError) as raised:
+                engine.finish(engine.issue(*steps[1]))
+        assert raised.value.failures == ()
+        assert_same(engine.state, states[0])
+
+
+def test_other_errors_are_not_taken_for_it(ready, monkeypatch):
+    engine, start, steps, _ = ready
+    engine.set_state(start)
+
+    def other(_):
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: something else")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reduce, "_add_up", Once(reduce._add_up, other))
+        with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+            engine.issue(*steps[0])
+
+
+RUN_PLAN = Plan(
+    model="test",
+    num_devices=1,
+    replicas=(
+        ReplicaGroup(count=1, config=ParallelConfig(tp=1, pp=1, remat="none"), capacity_tokens=96),
+    ),
+    buckets=(12, 24),
+    row_options=1,
+)  # fmt: skip
+
+
+def train_run(world, out: Path, *, steps: int = 4, resume: bool = False) -> list[str]:
+    """A run of one task with held-out examples on one replica; what it said."""
+    task = world.make_task("b", batch_size=12, steps=steps, seed=2, clip=1.0, kind="constant", peak=1e-3,
+                           warmup_steps=0, final_fraction=1.0)  # fmt: skip
+    section = {"name": "b", "files": ["b.jsonl"], "batch_size": 12, "steps": steps, "rank": 2, "targets": ["q", "up"],
+               "eval_fraction": 0.5, "lr": 1e-3, "epsilon": 1e-6}  # fmt: skip
+    config = RunConfig.model_validate(
+        {
+            "model": {"preset": "llama2-7b", "dtype": "float32"},
+            "training": {"checkpoint_interval": 2, "eval_batch_size": 23},
+            "tasks": [section],
+        }
+    )
+    plan = Plan.load(out / "plan.yaml") if resume else RUN_PLAN
+    (group,) = RUN_PLAN.replicas
+    cost = ConfigCost(config=group.config, capacity_tokens=96, coefficients=(0.0, 0.0, 1e-5, 0.0, 0.0, 1e-3))
+    inputs = Inputs(
+        config=config,
+        model=dataclasses.replace(world.model, num_layers=1),
+        tasks=(dataclasses.replace(task.data, evaluation=task.data.train),),
+        plan=plan,
+        costs=CostTable(model="test", model_fingerprint="", hardware={}, configs=(cost,)),
+        devices=tuple(jax.devices()[:1]),
+    )
+    said: list[str] = []
+    out.mkdir(exist_ok=True)
+    train(inputs, out, resume=resume, say=said.append)
+    return said
+
+
+def adapter(run: Path) -> dict[str, np.ndarray]:
+    return safetensors.numpy.load_file(run / "adapters" / "b" / "adapter_model.safetensors")
+
+
+def spoil_programs(patch, name: str, fail, *, calls: int) -> None:
+    """Of all programs that this function of `replica` compiles, one call fails, after so many good ones."""
+    compile_ = getattr(replica, name)
+    run = Once(lambda program, *arguments: program(*arguments), fail, calls=calls)
+
+    def compiled(*shape, **options):
+        program = compile_(*shape, **options)
+        if name == "compile_training":
+            return dataclasses.replace(program, fused=functools.partial(run, program.fused))
+        return functools.partial(run, program)
+
+    patch.setattr(replica, name, compiled)
+
+
+def test_a_run_without_room_goes_on_with_smaller_capacities(world, tmp_path, monkeypatch):
+    """In compiling, in warm-up, in an evaluation and in a step; the adapter is that of a run that had room."""
+    assert not [line for line in train_run(world, tmp_path / "whole") if "memory" in line]
+    with monkeypatch.context() as patch:
+        spoil_programs(patch, "compile_training", later, calls=4)
+        patch.setattr(replica, "compile_training", Once(replica.compile_training, now))
+        spoil_programs(patch, "compile_evaluation", later, calls=1)
+        patch.setattr(reduce, "_add_up", Once(reduce._add_up, later))
+        said = train_run(world, tmp_path / "tight")
+    lines = [line for line in said if "memory" in line]
+    starts = ("compiling, replica 0 with ", "warm-up: ", "evaluation, replica 0 with ", "step 2, replica 0 with ")
+    assert len(lines) == len(starts)
+    for line, start in zip(lines, starts, strict=True):
+        assert line.startswith(f"out of device memory in {start}") and "(tp1,pp1,none) from " in line
+    (group,) = Plan.load(tmp_path / "tight" / "plan.yaml").replicas
+    assert lines[-1].endswith(f"to {group.capacity_tokens} tokens; done again") and group.capacity_tokens < 72
+    whole, tight = (adapter(tmp_path / name) for name in ("whole", "tight"))
+    assert world.difference(tight, whole) < 1e-5
+    records = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "tight")]
+    assert [r["message"] for r in records[1] if r.get("event") == "out_of_memory"] == lines[2:]
+    for kind in ("task", "eval"):
+        found, expected = ([(r["step"], r["loss"]) for r in own if r["kind"] == kind] for own in reversed(records))
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+    # Resumed, it keeps what it was lowered to; and where less is not enough either, it says so and keeps what it has.
+    with monkeypatch.context() as patch:
+        spoil_programs(patch, "compile_training", now, calls=0)
+        patch.setattr(replica, "compile_training", Once(replica.compile_training, now, calls=len(RUN_PLAN.buckets)))
+        patch.setattr(lower, "SHRINK", 0.01)
+        with pytest.raises(UserError, match=r"no smaller capacity takes the longest sequence \(24 tokens\)"):
+            train_run(world, tmp_path / "tight", steps=5, resume=True)
+    (lowest,) = Plan.load(tmp_path / "tight" / "plan.yaml").replicas
+    assert lowest.capacity_tokens == 24
+    assert world.difference(adapter(tmp_path / "tight"), whole) < 1e-5

@@ -1,0 +1,138 @@
+"""Rematerialisation: what each policy keeps for the backward, and that none of them changes a number."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+from lobra_jax.lora import TaskInputs
+from lobra_jax.mesh import make_submesh
+from lobra_jax.models import attention, llama
+from lobra_jax.models.config import LlamaConfig
+from lobra_jax.models.weights import RandomWeights
+from lobra_jax.stage import BatchInputs, StageFunctions, StageLayout, stage_layout
+from planner.plan import REMATS, ParallelConfig
+
+MODEL = LlamaConfig(
+    name="remat",
+    vocab_size=64,
+    hidden_size=128,
+    intermediate_size=192,
+    num_layers=3,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=64,
+)
+LAYERS = 2
+"""Of the first of two stages."""
+ROWS, LENGTH = 2, 128
+RANK, TARGETS = 4, ("q", "o", "up")
+
+
+def layout_of(remat: str, layers: range, dtype) -> StageLayout:
+    submesh = make_submesh(ParallelConfig(tp=1, pp=1, remat=remat), jax.devices()[:1])
+    functions = StageFunctions(
+        abstract=llama.abstract_stage(MODEL, layers, dtype),
+        sharding=submesh.stages[0],
+        remat=remat,
+        dropout=False,
+        dora=False,
+        num_tasks=2,
+    )
+    return stage_layout(functions, RANK, TARGETS)
+
+
+def arguments(layout: StageLayout) -> tuple:
+    """Parameters, adapters, tasks, token ids and batch of a whole model."""
+    rng = np.random.default_rng(0)
+    weights = RandomWeights(MODEL, 0)
+    params = {
+        name: jnp.asarray(weights.read(name, tuple(slice(n) for n in spec.shape)))
+        for name, spec in layout.params.items()
+    }
+    adapters = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.05, leaf.shape), leaf.dtype), layout.adapters)
+    tasks = TaskInputs(scales=jnp.ones(2), dropout_rates=jnp.zeros(2))
+    tokens, targets = rng.integers(0, MODEL.vocab_size, (2, ROWS, LENGTH), dtype=np.int32)
+    batch = BatchInputs(
+        task_ids=jnp.arange(ROWS, dtype=jnp.int32),
+        dropout_ids=jnp.zeros(ROWS, jnp.uint32),
+        tokens=jnp.asarray(tokens),
+        targets=jnp.asarray(targets),
+        loss_weights=jnp.full((ROWS, LENGTH), 1 / LENGTH),
+    )
+    return params, adapters, tasks, batch.tokens, batch
+
+
+def gradients(remat: str):
+    layout = layout_of(remat, range(MODEL.num_layers), jnp.float32)
+    given = arguments(layout)
+    zeros = jax.tree.map(jnp.zeros_like, given[1])
+    return jax.jit(layout.functions.fused)(zeros, *given)
+
+
+@pytest.fixture(scope="module")
+def unremat():
+    return gradients("none")
+
+
+@pytest.mark.parametrize("remat", [remat for remat in REMATS if remat != "none"])
+def test_no_policy_changes_a_loss_or_a_gradient(world, unremat, monkeypatch, remat):
+    """Nor does a feed-forward in chunks, where a policy has it."""
+    monkeypatch.setattr(llama, "MLP_CHUNK_TOKENS", ROWS * LENGTH // 4)
+    found, _, losses = gradients(remat)
+    np.testing.assert_allclose(losses, unremat[2], rtol=1e-5)
+    assert world.difference(found, unremat[0]) < 1e-5
+
+
+def kept_bytes(remat: str, dtype) -> float:
+    """For a token and layer: what a first stage's forward hands to its backward."""
+    layout = layout_of(remat, range(LAYERS), dtype)
+    batch = layout.batch(ROWS, LENGTH)
+    _, residuals, _ = jax.eval_shape(
+        layout.functions.forward, layout.params, layout.adapters, layout.tasks, batch.tokens, batch
+    )
+    of_tokens = [leaf for leaf in residuals.arrays if leaf.size >= ROWS * LENGTH and leaf.shape[0] == ROWS]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in of_tokens) / (ROWS * LENGTH * LAYERS)
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """Programs are traced as for a GPU; nothing is run."""
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 92000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda *_, **__: True)
+    monkeypatch.setattr(attention, "has_flash_kernel", lambda q: True)
+
+
+def test_each_policy_keeps_what_it_says(flash):
+    """Of a layer and token: its input, what the flash kernel's backward needs, and what the policy names."""
+    hidden, kv, mlp = MODEL.hidden_size, MODEL.num_kv_heads * MODEL.head_dim, MODEL.intermediate_size
+    flash_out, low_rank = 2 * hidden + 4 * MODEL.num_heads, 2 * RANK * len(TARGETS)
+    assert kept_bytes("full", jnp.bfloat16) == 2 * hidden
+    assert kept_bytes("attention", jnp.bfloat16) == 2 * 2 * hidden + flash_out + low_rank
+    assert kept_bytes("dots", jnp.bfloat16) == 2 * (3 * hidden + 2 * kv + 2 * mlp) + flash_out + low_rank
+    assert kept_bytes("none", jnp.bfloat16) > 2 * kept_bytes("dots", jnp.bfloat16)
+
+
+@pytest.mark.parametrize(("remat", "calls"), [("none", 1), ("dots", 1), ("attention", 1), ("full", 2)])
+def test_the_flash_kernel_is_run_again_by_full_alone(flash, remat, calls):
+    layout = layout_of(remat, range(MODEL.num_layers), jnp.bfloat16)
+    batch = layout.batch(ROWS, LENGTH)
+    jaxpr = jax.make_jaxpr(layout.functions.fused)(
+        layout.adapters, layout.params, layout.adapters, layout.tasks, batch.tokens, batch
+    )
+    assert count(jaxpr.jaxpr, attention.FLASH_FORWARD) == calls * MODEL.num_layers
+
+
+def count(jaxpr, name: str) -> int:
+    """Equations of a primitive in a program, those inside others included."""
+    total = 0
+    for equation in jaxpr.eqns:
+        total += equation.primitive.name == name
+        for value in equation.params.values():
+            for part in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(part, "jaxpr", part)
+                total += count(inner, name) if hasattr(inner, "eqns") else 0
+    return total
