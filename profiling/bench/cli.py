@@ -11,6 +11,14 @@ BENCHES = {
         target="profiling.bench.step:main",
         help="Time a joint step beside the matmul ceiling and the frozen base alone.",
     ),
+    "packing": CommandEntry(
+        target="profiling.bench.packing:main",
+        help="Run the same steps with padded and with packed rows.",
+    ),
+    "quantization": CommandEntry(
+        target="profiling.bench.quantization:main",
+        help="Compare quantised bases with the unquantised one.",
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""Padded against packed rows on skewed lengths: `python -m profiling.bench.packing --out FILE`.
+"""Padded against packed rows on skewed lengths: `lobra bench packing --out FILE`.
 
 A small model on one device, lengths as LobRA's six tasks have them, shortened by a constant so that a CPU can do it.
 The cost table is measured first, both ways; the same batches are then dispatched and run both ways in turn. Wall and
@@ -56,7 +56,7 @@ EXAMPLES_A_TASK = 512
 BATCHINGS = ("padded", "packed")
 
 
-@click.command(epilog="\b\nExample:\n  python -m profiling.bench.packing --out profiling/results/cpu_packing.json")
+@click.command(epilog="\b\nExample:\n  lobra bench packing --out profiling/results/cpu_packing.json")
 @click.option("--steps", type=click.IntRange(min=1), default=6, show_default=True, help="Timed steps each way.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of lengths and batches.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the result as JSON.")
@@ -84,7 +84,7 @@ def main(steps: int, seed: int, out: Path | None) -> None:
     if out is not None:
         record = {
             "what": "the same steps with padded and with packed rows; medians over steps; costs measured before",
-            "command": f"python -m profiling.bench.packing --steps {steps} --seed {seed}",
+            "command": f"lobra bench packing --steps {steps} --seed {seed}",
             **provenance(("jax", "numpy")),
             "chosen": choice.batching,
             "plan": plan.to_dict(),

@@ -17,6 +17,7 @@ import click
 from lobra_jax.devices import set_accelerator_flags
 from planner.errors import UserError
 from planner.plan import REMATS
+from profiling.bench.options import command_line, parse_shapes
 from profiling.bench.provenance import provenance
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def main(out: Path | None, **options: Any) -> None:
     click.echo(f"{bench.devices}: {bench.check}")
     record = {
         "what": "joint steps of made-up micro-batches: forward, backward, gradient sum, update; medians over steps",
-        "command": _command(options),
+        "command": command_line("lobra bench step", {"model": options["preset"], **options, "preset": None}),
         **provenance(("jax", "jaxlib", "numpy")),
         "devices": bench.devices,
         "check": dataclasses.asdict(bench.check),
@@ -109,7 +110,9 @@ def _cases(options: dict[str, Any]) -> list[Case]:
             dropout=options["dropout"],
         )
         for (rows, length), remat, num_tasks in itertools.product(
-            _shapes(options["shapes"]), options["remats"].split(","), _numbers("--tasks", options["tasks"])
+            parse_shapes("--shapes", options["shapes"]),
+            options["remats"].split(","),
+            _numbers("--tasks", options["tasks"]),
         )
     ]
 
@@ -119,22 +122,6 @@ def _numbers(key: str, text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise UserError("not a list of numbers", key=key, value=text, expected="numbers from 1 on, such as 4,16")
     return [int(part) for part in parts]
-
-
-def _shapes(text: str) -> list[tuple[int, int]]:
-    out = []
-    for part in text.split(","):
-        numbers = part.split("x")
-        if len(numbers) != 2 or not all(n.isdecimal() and int(n) > 0 for n in numbers):
-            raise UserError("not a shape", key="--shapes", value=part, expected="ROWSxLENGTH, such as 8x2048")
-        out.append((int(numbers[0]), int(numbers[1])))
-    return out
-
-
-def _command(options: dict[str, Any]) -> str:
-    flags = {"preset": "model"}
-    given = [f"--{flags.get(k, k).replace('_', '-')} {v}" for k, v in options.items() if v is not None]
-    return " ".join(["lobra bench step", *given])
 
 
 def _line(row: dict[str, Any]) -> str:
