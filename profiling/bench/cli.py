@@ -11,6 +11,10 @@ BENCHES = {
         target="profiling.bench.step:main",
         help="Time a joint step beside the matmul ceiling and the frozen base alone.",
     ),
+    "peers": CommandEntry(
+        target="profiling.bench.peers:main",
+        help="Time the same step with transformers and PEFT, and with Liger's kernels.",
+    ),
     "packing": CommandEntry(
         target="profiling.bench.packing:main",
         help="Run the same steps with padded and with packed rows.",
