@@ -105,6 +105,7 @@ class Engine:
       model: base model shape.
       specs: one adapter each task.
       dtype: of base weights and activations.
+      quantization: how the layers' linears are stored on every replica: none, int8, nf4 or fp8.
       devices: all devices by default; the plan takes the first.
       optimizers: names of those that the tasks use.
       averages: whether any task keeps a moving average of its adapter.
@@ -118,6 +119,7 @@ class Engine:
         specs: Sequence[LoraSpec],
         *,
         dtype: Any,
+        quantization: str = "none",
         devices: Sequence[Any] | None = None,
         optimizers: Collection[str] = ("adamw",),
         averages: bool = False,
@@ -137,6 +139,7 @@ class Engine:
                 dropout=any(spec.dropout > 0 for spec in specs),
                 dora=any(spec.dora for spec in specs),
                 dtype=dtype,
+                quantization=quantization,
                 packed=packed,
             )
             for index, submesh in enumerate(cut(plan, devices))

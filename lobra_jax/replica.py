@@ -16,16 +16,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding
 
 from lobra_jax.data.batches import MicroBatchArrays
 from lobra_jax.lora import Adapters, TaskInputs
 from lobra_jax.mesh import Submesh, check_model_fits, split_layers
-from lobra_jax.models.config import LlamaConfig
+from lobra_jax.models.config import LlamaConfig, check_quantization
 from lobra_jax.models.llama import abstract_stage
+from lobra_jax.models.quantized import SCALE, block_dim, dequantized, quantized
 from lobra_jax.models.weights import WeightSource
 from lobra_jax.out_of_memory import blaming
 from lobra_jax.packed import SegmentInputs
 from lobra_jax.schedule import BACKWARD, FORWARD, Action, issue_order, one_f_one_b
+from lobra_jax.sharding import TARGET_AXES
 from lobra_jax.stage import (
     BatchInputs,
     StageFunctions,
@@ -74,6 +77,7 @@ class Replica:
       dropout: whether any task uses LoRA dropout.
       dora: whether any task uses DoRA.
       dtype: of the base weights and activations.
+      quantization: how the layers' linears are stored: none, int8, nf4 or fp8.
       packed: whether its training programs take packed rows.
     """
 
@@ -89,10 +93,14 @@ class Replica:
         dropout: bool,
         dora: bool = False,
         dtype: Any,
+        quantization: str = "none",
         packed: bool = False,
     ) -> None:
         check_model_fits(model, submesh.parallel)
+        check_quantization(model, quantization)
         self.index = index
+        self.model = model
+        self.quantization = quantization
         self.packed = packed
         self.parallel = submesh.parallel
         self.submesh = submesh
@@ -100,7 +108,7 @@ class Replica:
         self.layouts: tuple[StageLayout, ...] = tuple(
             stage_layout(
                 StageFunctions(
-                    abstract=abstract_stage(model, layers, dtype),
+                    abstract=abstract_stage(model, layers, dtype, quantization),
                     sharding=sharding,
                     remat=submesh.parallel.remat,
                     dropout=dropout,
@@ -128,28 +136,53 @@ class Replica:
         return f"replica {self.index} {self.parallel}"
 
     def load(self, source: WeightSource) -> None:
-        """Reads each weight straight into the shards of its stage, a few weights at a time."""
+        """Reads each weight straight into the shards of its stage, a few weights at a time.
 
-        def read(name: str, spec: jax.ShapeDtypeStruct) -> Array:
-            return jax.make_array_from_callback(
-                spec.shape, spec.sharding, lambda index: source.read(name, index).astype(spec.dtype, copy=False)
+        What is quantised is so on its devices, weight by weight, from `dtype` as it would be without.
+        """
+        quantising = threading.Lock()
+
+        def read(layout: StageLayout, name: str) -> dict[str, Array]:
+            spec = layout.params[name]
+            is_quantised = name + SCALE in layout.params
+            target = name.rpartition(".")[2]
+            shape = self.model.target_shapes[target] if is_quantised else spec.shape
+            weight = jax.make_array_from_callback(
+                shape, spec.sharding, lambda index: source.read(name, index).astype(layout.dtype, copy=False)
             )
+            if not is_quantised:
+                return {name: weight}
+            shardings = (spec.sharding, layout.params[name + SCALE].sharding)
+            # One at a time: programs on several devices must start in the same order on all.
+            with quantising:
+                made = _quantiser(self.quantization, block_dim(TARGET_AXES[target]), shardings)(weight)
+                values, scale = jax.block_until_ready(made)
+            return {name: values, name + SCALE: scale}
 
         with ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="load") as executor:
             futures = [
-                {name: executor.submit(read, name, spec) for name, spec in layout.params.items()}
+                [executor.submit(read, layout, name) for name in layout.params if not name.endswith(SCALE)]
                 for layout in self.layouts
             ]
-            self.params = [{name: future.result() for name, future in stage.items()} for stage in futures]
+            self.params = [
+                {name: array for future in stage for name, array in future.result().items()} for stage in futures
+            ]
 
     def column_norms(self, targets: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
-        """layer -> target -> [out] float32: norms of the base's columns, where DoRA's magnitudes start."""
-        norms: dict[str, dict[str, np.ndarray]] = {}
-        for layers, params in zip(self.stage_layers, self.params, strict=True):
-            for layer in map(str, layers):
-                found = {target: _norms(params[f"layers.{layer}.{target}"]) for target in targets}
-                norms[layer] = {target: np.asarray(norm) for target, norm in found.items()}
-        return norms
+        """layer -> target -> [out] float32: norms of the base's columns, where DoRA's magnitudes start.
+
+        Those of the weights as they are read back where they are quantised.
+        """
+
+        def norm(layout: StageLayout, params: dict[str, Array], name: str) -> np.ndarray:
+            dim = block_dim(TARGET_AXES[name.rpartition(".")[2]])
+            return np.asarray(_norms(params[name], params.get(name + SCALE), self.quantization, dim, layout.dtype))
+
+        return {
+            str(layer): {target: norm(layout, params, f"layers.{layer}.{target}") for target in targets}
+            for layout, layers, params in zip(self.layouts, self.stage_layers, self.params, strict=True)
+            for layer in layers
+        }
 
     def compilations(
         self, shapes: Sequence[Shape], evaluation_shapes: Sequence[Shape] = ()
@@ -276,8 +309,15 @@ class Replica:
         return x
 
 
-@jax.jit
-def _norms(weight_IO: Array) -> Array:
+@functools.cache
+def _quantiser(kind: str, dim: int, shardings: tuple[NamedSharding, NamedSharding]) -> Callable[[Array], Any]:
+    return jax.jit(functools.partial(quantized, kind=kind, dim=dim), out_shardings=shardings)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _norms(weight_IO: Array, scale: Array | None, quantization: str, dim: int, dtype: Any) -> Array:
+    if scale is not None:
+        weight_IO = dequantized(weight_IO, scale, quantization, dim, dtype)
     return jnp.sqrt(jnp.sum(jnp.square(weight_IO.astype(jnp.float32)), axis=0))
 
 

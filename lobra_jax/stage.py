@@ -256,8 +256,7 @@ def stage_layout(functions: StageFunctions, max_rank: int, targets: Sequence[str
         dropout_rates=per_task(jnp.float32),
         magnitudes={target: per_task(jnp.bool_) for target in targets} if functions.dora else None,
     )
-    dtype = next(iter(abstract.weights.values())).dtype
-    return StageLayout(functions=functions, params=params, adapters=adapters, tasks=tasks, dtype=dtype)
+    return StageLayout(functions=functions, params=params, adapters=adapters, tasks=tasks, dtype=abstract.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

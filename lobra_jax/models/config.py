@@ -7,8 +7,13 @@ import hashlib
 import json
 from typing import Any
 
+from planner.errors import UserError
+
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 """The seven linears of a Llama layer, in the order they run; adapters attach to these."""
+
+NF4_BLOCK = 64
+"""Weights that share a scale with quantization nf4."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +73,17 @@ class LlamaConfig:
         """Whether heads, key/value heads, feed-forward and vocabulary divide over `tp` devices."""
         return all(
             size % tp == 0 for size in (self.num_heads, self.num_kv_heads, self.intermediate_size, self.vocab_size)
+        )
+
+
+def check_quantization(config: LlamaConfig, quantization: str) -> None:
+    """Refuses a quantisation that the model's shape does not have."""
+    if quantization == "nf4" and config.hidden_size % NF4_BLOCK:
+        raise UserError(
+            f"{config.name} has hidden size {config.hidden_size}",
+            key="model.quantization",
+            value=quantization,
+            expected=f"a hidden size that is a multiple of {NF4_BLOCK}, or int8",
         )
 
 

@@ -24,6 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lobra_jax.lora import DROPOUT_SITES, Adapters, RowInputs, drop, low_rank_deltas, magnitude_ratios
 from lobra_jax.models.attention import FLASH_FORWARD, attention, packed_attention
 from lobra_jax.models.config import LlamaConfig, RopeScaling
+from lobra_jax.models.quantized import SCALE, block_dim, dequantized, frozen_product, stored
 from lobra_jax.packed import PackedRows, drop_packed, packed_deltas, packed_ratios
 from lobra_jax.sharding import TARGET_AXES
 
@@ -65,13 +66,16 @@ class Layer(nnx.Module):
     It does not know its number, so that all layers of a stage are one function, traced once.
     """
 
-    def __init__(self, config: LlamaConfig, dtype: Any) -> None:
+    def __init__(self, config: LlamaConfig, dtype: Any, quantization: str) -> None:
         d = config.hidden_size
         self.config = config
+        self.dtype = dtype
+        self.quantization = quantization
         self.attn_norm = _weight(dtype, (d,), ("hidden",))
         self.mlp_norm = _weight(dtype, (d,), ("hidden",))
         for target, shape in config.target_shapes.items():
-            setattr(self, target, _weight(dtype, shape, TARGET_AXES[target]))
+            for suffix, (its_shape, its_dtype, axes) in stored(quantization, shape, TARGET_AXES[target], dtype).items():
+                setattr(self, target + suffix, _weight(its_dtype, its_shape, axes))
             if config.qkv_bias and target in ("q", "k", "v"):
                 setattr(self, f"{target}_bias", _weight(dtype, shape[1:], TARGET_AXES[target][1:]))
 
@@ -122,13 +126,25 @@ class Layer(nnx.Module):
         ratios = packed_ratios if packed else magnitude_ratios
         scaled = []
         for target, delta in zip(adapted, deltas, strict=True):
-            ratio = ratios(getattr(self, target)[...], adapters[target], target, rows)
+            ratio = ratios(self._weight(target), adapters[target], target, rows)
             base = bases[target] if rows.dropout_keys is None else self._product(dropped, target)
             scaled.append((ratio - 1).astype(x.dtype) * base + ratio.astype(x.dtype) * delta)
         return scaled
 
     def _product(self, x_BLI: Array, target: str) -> Array:
-        return jnp.einsum("bli,io->blo", x_BLI, getattr(self, target)[...])
+        if self.quantization == "none":
+            return jnp.einsum("bli,io->blo", x_BLI, self._weight(target))
+        return frozen_product(x_BLI, *self._stored(target))
+
+    def _weight(self, target: str) -> Array:
+        """[in, out]."""
+        if self.quantization == "none":
+            return getattr(self, target)[...]
+        return dequantized(*self._stored(target), self.dtype)
+
+    def _stored(self, target: str) -> tuple[Array, Array, str, int]:
+        values, scale = getattr(self, target)[...], getattr(self, target + SCALE)[...]
+        return values, scale, self.quantization, block_dim(TARGET_AXES[target])
 
     def __call__(
         self,
@@ -184,12 +200,12 @@ class Layer(nnx.Module):
 class Stage(nnx.Module):
     """Consecutive layers of the model; the first stage embeds tokens, the last norms and projects to the vocabulary."""
 
-    def __init__(self, config: LlamaConfig, layers: range, *, dtype: Any) -> None:
+    def __init__(self, config: LlamaConfig, layers: range, *, dtype: Any, quantization: str) -> None:
         v, d = config.vocab_size, config.hidden_size
         self.config = config
         self.is_first = layers.start == 0
         self.is_last = layers.stop == config.num_layers
-        self.layers = nnx.Dict({str(i): Layer(config, dtype) for i in layers})
+        self.layers = nnx.Dict({str(i): Layer(config, dtype, quantization) for i in layers})
         if self.is_first or (self.is_last and config.tie_embeddings):
             self.embed = _weight(dtype, (v, d), ("vocab", "hidden"))
         if self.is_last:
@@ -235,6 +251,8 @@ class AbstractStage:
 
     config: LlamaConfig
     layers: range
+    dtype: Any
+    quantization: str
     graph: nnx.GraphDef
     weights: Mapping[str, WeightSpec]
 
@@ -243,15 +261,17 @@ class AbstractStage:
         return nnx.merge(self.graph, nnx.from_flat_state({tuple(name.split(".")): x for name, x in params.items()}))
 
 
-def abstract_stage(config: LlamaConfig, layers: range, dtype: Any) -> AbstractStage:
-    graph, state = nnx.split(Stage(config, layers, dtype=dtype))
+def abstract_stage(config: LlamaConfig, layers: range, dtype: Any, quantization: str = "none") -> AbstractStage:
+    graph, state = nnx.split(Stage(config, layers, dtype=dtype, quantization=quantization))
     weights = {
         ".".join(str(part) for part in path): WeightSpec(
             shape=param.get_value().shape, dtype=param.get_value().dtype, axes=param.axes
         )
         for path, param in nnx.to_flat_state(state)
     }
-    return AbstractStage(config=config, layers=layers, graph=graph, weights=weights)
+    return AbstractStage(
+        config=config, layers=layers, dtype=dtype, quantization=quantization, graph=graph, weights=weights
+    )
 
 
 def with_remat(function: Callable[..., Array], remat: str) -> Callable[..., Array]:
