@@ -30,6 +30,8 @@ def run_metadata(
     A longer `steps`, other evaluation and other paths to the same data are no other run.
     """
     settings: dict[str, Any] = {"training.seed": config.training.seed, "model.dtype": config.model.dtype}
+    if config.model.quantization != "none":
+        settings["model.quantization"] = config.model.quantization
     if config.model.preset is not None:
         settings["model.init_seed"] = config.model.init_seed
     for task, data in zip(config.tasks, tasks, strict=True):

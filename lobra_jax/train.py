@@ -108,6 +108,7 @@ class Trainer:
             inputs.model,
             [lora_spec(task) for task in self.task_configs],
             dtype=jnp.dtype(self.config.model.dtype),
+            quantization=self.config.model.quantization,
             devices=inputs.devices,
             optimizers={optimizer.kind for optimizer in self.optimizers},
             averages=any(optimizer.ema_decay is not None for optimizer in self.optimizers),

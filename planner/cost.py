@@ -151,6 +151,11 @@ class CostTable:
         raise KeyError(str(config))
 
     @property
+    def quantization(self) -> str:
+        """How the base was stored when this was measured; tables that do not say are of one not quantised."""
+        return str(self.provenance.get("quantization", "none"))
+
+    @property
     def max_capacity_tokens(self) -> int:
         return max(cost.capacity_tokens for cost in self.configs)
 

@@ -158,6 +158,7 @@ def _setup(
         cores=cores if is_cpu else None,
         num_threads=min(cores, MAX_COMPILE_THREADS),
         packed=config.training.batching != "padded",
+        quantization=config.model.quantization,
     )
 
 
@@ -203,6 +204,7 @@ def _header(setup: Setup, configs: Sequence[ParallelConfig]) -> Header:
             "lobra_jax": __version__,
             "jax": jax.__version__,
             "dtype": str(setup.dtype),
+            "quantization": setup.quantization,
             "num_tasks": setup.num_tasks,
             "rank": setup.rank,
             "targets": list(setup.targets),

@@ -54,6 +54,7 @@ class Setup:
       cores: cores that simulated devices share; None for real accelerators.
       num_threads: compilations at a time.
       packed: measure packed micro-batches too.
+      quantization: how the base's linears are stored.
     """
 
     model: LlamaConfig
@@ -73,6 +74,7 @@ class Setup:
     cores: int | None
     num_threads: int
     packed: bool = False
+    quantization: str = "none"
 
     def share(self, config: ParallelConfig) -> HostShare:
         if self.cores is None:
@@ -177,6 +179,7 @@ def make_replica(
         dropout=setup.dropout,
         dora=setup.dora,
         dtype=setup.dtype,
+        quantization=setup.quantization,
         packed=packed,
     )
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from planner.cli import bucket_table, plan_and_write, planning_options
+from planner.compare import Compared, compare_tables, comparison_lines, load_compared
 from planner.cost import CostTable
 from planner.errors import UserError
 from planner.inputs import FILE, Inputs, input_options, read_costs, read_lengths
@@ -43,6 +44,13 @@ if TYPE_CHECKING:
     help="Plan nothing: say whether a run's plan is still within 5 % of the best for the lengths it has seen.",
 )
 @click.option(
+    "--compare",
+    type=FILE,
+    metavar="FILE",
+    multiple=True,
+    help="Also plan on this cost table, of another model.quantization, and print what each would take. Repeatable.",
+)
+@click.option(
     "--buckets-report",
     is_flag=True,
     help="Plan nothing: padding, programs and seconds a step for each number of padded lengths.",
@@ -53,6 +61,7 @@ def plan(
     devices: int | None,
     out: Path | None,
     run: Path | None,
+    compare: tuple[Path, ...],
     buckets_report: bool,
     **rest: Any,
 ) -> None:
@@ -61,13 +70,17 @@ def plan(
     With --config the lengths are those of its data (tokenised if need be) and flags here win over its `planner`
     section. Without it, name costs, lengths and --devices. What was planned from is written beside the plan, as
     PLAN.costs.json and PLAN.lengths.json, where `lobra explain` and `lobra simulate` find it. With --robust the plan is
-    judged on sampled batches in place of the expected one, and PLAN.robust.json says how it fared.
+    judged on sampled batches in place of the expected one, and PLAN.robust.json says how it fared. What --compare says
+    changes nothing in the plan: how the base is stored changes what is trained, so model.quantization says it.
     """
     from rich.console import Console
 
     flags = PlanningFlags(**{field.name: rest.pop(field.name) for field in dataclasses.fields(PlanningFlags)})
     inputs = Inputs(**rest)
     console = Console()
+    if compare and (run is not None or buckets_report):
+        flag = "--check" if run is not None else "--buckets-report"
+        raise UserError(f"--compare with {flag}", key="--compare", value=str(compare[0]), expected="--out beside it")
     if run is not None:
         _check(run, flags, console)
         return
@@ -80,9 +93,9 @@ def plan(
             raise UserError(
                 "--set without a config", key="--set", value=overrides[0], expected="--config FILE beside it"
             )
-        _plan_from_files(inputs, devices, out, flags, console)
+        _plan_from_files(inputs, devices, out, flags, console, compare)
         return
-    _plan_from_config(config_path, overrides, inputs, devices, out, flags, console)
+    _plan_from_config(config_path, overrides, inputs, devices, out, flags, console, compare)
 
 
 def _check(run: Path, flags: PlanningFlags, console: Any) -> None:
@@ -147,7 +160,14 @@ def seen_lengths(run: Path, longest: int) -> tuple[Workload, int]:
     return Workload(tasks=tasks), len(steps)
 
 
-def _plan_from_files(inputs: Inputs, devices: int | None, out: Path | None, flags: PlanningFlags, console: Any) -> None:
+def _plan_from_files(
+    inputs: Inputs,
+    devices: int | None,
+    out: Path | None,
+    flags: PlanningFlags,
+    console: Any,
+    compare: tuple[Path, ...],
+) -> None:
     if devices is None:
         raise UserError("missing", key="--devices", expected="the number of devices to plan for, or --config")
     costs = read_costs(inputs)
@@ -156,7 +176,7 @@ def _plan_from_files(inputs: Inputs, devices: int | None, out: Path | None, flag
         from planner.explain_text import reached_table
 
         console.print(reached_table(reached))
-    _plan_or_report(workload, costs, devices, out, flags, console)
+    _plan_or_report(workload, costs, devices, out, flags, console, compare)
 
 
 def _plan_from_config(
@@ -167,6 +187,7 @@ def _plan_from_config(
     out: Path | None,
     flags: PlanningFlags,
     console: Any,
+    compare: tuple[Path, ...],
 ) -> None:
     from lobra_jax.config import load_config
     from lobra_jax.data.load import task_lengths
@@ -180,15 +201,27 @@ def _plan_from_config(
     number = planned_devices(config, costs, devices)
     with console.status("reading the tasks' lengths"):
         workload = task_lengths(config)
-    _plan_or_report(workload, costs, number, out, merged_flags(config, flags), console)
+    _plan_or_report(workload, costs, number, out, merged_flags(config, flags), console, compare)
 
 
 def _plan_or_report(
-    workload: Workload, costs: CostTable, devices: int, out: Path | None, flags: PlanningFlags, console: Any
+    workload: Workload,
+    costs: CostTable,
+    devices: int,
+    out: Path | None,
+    flags: PlanningFlags,
+    console: Any,
+    compare: tuple[Path, ...],
 ) -> None:
     """Plans into `out`; without one prints what each number of padded lengths would cost."""
+    others = load_compared(compare, costs)
     if out is not None:
-        plan_and_write(workload, costs, devices, out, flags, console)
+        plan = plan_and_write(workload, costs, devices, out, flags, console)
+        if others:
+            with console.status("planning on the other cost tables"):
+                compared = compare_tables(workload, others, devices, flags)
+            for line in comparison_lines((Compared(quantization=costs.quantization, plan=plan), *compared)):
+                console.print(line, highlight=False, soft_wrap=True)
         return
     with console.status("dispatching with each number of padded lengths"):
         rows = bucket_report(workload, costs, devices, flags)
@@ -238,7 +271,20 @@ def config_costs(config: RunConfig, path: Path | None, config_path: Path) -> Cos
             value=f"{costs.model} {costs.model_fingerprint}",
             expected=f"{shapes.name} {shapes.fingerprint}, as the config says",
         )
+    check_quantization_of(costs, config, path)
     return costs
+
+
+def check_quantization_of(costs: CostTable, config: RunConfig, path: Path) -> None:
+    """Refuses a cost table whose times and capacities are of a base stored in another way than the config's."""
+    if costs.quantization != config.model.quantization:
+        raise UserError(
+            "the cost table was measured with another model.quantization",
+            file=path,
+            key="provenance.quantization",
+            value=costs.quantization,
+            expected=f"{config.model.quantization}, as the config says: run lobra profile again",
+        )
 
 
 def merged_flags(config: RunConfig, flags: PlanningFlags) -> PlanningFlags:

@@ -154,6 +154,8 @@ def _costs(
 
 def _check_measured(costs: CostTable, config: RunConfig, path: Path) -> None:
     """Refuses a table whose times and capacities are of less than this run needs; tables from elsewhere do not say."""
+    from lobra_jax.commands.plan import check_quantization_of
+
     wanted = {
         "num_tasks": len(config.tasks),
         "rank": max(task.rank for task in config.tasks),
@@ -180,6 +182,7 @@ def _check_measured(costs: CostTable, config: RunConfig, path: Path) -> None:
             value=dtype,
             expected=config.model.dtype,
         )
+    check_quantization_of(costs, config, path)
     limit, measured = config.devices.memory_bytes, costs.hardware.get("memory_bytes")
     if limit is not None and measured is not None and limit < measured:
         raise UserError(

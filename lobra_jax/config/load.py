@@ -20,7 +20,7 @@ from lobra_jax.config.schema import RunConfig
 from lobra_jax.config.task_files import include_task_files
 from lobra_jax.config.yaml_file import read_yaml
 from lobra_jax.data.sources import FILE_KINDS, expand
-from lobra_jax.models.config import PRESETS, LlamaConfig
+from lobra_jax.models.config import PRESETS, LlamaConfig, check_quantization
 from lobra_jax.models.hf_config import load_llama_config
 from planner.errors import UserError
 
@@ -72,9 +72,10 @@ def select_tasks(config: RunConfig, names: Iterable[str]) -> RunConfig:
 
 def model_config(config: RunConfig) -> LlamaConfig:
     """Shapes of the base model: a preset's, or those of the Hugging Face folder's config.json."""
-    if config.model.preset is not None:
-        return PRESETS[config.model.preset]
-    return load_llama_config(config.model.path)
+    preset = config.model.preset
+    model = PRESETS[preset] if preset is not None else load_llama_config(config.model.path)
+    check_quantization(model, config.model.quantization)
+    return model
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -56,6 +56,9 @@ class ModelConfig(Section):
     """Convert the folder's weights once into TensorStore arrays here; later runs read those."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the base and the arithmetic; adapters are float32."""
+    quantization: Literal["none", "int8", "nf4", "fp8"] = "none"
+    """How the layers' linears are stored: int8 or nf4, read back for each matmul, or fp8, whose matmuls are float8 too.
+    The whole run's: it changes the numbers a little."""
     init_seed: Seed = 0
     """Seed of a preset's weights."""
 

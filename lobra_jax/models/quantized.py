@@ -25,6 +25,7 @@ Sources: NF4 from QLoRA (Dettmers et al., 2023), appendix E.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -120,7 +121,7 @@ def _or_one(scale: Array) -> Array:
 def nf4_codes(x: Array) -> Array:
     """uint8, the number of the nearest NF4 value."""
     codes = jnp.zeros(x.shape, jnp.uint8)
-    for low, high in zip(NF4[:-1], NF4[1:], strict=True):
+    for low, high in itertools.pairwise(NF4):
         codes += (x > (low + high) / 2).astype(jnp.uint8)
     return codes
 

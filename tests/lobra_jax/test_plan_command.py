@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import yaml
@@ -215,3 +216,52 @@ def test_check_of_a_run_without_lengths_is_one_line(folder, capsys):
     write_run(folder, {})
     assert lobra("plan", "--check", "run") == 2
     assert "metrics.jsonl: lengths: no lengths recorded" in capsys.readouterr().err
+
+
+def quantised(name, factor):
+    """The cost table, `factor` times as quick and with twice the capacity."""
+    configs = tuple(
+        dataclasses.replace(
+            c, capacity_tokens=2 * c.capacity_tokens, coefficients=tuple(x / factor for x in c.coefficients)
+        )
+        for c in COSTS.configs
+    )
+    return dataclasses.replace(COSTS, configs=configs, provenance={"quantization": name})
+
+
+def test_compare_prints_the_best_plan_of_each_quantization_soonest_first(folder, capsys):
+    quantised("int8", 4.0).save(folder / "int8.json")
+    quantised("nf4", 2.0).save(folder / "nf4.json")
+    compare = ("--compare", "nf4.json", "--compare", "int8.json")
+    assert lobra("plan", "--config", "C.yaml", "--costs", "costs.json", "--out", "plan.yaml", *compare) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("quantization ")]
+    assert [line.split()[1] for line in lines] == ["int8:", "nf4:", "none:"]
+    step_s = [float(line.split("step ")[1].split()[0]) for line in lines]
+    assert step_s == sorted(step_s)
+    assert CostTable.load(folder / "plan.costs.json").quantization == "none"
+    assert Plan.load(folder / "plan.yaml").predicted.step_s == pytest.approx(step_s[-1], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("table", "arguments", "complaint"),
+    [
+        (quantised("none", 1.0), (), "the same quantisation twice"),
+        (dataclasses.replace(COSTS, model_fingerprint="0" * 16), (), "cost table of another model"),
+        (quantised("int8", 1.0), ("--buckets-report",), "--compare with --buckets-report"),
+    ],
+)
+def test_a_comparison_that_makes_no_sense_is_one_line(folder, capsys, table, arguments, complaint):
+    table.save(folder / "other.json")
+    files = ("--config", "C.yaml", "--costs", "costs.json", "--out", "plan.yaml", "--compare", "other.json")
+    assert lobra("plan", *files, *arguments) == 2
+    error = capsys.readouterr().err
+    assert complaint in error and error.strip().count("\n") == 0
+    assert not (folder / "plan.yaml").exists()
+
+
+def test_a_cost_table_of_another_quantization_is_refused(folder, capsys):
+    quantised("nf4", 1.0).save(folder / "nf4.json")
+    assert lobra("plan", "--config", "C.yaml", "--costs", "nf4.json", "--out", "plan.yaml") == 2
+    assert re.search(r"nf4.json: provenance.quantization: .*\(got 'nf4'\); expected none", capsys.readouterr().err)
+    wanted = ("--set", "model.quantization=nf4")
+    assert lobra("plan", "--config", "C.yaml", *wanted, "--costs", "nf4.json", "--out", "plan.yaml") == 0

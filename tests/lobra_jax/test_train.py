@@ -305,6 +305,7 @@ def test_a_plan_that_cannot_run_is_one_line_and_leaves_nothing(world, tmp_path, 
         ({"provenance": {"dora": False}}, r"provenance.dora.*got False.*expected True:"),
         ({"provenance": {"averages": False}}, r"provenance.averages.*got False.*expected True:"),
         ({"provenance": {"dtype": "bfloat16"}}, r"provenance.dtype.*float32"),
+        ({"provenance": {"quantization": "int8"}}, r"provenance.quantization.*got 'int8'.*expected none"),
     ],
 )
 def test_a_cost_table_measured_for_less_is_refused(world, tmp_path, changes, complaint):

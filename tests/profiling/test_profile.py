@@ -120,6 +120,7 @@ def test_table_says_how_it_was_measured(profiled):
     assert table.hardware["memory_bytes"] == LIMIT
     assert set(table.hardware["host_sharing"]["by_devices"]) >= {"1", "2"}
     assert (table.provenance["num_tasks"], table.provenance["rank"]) == (2, 4)
+    assert table.quantization == table.provenance["quantization"] == "none"
 
 
 @pytest.mark.parametrize("config", [WHOLE, WIDE], ids=str)
