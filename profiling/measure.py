@@ -19,7 +19,7 @@ from lobra_jax.data.batches import MicroBatchArrays
 from lobra_jax.lora import Adapters, TaskInputs
 from lobra_jax.mesh import make_submesh
 from lobra_jax.models.config import LlamaConfig
-from lobra_jax.models.weights import EMBEDDING_STD, weight_shapes
+from lobra_jax.models.weights import EMBEDDING_STD, WeightSource, weight_shapes
 from lobra_jax.optim import TaskOptimizer, init_state, step_inputs
 from lobra_jax.reduce import GradientSum
 from lobra_jax.replica import Replica, ReplicaRun, memory_bytes
@@ -120,8 +120,9 @@ class Bench:
         self._adapters: list[list[Adapters]] = []
         self._tasks: list[list[TaskInputs]] = []
 
-    def place(self) -> None:
-        """Puts weights and adapters onto the devices; needed before `step_s`, not for compiling."""
+    def place(self, source: WeightSource | None = None) -> None:
+        """Puts weights (made-up ones without a source) and adapters onto the devices; needed before `step_s`, not for
+        compiling."""
         filler = Filler(self.setup.model)
         tasks = TaskInputs(
             scales=np.ones(self.setup.num_tasks, np.float32),
@@ -131,7 +132,7 @@ class Bench:
             else None,
         )
         for replica in self.replicas:
-            replica.load(filler)
+            replica.load(source or filler)
             self._adapters.append([jax.tree.map(filler.like, layout.adapters) for layout in replica.layouts])
             self._tasks.append(replica.place_tasks(tasks))
 
@@ -153,6 +154,10 @@ class Bench:
 
     def run_s(self, batches: Sequence[MicroBatchArrays]) -> float:
         """The same of any micro-batches."""
+        return self.run(batches)[1]
+
+    def run(self, batches: Sequence[MicroBatchArrays]) -> tuple[list[ReplicaRun], float]:
+        """(What every replica computed, seconds) of one step."""
         runs = [ReplicaRun(gradients=replica.zero_gradients()) for replica in self.replicas]
         jax.block_until_ready([run.gradients for run in runs])
         start = time.perf_counter()
@@ -163,7 +168,7 @@ class Bench:
         while issuing:
             issuing = [actions for actions in issuing if next(actions, StopIteration) is not StopIteration]
         jax.block_until_ready([(run.gradients, run.losses) for run in runs])
-        return time.perf_counter() - start
+        return runs, time.perf_counter() - start
 
 
 def make_replica(

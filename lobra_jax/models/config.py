@@ -12,6 +12,9 @@ from planner.errors import UserError
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 """The seven linears of a Llama layer, in the order they run; adapters attach to these."""
 
+QUANTIZATIONS = ("none", "int8", "nf4", "fp8")
+"""How a base's linears may be stored (`models.quantized`)."""
+
 NF4_BLOCK = 64
 """Weights that share a scale with quantization nf4."""
 

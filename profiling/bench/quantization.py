@@ -1,0 +1,244 @@
+"""A quantised base beside the same unquantised: `python -m profiling.bench.quantization --out FILE`.
+
+One stage with all layers on one device, forward and backward of a made-up micro-batch. Every row of one run is of the
+same weights, adapters and tokens: bytes of the weights, XLA's count of the peak, medians of wall and CPU seconds, loss,
+and the adapters' gradients against those of the unquantised base. Made-up weights are normal with the variances of
+`RandomWeights`; `--path` takes those of a model folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lobra_jax.devices import set_accelerator_flags
+from lobra_jax.models.config import PRESETS, QUANTIZATIONS, TARGETS, LlamaConfig
+from planner.errors import UserError
+from planner.plan import REMATS, ParallelConfig
+from profiling.bench.provenance import provenance
+
+if TYPE_CHECKING:
+    from lobra_jax.models.weights import WeightSource
+    from profiling.measure import Bench, Setup
+
+Shape = tuple[int, int]
+
+FP8_MATMUL = "__cublas$lt$matmul$f8"
+"""What XLA calls a float8 matmul that it has handed to cuBLASLt."""
+GIB = 2**30
+
+
+@click.command(
+    epilog="\b\nExample:\n  python -m profiling.bench.quantization --shapes 8x2048,1x2048 --out quantization.json"
+)
+@click.option("--preset", type=click.Choice(list(PRESETS)), default="llama2-7b", show_default=True, help="Shape.")
+@click.option("--path", type=click.Path(path_type=Path, file_okay=False), help="Instead: a model folder.")
+@click.option("--layers", type=click.IntRange(min=1), help="Fewer layers than the model has.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--shapes", default="8x2048", show_default=True, metavar="RxL,...", help="Micro-batches, ROWSxLENGTH.")
+@click.option("--remat", type=click.Choice(REMATS), default="dots", show_default=True)
+@click.option("--tasks", "num_tasks", type=click.IntRange(min=1), default=6, show_default=True, help="Adapters.")
+@click.option("--rank", type=click.IntRange(min=1), default=16, show_default=True, help="Of the adapters.")
+@click.option("--quantizations", default=",".join(QUANTIZATIONS), show_default=True, metavar="Q,...")
+@click.option("--repeats", type=click.IntRange(min=1), default=8, show_default=True, help="Timed steps.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the result as JSON.")
+def main(path: Path | None, out: Path | None, **options: Any) -> None:
+    """Measure memory, time and differences of quantised bases."""
+    kinds = options["quantizations"].split(",")
+    for kind in kinds:
+        if kind not in QUANTIZATIONS:
+            expected = "some of " + ",".join(QUANTIZATIONS)
+            raise UserError("unknown quantization", key="--quantizations", value=kind, expected=expected)
+    shapes = _shapes(options["shapes"])
+    set_accelerator_flags()
+    import jax
+
+    from profiling.measure import Setup
+
+    model = _model(path, options["preset"], options["layers"])
+    setup = Setup(
+        model=model,
+        dtype=jax.numpy.dtype(options["dtype"]),
+        num_tasks=options["num_tasks"],
+        rank=options["rank"],
+        targets=TARGETS,
+        dropout=False,
+        dora=False,
+        optimizers=("adamw",),
+        averages=False,
+        devices=jax.devices()[:1],
+        limit_bytes=0,
+        lengths=tuple(sorted({length for _, length in shapes})),
+        max_tokens=max(rows * length for rows, length in shapes),
+        repeats=options["repeats"],
+        cores=None,
+        num_threads=1,
+    )
+    record = {
+        "what": "forward and backward of one micro-batch, all layers on one device; seconds are medians",
+        "command": _command({"path": path, **options}),
+        **provenance(("jax", "jaxlib", "numpy")),
+        "device": jax.devices()[0].device_kind,
+        "model": dataclasses.asdict(model),
+        "rows": [],
+    }
+    source = _weights(model, path)
+    # The unquantised base goes first, as the others are compared with it.
+    for row in _rows(setup, source, ["none", *(kind for kind in kinds if kind != "none")], shapes, options["remat"]):
+        record["rows"].append(row)
+        click.echo(_line(row))
+        if out is not None:
+            out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _shapes(text: str) -> list[Shape]:
+    shapes = []
+    for part in text.split(","):
+        numbers = part.split("x")
+        if len(numbers) != 2 or not all(n.isdecimal() and int(n) > 0 for n in numbers):
+            raise UserError("not a shape", key="--shapes", value=part, expected="ROWSxLENGTH, such as 8x2048")
+        shapes.append((int(numbers[0]), int(numbers[1])))
+    return shapes
+
+
+def _model(path: Path | None, preset: str, layers: int | None) -> LlamaConfig:
+    from lobra_jax.models.hf_config import load_llama_config
+
+    model = PRESETS[preset] if path is None else load_llama_config(path)
+    return model if layers is None else dataclasses.replace(model, num_layers=layers)
+
+
+def _command(options: dict[str, Any]) -> str:
+    names = {"num_tasks": "tasks"}
+    given = [f"--{names.get(key, key)} {value}" for key, value in options.items() if value is not None]
+    return " ".join(["python -m profiling.bench.quantization", *given])
+
+
+def _weights(model: LlamaConfig, path: Path | None) -> WeightSource:
+    from lobra_jax.models.hf import HFWeights
+    from lobra_jax.models.weights import EMBEDDING_STD
+    from profiling.measure import Filler
+
+    class Normal(Filler):
+        """Repeats a few normal numbers with the variances of `RandomWeights`, at no cost in time."""
+
+        def read(self, name: str, index: tuple[slice, ...]) -> Any:
+            values = super().read(name, index)
+            target = name.rpartition(".")[2]
+            if target not in model.target_shapes:
+                return values
+            writes = 2 * model.num_layers if target in ("o", "down") else 1
+            return values * (1 / (EMBEDDING_STD * math.sqrt(model.target_shapes[target][0] * writes)))
+
+    return Normal(model) if path is None else HFWeights(path, model)
+
+
+def _rows(
+    setup: Setup, source: WeightSource, kinds: list[str], shapes: list[Shape], remat: str
+) -> Iterator[dict[str, Any]]:
+    from profiling.measure import Bench
+
+    config = ParallelConfig(tp=1, pp=1, remat=remat)
+    unquantised: dict[Shape, tuple[float, dict[str, Any]]] = {}
+    for kind in kinds:
+        bench = Bench(dataclasses.replace(setup, quantization=kind), config, copies=1)
+        started = time.perf_counter()
+        bench.compile(shapes, copies=1)
+        compile_s = time.perf_counter() - started
+        started = time.perf_counter()
+        bench.place(source)
+        load_s = time.perf_counter() - started
+        for shape in shapes:
+            row, loss, gradients = _measure(bench, shape)
+            unquantised.setdefault(shape, (loss, gradients))
+            yield {
+                "quantization": kind,
+                "rows": shape[0],
+                "length": shape[1],
+                **row,
+                **_differences(loss, gradients, *unquantised[shape]),
+                "compile_s": compile_s,
+                "load_s": load_s,
+            }
+        del bench
+        gc.collect()
+
+
+def _measure(bench: Bench, shape: Shape) -> tuple[dict[str, Any], float, dict[str, Any]]:
+    import jax
+    import numpy as np
+
+    from lobra_jax.replica import memory_bytes
+    from profiling.measure import made_up_batch
+
+    replica, batch = bench.replicas[0], made_up_batch(bench.setup, shape)
+    (run,), _ = bench.run([batch])
+    loss = float(np.sum(np.asarray(run.losses[0], np.float64)))
+    gradients = jax.tree.map(np.asarray, run.gradients[0])
+    del run
+    wall, cpu = [], []
+    for _ in range(bench.setup.repeats):
+        started = time.process_time()
+        wall.append(bench.run_s([batch]))
+        cpu.append(time.process_time() - started)
+    program = replica.training_programs(shape)[0].fused
+    row = {
+        "weight_bytes": sum(array.nbytes for array in replica.params[0].values()),
+        "linear_bytes": sum(a.nbytes for name, a in replica.params[0].items() if _is_linear(name)),
+        "peak_bytes": memory_bytes(replica, shape),
+        "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+        "fp8_matmuls": program.as_text().count(FP8_MATMUL),
+        "step_s": statistics.median(wall),
+        "step_s_least": min(wall),
+        "step_cpu_s": statistics.median(cpu),
+        "tokens_per_s": shape[0] * shape[1] / statistics.median(wall),
+    }
+    return row, loss, gradients
+
+
+def _is_linear(name: str) -> bool:
+    from lobra_jax.models.quantized import SCALE
+
+    return name.rpartition(".")[2].removesuffix(SCALE) in TARGETS
+
+
+def _differences(
+    loss: float, gradients: dict[str, Any], expected_loss: float, expected: dict[str, Any]
+) -> dict[str, float]:
+    """Against the unquantised base; of gradients |found - expected| / |expected| over all adapters, and the worst."""
+    import jax
+    import numpy as np
+
+    squares = [
+        (float(np.sum(np.square(x - y, dtype=np.float64))), float(np.sum(np.square(y, dtype=np.float64))))
+        for x, y in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True)
+    ]
+    return {
+        "loss": loss,
+        "loss_difference": (loss - expected_loss) / expected_loss,
+        "gradient_difference": math.sqrt(sum(d for d, _ in squares) / sum(norm for _, norm in squares)),
+        "worst_gradient_difference": max(math.sqrt(d / norm) for d, norm in squares if norm > 0),
+    }
+
+
+def _line(row: dict[str, Any]) -> str:
+    fp8 = f", {row['fp8_matmuls']} cuBLASLt fp8 matmuls" if row["quantization"] == "fp8" else ""
+    return (
+        f"{row['quantization']} {row['rows']}x{row['length']}: weights {row['weight_bytes'] / GIB:.2f} GiB, "
+        f"peak {row['peak_bytes'] / GIB:.2f} GiB, step {row['step_s'] * 1e3:.1f} ms ({row['step_cpu_s']:.2f} CPU s), "
+        f"{row['tokens_per_s']:,.0f} tokens/s, loss {row['loss']:.5f} ({row['loss_difference']:+.2e}), "
+        f"gradients {row['gradient_difference']:.2e}{fp8}"
+    )
+
+
+if __name__ == "__main__":
+    main()
