@@ -3,7 +3,7 @@
 One stage with all layers on one device, forward and backward of a made-up micro-batch. Every row of one run is of the
 same weights, adapters and tokens: bytes of the weights, XLA's count of the peak, medians of wall and CPU seconds, loss,
 and the adapters' gradients against those of the unquantised base. Made-up weights are normal with the variances of
-`RandomWeights`; `--path` takes those of a model folder.
+`RandomWeights` and tokens random; `--path` and `--text` take a model folder's weights, and its tokens of a text.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import numpy as np
 
 from lobra_jax.devices import set_accelerator_flags
 from lobra_jax.models.config import PRESETS, QUANTIZATIONS, TARGETS, LlamaConfig
@@ -27,6 +28,7 @@ from planner.plan import REMATS, ParallelConfig
 from profiling.bench.provenance import provenance
 
 if TYPE_CHECKING:
+    from lobra_jax.data.batches import MicroBatchArrays
     from lobra_jax.models.weights import WeightSource
     from profiling.measure import Bench, Setup
 
@@ -42,6 +44,7 @@ GIB = 2**30
 )
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="llama2-7b", show_default=True, help="Shape.")
 @click.option("--path", type=click.Path(path_type=Path, file_okay=False), help="Instead: a model folder.")
+@click.option("--text", type=click.Path(path_type=Path, dir_okay=False), help="With --path: tokens from this file.")
 @click.option("--layers", type=click.IntRange(min=1), help="Fewer layers than the model has.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--shapes", default="8x2048", show_default=True, metavar="RxL,...", help="Micro-batches, ROWSxLENGTH.")
@@ -51,7 +54,7 @@ GIB = 2**30
 @click.option("--quantizations", default=",".join(QUANTIZATIONS), show_default=True, metavar="Q,...")
 @click.option("--repeats", type=click.IntRange(min=1), default=8, show_default=True, help="Timed steps.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the result as JSON.")
-def main(path: Path | None, out: Path | None, **options: Any) -> None:
+def main(path: Path | None, text: Path | None, out: Path | None, **options: Any) -> None:
     """Measure memory, time and differences of quantised bases."""
     kinds = options["quantizations"].split(",")
     for kind in kinds:
@@ -59,6 +62,8 @@ def main(path: Path | None, out: Path | None, **options: Any) -> None:
             expected = "some of " + ",".join(QUANTIZATIONS)
             raise UserError("unknown quantization", key="--quantizations", value=kind, expected=expected)
     shapes = _shapes(options["shapes"])
+    if text is not None and path is None:
+        raise UserError("--text without --path", key="--text", value=str(text), expected="the folder of its tokenizer")
     set_accelerator_flags()
     import jax
 
@@ -85,15 +90,16 @@ def main(path: Path | None, out: Path | None, **options: Any) -> None:
     )
     record = {
         "what": "forward and backward of one micro-batch, all layers on one device; seconds are medians",
-        "command": _command({"path": path, **options}),
+        "command": _command({"path": path, "text": text, **options}),
         **provenance(("jax", "jaxlib", "numpy")),
         "device": jax.devices()[0].device_kind,
         "model": dataclasses.asdict(model),
         "rows": [],
     }
     source = _weights(model, path)
+    batches = [_batch(setup, shape, path, text) for shape in shapes]
     # The unquantised base goes first, as the others are compared with it.
-    for row in _rows(setup, source, ["none", *(kind for kind in kinds if kind != "none")], shapes, options["remat"]):
+    for row in _rows(setup, source, ["none", *(kind for kind in kinds if kind != "none")], batches, options["remat"]):
         record["rows"].append(row)
         click.echo(_line(row))
         if out is not None:
@@ -142,11 +148,29 @@ def _weights(model: LlamaConfig, path: Path | None) -> WeightSource:
     return Normal(model) if path is None else HFWeights(path, model)
 
 
+def _batch(setup: Setup, shape: Shape, path: Path | None, text: Path | None) -> MicroBatchArrays:
+    """Full rows of random tokens, or of the start of a text."""
+    from tokenizers import Tokenizer
+
+    from profiling.measure import made_up_batch
+
+    batch = made_up_batch(setup, shape)
+    if path is None or text is None:
+        return batch
+    ids = Tokenizer.from_file(str(path / "tokenizer.json")).encode(text.read_text(encoding="utf-8")).ids
+    wanted = shape[0] * shape[1] + 1
+    if len(ids) < wanted:
+        raise UserError("too short a text", file=text, value=f"{len(ids)} tokens", expected=f"{wanted} or more")
+    tokens = np.asarray(ids[:wanted], np.int32)
+    return dataclasses.replace(batch, tokens=tokens[:-1].reshape(shape), targets=tokens[1:].reshape(shape))
+
+
 def _rows(
-    setup: Setup, source: WeightSource, kinds: list[str], shapes: list[Shape], remat: str
+    setup: Setup, source: WeightSource, kinds: list[str], batches: list[MicroBatchArrays], remat: str
 ) -> Iterator[dict[str, Any]]:
     from profiling.measure import Bench
 
+    shapes: list[Shape] = [batch.tokens.shape for batch in batches]
     config = ParallelConfig(tp=1, pp=1, remat=remat)
     unquantised: dict[Shape, tuple[float, dict[str, Any]]] = {}
     for kind in kinds:
@@ -157,8 +181,8 @@ def _rows(
         started = time.perf_counter()
         bench.place(source)
         load_s = time.perf_counter() - started
-        for shape in shapes:
-            row, loss, gradients = _measure(bench, shape)
+        for shape, batch in zip(shapes, batches, strict=True):
+            row, loss, gradients = _measure(bench, batch)
             unquantised.setdefault(shape, (loss, gradients))
             yield {
                 "quantization": kind,
@@ -173,14 +197,12 @@ def _rows(
         gc.collect()
 
 
-def _measure(bench: Bench, shape: Shape) -> tuple[dict[str, Any], float, dict[str, Any]]:
+def _measure(bench: Bench, batch: MicroBatchArrays) -> tuple[dict[str, Any], float, dict[str, Any]]:
     import jax
-    import numpy as np
 
     from lobra_jax.replica import memory_bytes
-    from profiling.measure import made_up_batch
 
-    replica, batch = bench.replicas[0], made_up_batch(bench.setup, shape)
+    replica, shape = bench.replicas[0], batch.tokens.shape
     (run,), _ = bench.run([batch])
     loss = float(np.sum(np.asarray(run.losses[0], np.float64)))
     gradients = jax.tree.map(np.asarray, run.gradients[0])
@@ -216,7 +238,6 @@ def _differences(
 ) -> dict[str, float]:
     """Against the unquantised base; of gradients |found - expected| / |expected| over all adapters, and the worst."""
     import jax
-    import numpy as np
 
     squares = [
         (float(np.sum(np.square(x - y, dtype=np.float64))), float(np.sum(np.square(y, dtype=np.float64))))
