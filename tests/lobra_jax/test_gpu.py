@@ -78,7 +78,7 @@ def packed(padded: MicroBatchArrays) -> MicroBatchArrays:
     )
 
 
-def gradients(configs, dtype, as_packed=False):
+def gradients(configs, dtype, as_packed=False, quantization="none"):
     """(losses [T], gradient pytree) of four micro-batches, dealt round the replicas of (tp, pp, remat)."""
     from lobra_jax.engine import Engine
     from lobra_jax.replica import ReplicaRun
@@ -88,7 +88,7 @@ def gradients(configs, dtype, as_packed=False):
         for tp, pp, remat in configs
     )
     plan = Plan(model=MODEL.name, num_devices=len(jax.devices()), replicas=groups, buckets=(LENGTH,))
-    engine = Engine(plan, MODEL, SPECS, dtype=dtype, packed=as_packed)
+    engine = Engine(plan, MODEL, SPECS, dtype=dtype, quantization=quantization, packed=as_packed)
     engine.load(RandomWeights(MODEL, seed=0))
     shape = (ROWS // 2, 2 * LENGTH) if as_packed else (ROWS, LENGTH)
     for _ in engine.compile([[shape]] * len(groups), [()] * len(groups), num_threads=4):
@@ -155,6 +155,32 @@ def test_bf16_with_the_flash_kernel_agrees_with_fp32(reference, shape):
     np.testing.assert_allclose(losses, reference[0], rtol=1e-2)
     assert distance(found, reference[1]) < 5e-2
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize(("quantization", "error"), [("int8", 5e-2), ("nf4", 5e-2), ("fp8", 0.3)])
+def test_a_quantised_base_in_bf16_agrees_with_itself_in_fp32(shape, quantization, error):
+    if shape[0] * shape[1] > len(jax.devices()):
+        pytest.skip(f"needs more than {len(jax.devices())} devices")
+    losses, found = gradients([(*shape, "dots")], jnp.bfloat16, quantization=quantization)
+    expected_losses, expected = gradients([(1, 1, "full")], np.float32, quantization=quantization)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-2)
+    assert distance(found, expected) < error
+
+
+def test_fp8_products_are_the_librarys_both_ways():
+    from lobra_jax.models.quantized import frozen_product, quantized
+
+    if tuple(map(int, jax.devices()[0].compute_capability.split("."))) < (8, 9):
+        pytest.skip("needs an Ada, Hopper or newer GPU")
+    values, scale = quantized(jax.random.normal(jax.random.key(0), (512, 1024)), "fp8", 0)
+
+    def both(x, d_y, values, scale):
+        y, vjp = jax.vjp(lambda x: frozen_product(x, values, scale, "fp8", 0), x)
+        return y, vjp(d_y)[0]
+
+    x, d_y = jnp.ones((2, 256, 512), jnp.bfloat16), jnp.ones((2, 256, 1024), jnp.bfloat16)
+    assert jax.jit(both).lower(x, d_y, values, scale).compile().as_text().count("__cublas$lt$matmul$f8") >= 2
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 2)])

@@ -143,12 +143,14 @@ WIDE = dataclasses.replace(MODEL, hidden_size=256, intermediate_size=512, num_la
 DENSE_LAYER_BYTES = 4 * sum(fan_in * fan_out for fan_in, fan_out in WIDE.target_shapes.values())
 MEMORY_FIRST = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 """XLA's schedule for CPUs otherwise begins with all that needs parameters alone, to keep cores busy."""
+KEEPS_BARRIERS = (0, 11, 0)
+"""From here on XLA heeds optimisation barriers on CPUs too, which keep a forward's work from serving the backward."""
 
 
 def program_bytes(quantization):
-    """Residuals, and temporaries of forward and backward, of the first of two stages: two layers, one short row."""
+    """Residuals, and temporaries of forward, backward and the last stage's both, of two layers and one short row."""
     replica = make_replica((1, 2, "none"), quantization, model=WIDE, specs=[LoraSpec(rank=1, alpha=1.0)])
-    layout = replica.layouts[0]
+    layout, last = replica.layouts
     batch = layout.batch(1, 4)
     arguments = (layout.params, layout.adapters, layout.tasks)
     forward = jax.jit(layout.functions.forward).lower(*arguments, batch.tokens, batch)
@@ -156,7 +158,11 @@ def program_bytes(quantization):
     backward = jax.jit(layout.functions.backward).lower(
         layout.adapters, *arguments, batch, residuals, layout.hidden(1, 4)
     )
-    temporary = [program.compile().memory_analysis().temp_size_in_bytes for program in (forward, backward)]
+    programs = [forward, backward]
+    if jax.__version_info__ >= KEEPS_BARRIERS:
+        arguments = (last.adapters, last.params, last.adapters, last.tasks, last.hidden(1, 4), last.batch(1, 4))
+        programs.append(jax.jit(last.functions.fused).lower(*arguments))
+    temporary = [program.compile().memory_analysis().temp_size_in_bytes for program in programs]
     return [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(residuals)), *temporary]
 
 
