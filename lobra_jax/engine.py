@@ -36,6 +36,7 @@ from lobra_jax.peft_folder import TaskAdapter
 from lobra_jax.reduce import AdapterState, GradientSum
 from lobra_jax.replica import Issued, Replica, ReplicaRun, Shape
 from lobra_jax.schedule import Action, dependency
+from planner.errors import UserError
 from planner.lattice import shapes as lattice_shapes
 from planner.plan import Plan
 
@@ -215,20 +216,19 @@ class Engine:
         self.pause()
 
     def issue(self, batches: ReplicaBatches, hyper: HyperInputs) -> IssuedStep:
-        """Hands one step to the devices, all replicas interleaved, while the one before it may still run.
+        """Hands one step to the devices, all replicas interleaved, while the update of the one before it may still run.
 
-        Before the update is issued the step before must be done: were it to fail, its state is what is gone back to,
-        and one more state would have to be held otherwise. The devices have this step's micro-batches meanwhile.
+        The micro-batches of the step before must be done: until then the state before it is held, in case there was no
+        room for them, and there is no room for two states beside this step's micro-batches.
 
         Raises:
           OutOfMemoryError: nothing of this step has happened; or of the one before, which `finish` then says again.
         """
         issued_at = time.perf_counter()
-        runs = self._issue_micro_batches(batches)
-        settling = time.perf_counter()
         if self._unsettled is not None:
-            self._settle(self._unsettled)
-        settle_s = time.perf_counter() - settling
+            self._await_micro_batches(self._unsettled)
+        settle_s = time.perf_counter() - issued_at
+        runs = self._issue_micro_batches(batches)
         before = self.state
         with blaming():
             state, norms = self.gradient_sum.step(before, [run.gradients for run in runs], hyper)
@@ -269,25 +269,36 @@ class Engine:
             raise OutOfMemoryError(_failures(runs) or error.failures) from error
         return runs
 
+    def _await_micro_batches(self, step: IssuedStep) -> None:
+        """Waits until a step's micro-batches are done, after which the state before it is not needed any more."""
+        errors = [end.exception() for ends in step.ends for end in ends]
+        if any(error is not None for error in errors):
+            self._settle(step)
+        self._before = None
+
     def _settle(self, step: IssuedStep) -> None:
         """Waits for a step's new adapters, which need all of it; if a device had no room, goes back to before it.
 
         Raises:
           OutOfMemoryError: the engine is as it was before the step was issued.
+          UserError: there was room for the micro-batches but not for the update, found when the next had been issued.
         """
-        error = step.adapters_ready.exception()
-        is_last = step is self._unsettled
-        before = self._before
+        error, is_last, before = step.adapters_ready.exception(), step is self._unsettled, self._before
         if is_last:
             self._unsettled = self._before = None
         if error is None:
             return
         if not is_out_of_memory(error):
             raise error
-        if is_last:
-            assert before is not None, "set with the unsettled step"
+        if is_last and before is not None:
             self.set_state(before)
             self.pause()
+        elif is_last or self._unsettled is not None:
+            raise UserError(
+                "out of device memory at the update of adapters",
+                key="tasks",
+                expected="fewer tasks or lower ranks at a time; --resume goes on from the last checkpoint",
+            ) from error
         raise OutOfMemoryError(_failures(step.runs)) from error
 
     def finish(self, step: IssuedStep) -> StepResult:

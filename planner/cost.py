@@ -159,6 +159,14 @@ class CostTable:
     def max_capacity_tokens(self) -> int:
         return max(cost.capacity_tokens for cost in self.configs)
 
+    @property
+    def estimate_note(self) -> str | None:
+        """One line for who uses a table that was estimated; None for a measured one."""
+        if "estimated" not in self.provenance:
+            return None
+        device = self.provenance["estimated"]["device"]
+        return f"costs are estimated for {device}, not measured: times and capacities may be off"
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "version": COST_TABLE_VERSION,

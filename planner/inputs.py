@@ -83,7 +83,10 @@ def read_costs(inputs: Inputs, plan: Path | None = None) -> CostTable:
     }
     if _chosen("--costs", inputs.costs, lobra):
         return read_cost_table(inputs.lobra_time, inputs.lobra_memory, num_layers=inputs.num_layers, model=inputs.model)
-    return CostTable.load(inputs.costs or _found(plan, "costs"))
+    costs = CostTable.load(inputs.costs or _found(plan, "costs"))
+    if costs.estimate_note is not None:
+        click.echo(costs.estimate_note)
+    return costs
 
 
 def read_lengths(inputs: Inputs, plan: Path | None = None) -> tuple[Workload, tuple[Reached, ...]]:

@@ -14,6 +14,7 @@ import click
 from lobra_jax import __version__
 from lobra_jax.commands.options import config_options
 from planner.errors import UserError
+from profiling.device_specs import SPECS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +29,10 @@ DEFAULT_REPEATS = 3
 MAX_COMPILE_THREADS = 8
 
 
-@click.command(epilog="\b\nExample:\n  lobra profile --config run.yaml --out costs.json")
+@click.command(
+    epilog="\b\nExample:\n  lobra profile --config run.yaml --out costs.json\n"
+    "  lobra profile --config run.yaml --estimate h200 --devices 4 --out costs.json"
+)
 @config_options
 @click.option("--out", metavar="FILE", type=click.Path(path_type=Path), required=True, help="The costs.json to write.")
 @click.option("--configs", metavar="TPxPP,...", help="Measure only these, such as 1x1,2x1; by default all.")
@@ -37,12 +41,19 @@ MAX_COMPILE_THREADS = 8
 @click.option("--repeats", type=click.IntRange(min=1), default=DEFAULT_REPEATS, show_default=True, help="Readings.")
 @click.option("--num-tasks", type=click.IntRange(min=1), help="Adapters stacked; by default the config's tasks.")
 @click.option("--rank", type=click.IntRange(min=1), help="Padded rank; by default the largest of the config's tasks.")
+@click.option("--estimate", metavar="DEVICE", help=f"Estimate for devices that are not here: {', '.join(SPECS)}.")
+@click.option(
+    "--devices", type=click.IntRange(min=1), help="With --estimate: how many; by default devices.num_devices."
+)
 def profile(config_path: Path, overrides: tuple[str, ...], out: Path, **options: Any) -> None:
     """Measure parallel configs on these devices into a cost table.
 
     Which configs: every (tp, pp, remat) that divides the model and fits the devices, within planner.max_tp, max_pp and
     remats. With training.batching: packed or auto, packed micro-batches too. An interrupted run goes on where it
     stopped when it is started again.
+
+    With --estimate nothing is measured, allocated or run: times come from published numbers of the device and from the
+    work counted in traced programs, padded ones only. `lobra bench estimate` tells how far off such a table is.
     """
     from rich.console import Console
 
@@ -52,6 +63,14 @@ def profile(config_path: Path, overrides: tuple[str, ...], out: Path, **options:
     if not out.parent.is_dir():
         raise UserError("no such folder", key="--out", value=str(out), expected="a file in an existing folder")
     config = load_config(config_path, overrides, check_files=options["lengths"] is None)
+    estimate, devices = options.pop("estimate"), options.pop("devices")
+    if estimate is not None:
+        from profiling.estimate_table import run_estimate
+
+        run_estimate(config, out, Console(), device=estimate, num_devices=devices, **options)
+        return
+    if devices is not None:
+        raise UserError("only with --estimate", key="--devices", value=devices, expected="devices.num_devices")
     configure(config.devices, cache_dir=config.data.cache_dir)
     run_profile(config, out, Console(), **options)
 
@@ -73,9 +92,9 @@ def run_profile(
     from profiling.table import load_partial, measure_all, partial_path
 
     started = time.perf_counter()
-    setup = _setup(config, lengths, max_tokens, repeats, num_tasks, rank)
-    wanted = _configs(config, setup, configs)
-    header = _header(setup, _configs(config, setup, None))
+    setup = make_setup(config, lengths, max_tokens, repeats, num_tasks, rank)
+    wanted = wanted_configs(config, setup, configs)
+    header = make_header(setup, wanted_configs(config, setup, None))
     partial = partial_path(out)
     progress, differing = load_partial(partial, header)
     if differing:
@@ -83,7 +102,7 @@ def run_profile(
     known = [c for c in wanted if c in progress]
     if known:
         console.print(f"{len(known)} of {len(wanted)} configs were measured before")
-    with _progress_bar(console, len(wanted), len(known)) as advance:
+    with progress_bar(console, len(wanted), len(known)) as advance:
         progress = measure_all(
             wanted,
             lambda c: _measured(setup, c),
@@ -102,7 +121,7 @@ def run_profile(
     table = header.table(costs, overhead_s)
     table.save(out)
     partial.unlink(missing_ok=True)
-    _print_summary(console, table, dropped, out, time.perf_counter() - started)
+    print_summary(console, table, dropped, out, time.perf_counter() - started)
     return table
 
 
@@ -116,7 +135,7 @@ def _measured(setup: Setup, config: ParallelConfig) -> ConfigCost:
     return dataclasses.replace(cost, packed=measure_packed(setup, config, cost.capacity_tokens))
 
 
-def _setup(
+def make_setup(
     config: RunConfig,
     lengths: str | None,
     max_tokens: int | None,
@@ -162,7 +181,7 @@ def _setup(
     )
 
 
-def _configs(config: RunConfig, setup: Setup, names: str | None) -> tuple[ParallelConfig, ...]:
+def wanted_configs(config: RunConfig, setup: Setup, names: str | None) -> tuple[ParallelConfig, ...]:
     from profiling.grid import parallel_configs, parse_configs
 
     configs = parallel_configs(
@@ -175,7 +194,7 @@ def _configs(config: RunConfig, setup: Setup, names: str | None) -> tuple[Parall
     return configs if names is None else parse_configs(names, configs)
 
 
-def _header(setup: Setup, configs: Sequence[ParallelConfig]) -> Header:
+def make_header(setup: Setup, configs: Sequence[ParallelConfig]) -> Header:
     import jax
 
     from profiling.table import Header
@@ -221,7 +240,7 @@ def _header(setup: Setup, configs: Sequence[ParallelConfig]) -> Header:
 
 
 @contextlib.contextmanager
-def _progress_bar(
+def progress_bar(
     console: Console, total: int, done: int
 ) -> Iterator[Callable[[ParallelConfig, ConfigCost | str], None]]:
     """Call what it yields with each config's outcome: it moves the bar and prints why a config is left out."""
@@ -245,7 +264,7 @@ def _progress_bar(
         yield advance
 
 
-def _print_summary(
+def print_summary(
     console: Console, table: CostTable, dropped: Mapping[ParallelConfig, str], out: Path, total_s: float
 ) -> None:
     from rich.table import Table

@@ -254,7 +254,7 @@ def measure_config(setup: Setup, config: ParallelConfig) -> ConfigCost:
     )
 
 
-def _leaf_bytes(leaves: Any) -> int:
+def leaf_bytes(leaves: Any) -> int:
     """Bytes on one device of abstract arrays with shardings."""
     return sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(leaves)
@@ -263,7 +263,7 @@ def _leaf_bytes(leaves: Any) -> int:
 
 def fixed_bytes(replica: Replica) -> int:
     """Weights, adapters and gradient sums on the fullest device."""
-    return max(_leaf_bytes(layout.params) + 2 * _leaf_bytes(layout.adapters) for layout in replica.layouts)
+    return max(leaf_bytes(layout.params) + 2 * leaf_bytes(layout.adapters) for layout in replica.layouts)
 
 
 def reserve_bytes(setup: Setup, replica: Replica) -> int:
@@ -274,7 +274,7 @@ def reserve_bytes(setup: Setup, replica: Replica) -> int:
     new adapters travel while programs run, as much as the fullest stage's.
     """
     kept = _kept_bytes(setup, replica)
-    stage_bytes = max(_leaf_bytes(layout.adapters) for layout in replica.layouts)
+    stage_bytes = max(leaf_bytes(layout.adapters) for layout in replica.layouts)
     return kept - stage_bytes if len(setup.devices) == 1 else kept + 2 * stage_bytes
 
 

@@ -140,6 +140,8 @@ def _costs(
         measured = out / COSTS_FILE
         path = measured if measured.is_file() else _measure(config, config_path, out)
     costs = CostTable.load(path)
+    if costs.estimate_note is not None:
+        click.echo(costs.estimate_note)
     _check_measured(costs, config, path)
     if costs.model_fingerprint != model.fingerprint:
         raise UserError(

@@ -7,6 +7,10 @@ import click
 from lobra_jax.cli import CommandEntry, LazyGroup
 
 BENCHES = {
+    "estimate": CommandEntry(
+        target="profiling.bench.estimate:main",
+        help="Compare an estimated cost table with a measured one.",
+    ),
     "step": CommandEntry(
         target="profiling.bench.step:main",
         help="Time a joint step beside the matmul ceiling and the frozen base alone.",

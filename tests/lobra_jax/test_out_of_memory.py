@@ -157,6 +157,20 @@ def test_a_sum_without_room_is_nobodys_fault(ready, monkeypatch):
         assert_same(engine.state, states[0])
 
 
+def test_an_update_found_to_have_failed_under_a_further_step_ends_the_run(ready, monkeypatch):
+    """The state before it has made room by then."""
+    engine, start, steps, _ = ready
+    engine.set_state(start)
+    with monkeypatch.context() as patch:
+        patch.setattr(reduce, "_update", Once(reduce._update, later))
+        first = engine.issue(*steps[0])
+    second = engine.issue(*steps[1])
+    with pytest.raises(UserError, match="out of device memory at the update of adapters"):
+        engine.finish(first)
+    with pytest.raises(OutOfMemoryError):
+        engine.finish(second)
+
+
 def test_other_errors_are_not_taken_for_it(ready, monkeypatch):
     engine, start, steps, _ = ready
     engine.set_state(start)
