@@ -284,7 +284,7 @@ REPLICA = {"count": 1, "tp": 1, "pp": 1, "remat": "none", "capacity_tokens": 128
         ({"buckets": [16]}, "has a sequence longer than any replica of the plan takes"),
         ({"replicas": [{**REPLICA, "tp": 4}]}, "the cost table lacks a config of the plan"),
         ({"model": "other"}, "plan of another model"),
-        ({"replicas": [{**REPLICA, "remat": "some"}]}, "expected one of none, dots, full"),
+        ({"replicas": [{**REPLICA, "remat": "some"}]}, "expected one of none, dots, attention, full"),
         ({"replicas": [{**REPLICA, "speed": 1}]}, "unknown key 'speed'"),
     ],
 )
