@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -133,10 +133,10 @@ class Bench:
             else None,
         )
         for replica in self.replicas:
-            if source is None and self.setup.cores is None and self.setup.quantization == "none":
-                replica.params = random_params(replica)
+            if source is None:
+                make_up_weights(replica, self.setup)
             else:
-                replica.load(source or filler)
+                replica.load(source)
             self._adapters.append([jax.tree.map(filler.like, layout.adapters) for layout in replica.layouts])
             self._tasks.append(replica.place_tasks(tasks))
 
@@ -175,6 +175,14 @@ class Bench:
         return runs, time.perf_counter() - start
 
 
+def make_up_weights(replica: Replica, setup: Setup) -> None:
+    """Gives a replica weights of no meaning: made on its own accelerators unless they are to be quantised."""
+    if setup.cores is None and setup.quantization == "none":
+        replica.params = random_params(replica)
+    else:
+        replica.load(Filler(setup.model))
+
+
 def make_replica(
     setup: Setup, config: ParallelConfig, index: int, devices: Sequence[Any], *, packed: bool = False
 ) -> Replica:
@@ -207,10 +215,24 @@ def made_up_batch(setup: Setup, shape: Shape) -> MicroBatchArrays:
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Searched:
+    """A config whose capacity was found: `bench` has the programs, `sizes` the bytes of each shape to be timed."""
+
+    bench: Bench
+    config: ParallelConfig
+    capacity_tokens: int
+    sizes: Mapping[Shape, int]
+
+
 def measure_config(setup: Setup, config: ParallelConfig) -> ConfigCost:
     """Capacity, times and fit of one config, padded. Raises `DoesNotFitError` if it holds no micro-batch at all."""
-    share = setup.share(config)
-    bench = Bench(setup, config, copies=share.copies)
+    return time_config(setup, search_capacity(setup, config))
+
+
+def search_capacity(setup: Setup, config: ParallelConfig) -> Searched:
+    """Compiles what there is to time; places no weights. Raises `DoesNotFitError`."""
+    bench = Bench(setup, config, copies=setup.share(config).copies)
     replica = bench.replicas[0]
     reserve = reserve_bytes(setup, replica)
     if update_bytes(setup, replica) > setup.limit_bytes:
@@ -227,6 +249,13 @@ def measure_config(setup: Setup, config: ParallelConfig) -> ConfigCost:
         for shape, size in capacity.bytes.items()
         if size <= setup.limit_bytes - reserve and shape[0] * shape[1] <= capacity.tokens
     }
+    return Searched(bench=bench, config=config, capacity_tokens=capacity.tokens, sizes=sizes)
+
+
+def time_config(setup: Setup, searched: Searched) -> ConfigCost:
+    """Times and fit of a config; nothing else may run or compile meanwhile."""
+    bench, config, sizes = searched.bench, searched.config, searched.sizes
+    share = setup.share(config)
     bench.compile(list(sizes), copies=share.copies)
     bench.place()
     times = {
@@ -234,7 +263,7 @@ def measure_config(setup: Setup, config: ParallelConfig) -> ConfigCost:
         for shape in sorted(sizes, key=lambda shape: shape[0] * shape[1])
     }
     seconds, fixed = slots(times, pp=config.pp)
-    held_out = held_out_shape(setup.lengths, capacity.tokens, sizes)
+    held_out = held_out_shape(setup.lengths, searched.capacity_tokens, sizes)
     points = [
         CostPoint(
             rows=shape[0],
@@ -250,7 +279,7 @@ def measure_config(setup: Setup, config: ParallelConfig) -> ConfigCost:
     coefficients, error = fit_coefficients(points)
     return ConfigCost(
         config=config,
-        capacity_tokens=capacity.tokens,
+        capacity_tokens=searched.capacity_tokens,
         coefficients=coefficients,
         fixed_s=fixed * share.factor,
         points=tuple(points),

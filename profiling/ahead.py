@@ -1,0 +1,42 @@
+"""Capacity searches of several parallel configs at a time, done before the first of them is timed.
+
+A search compiles a few programs, looks at their bytes and compiles the next: alone it leaves most of a host's cores idle.
+Timing wants the host and the devices for itself, so searches and timing take turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Generic, TypeVar
+
+from planner.plan import ParallelConfig
+
+Found = TypeVar("Found")
+
+
+class Searches(Generic[Found]):
+    """What `search` finds of each config, each taken once.
+
+    Args:
+      search: of one config; runs in threads.
+      configs: all that may be taken. Those of one (tp, pp) are searched together when the first of them is wanted.
+      at_once: searches at a time; at least one runs.
+    """
+
+    def __init__(
+        self, search: Callable[[ParallelConfig], Found], configs: Sequence[ParallelConfig], *, at_once: int
+    ) -> None:
+        self._search = search
+        self._configs = tuple(configs)
+        self._at_once = max(at_once, 1)
+        self._found: dict[ParallelConfig, Future[Found]] = {}
+
+    def take(self, config: ParallelConfig) -> Found:
+        """What was found of `config`, which is then forgotten here; raises what its search raised."""
+        if config not in self._found:
+            like = [c for c in self._configs if (c.tp, c.pp) == (config.tp, config.pp)]
+            with ThreadPoolExecutor(self._at_once, thread_name_prefix="search") as executor:
+                self._found = {c: executor.submit(self._search, c) for c in like}
+                wait(self._found.values())
+        return self._found.pop(config).result()
