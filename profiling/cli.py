@@ -275,7 +275,7 @@ def print_summary(
     from rich.table import Table
 
     view = Table(title=f"{table.model} on {table.hardware['num_devices']} x {table.hardware['device_kind']}")
-    view.add_column("config")
+    view.add_column("config", no_wrap=True, min_width=max(len(str(cost.config)) for cost in table.configs))
     for name in ("capacity, tokens", "tokens/s", "fixed, ms", "shapes", "error, mean", "error, max"):
         view.add_column(name, justify="right")
     for cost in table.configs:
