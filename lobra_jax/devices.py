@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +114,12 @@ def memory_limit(config: DevicesConfig, device: Any) -> int:
             expected=f"at most {offered} (XLA_PYTHON_CLIENT_MEM_FRACTION of its memory), or null for all of that",
         )
     return config.memory_bytes
+
+
+def peak_bytes(devices: Sequence[Any]) -> int | None:
+    """Of the fullest device since the process began; None where devices do not tell."""
+    stats = [device.memory_stats() or {} for device in devices]
+    return max((s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s), default=None)
 
 
 def host_cores() -> int:

@@ -43,6 +43,9 @@ from planner.plan import Plan
 ReplicaBatches = Sequence[Sequence[MicroBatchArrays]]
 """[replica][micro-batch], each replica's most expensive first."""
 
+MIN_STEP_S = 1e-6
+"""A step takes some time, whatever the host noted."""
+
 NOTHING_GIVEN: Mapping[int, TaskAdapter] = types.MappingProxyType({})
 
 
@@ -318,7 +321,8 @@ class Engine:
         for run in step.runs:
             for micro_batch_losses in run.losses:
                 losses += np.asarray(micro_batch_losses, np.float64)
-        ready = max(start, step.adapters_ready.result())
+        # A busy host may note the end of the step before this one later than that of this one.
+        ready = max(start + MIN_STEP_S, step.adapters_ready.result())
         actions = tuple(
             action_times(run.issued, [end.result() for end in ends], replica.parallel.pp, start, ready)
             for replica, run, ends in zip(self.replicas, step.runs, step.ends, strict=True)

@@ -175,7 +175,7 @@ def simulated(system: System, workload: Workload, costs: CostTable, num_devices:
 
     rows = []
     for own in workloads(system, workload):
-        plan = plan_part(system, own, costs, LOBRA_REMAT, build).plan
+        plan = plan_part(system, own, costs, LOBRA_REMAT, build)
         name = system.name if system.is_joint else own.tasks[0].name
         rows.append(judged(name, plan, own, costs, num_devices, settings))
     if system.is_joint:

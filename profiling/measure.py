@@ -134,7 +134,7 @@ class Bench:
         )
         for replica in self.replicas:
             if source is None:
-                make_up_weights(replica, self.setup)
+                make_up_weights(replica, on_host=self.setup.cores is not None)
             else:
                 replica.load(source)
             self._adapters.append([jax.tree.map(filler.like, layout.adapters) for layout in replica.layouts])
@@ -175,12 +175,15 @@ class Bench:
         return runs, time.perf_counter() - start
 
 
-def make_up_weights(replica: Replica, setup: Setup) -> None:
-    """Gives a replica weights of no meaning: made on its own accelerators unless they are to be quantised."""
-    if setup.cores is None and setup.quantization == "none":
-        replica.params = random_params(replica)
+def make_up_weights(replica: Replica, *, on_host: bool) -> None:
+    """Gives a replica weights of no meaning, on its own devices unless they are to be quantised.
+
+    `on_host` repeats a few numbers instead, which is cheaper where devices are simulated.
+    """
+    if on_host or replica.quantization != "none":
+        replica.load(Filler(replica.model))
     else:
-        replica.load(Filler(setup.model))
+        replica.params = random_params(replica)
 
 
 def make_replica(

@@ -48,14 +48,6 @@ class System:
     chooses_remat: bool = False
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
-    """What a system runs at a time: some of the tasks on a plan."""
-
-    workload: Workload
-    plan: Plan
-
-
 SEQUENTIAL = System(name="Task-Sequential", planner=HOMOGENEOUS, is_joint=False)
 SYSTEMS = {
     "task-sequential": SEQUENTIAL,
@@ -72,7 +64,7 @@ def workloads(system: System, workload: Workload) -> tuple[Workload, ...]:
     return (workload,) if system.is_joint else tuple(Workload(tasks=(task,)) for task in workload.tasks)
 
 
-def plan_part(system: System, part: Workload, costs: CostTable, remat: str, build: BuildProblem) -> Part:
+def plan_part(system: System, part: Workload, costs: CostTable, remat: str, build: BuildProblem) -> Plan:
     """Plans one of `workloads`; `remat` is that of systems which do not choose it.
 
     Raises:
@@ -80,4 +72,4 @@ def plan_part(system: System, part: Workload, costs: CostTable, remat: str, buil
     """
     constraints = Constraints() if system.chooses_remat else Constraints(remats=(remat,))
     solve = task_fused.solve if system.planner == HOMOGENEOUS else solver(system.planner)
-    return Part(workload=part, plan=solve(build(part, costs, constraints)))
+    return solve(build(part, costs, constraints))

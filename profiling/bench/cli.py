@@ -19,6 +19,10 @@ BENCHES = {
         target="profiling.bench.peers:main",
         help="Time the same step with transformers and PEFT, and with Liger's kernels.",
     ),
+    "experiment": CommandEntry(
+        target="profiling.bench.experiment:main",
+        help="Train the same batches as each compared system would; GPU-seconds.",
+    ),
     "packing": CommandEntry(
         target="profiling.bench.packing:main",
         help="Run the same steps with padded and with packed rows.",

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lobra_jax.devices import peak_bytes
 from lobra_jax.engine import Engine, StepResult
 from lobra_jax.lora import Adapters, task_inputs
 from lobra_jax.lora_spec import LoraSpec
@@ -204,9 +205,9 @@ class Bench:
     def _row(
         self, case: Case, engine: Engine, predicted: int, compile_s: float, base_s: float | None
     ) -> dict[str, Any]:
-        before = _peak_bytes(self._devices)
+        before = peak_bytes(self._devices)
         results, issue_s = self._run(case, engine)
-        after = _peak_bytes(self._devices)
+        after = peak_bytes(self._devices)
         step_s = statistics.median(result.total_s for result in results)
         flops = floor_flops(case.model, case.rows, case.length) * case.micro_batches * case.replicas / case.num_devices
         rate = self._rates[case.rows * case.length]
@@ -350,9 +351,3 @@ def _shardings(tree: Any) -> Any:
 def _rounded(params: Any, dtype: Any) -> Any:
     """As if stored in `dtype`."""
     return {name: x.astype(dtype).astype(x.dtype) for name, x in params.items()}
-
-
-def _peak_bytes(devices: Sequence[Any]) -> int | None:
-    """Of the fullest device since the process began; None where devices do not tell."""
-    stats = [device.memory_stats() or {} for device in devices]
-    return max((s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s), default=None)

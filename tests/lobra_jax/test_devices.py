@@ -58,7 +58,6 @@ def test_the_first_devices_are_used_and_there_must_be_enough():
 def test_memory_limit_is_the_configs_else_the_devices():
     class Device:
         platform = "gpu"
-        device_kind = "H200"
 
         def __init__(self, stats):
             self.stats = stats
