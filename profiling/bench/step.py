@@ -17,7 +17,7 @@ import click
 from lobra_jax.devices import set_accelerator_flags
 from planner.errors import UserError
 from planner.plan import REMATS
-from profiling.bench.options import command_line, parse_shapes
+from profiling.bench.options import command_line, parse_preset, parse_shapes
 from profiling.bench.provenance import provenance
 
 if TYPE_CHECKING:
@@ -77,17 +77,12 @@ def main(out: Path | None, **options: Any) -> None:
 
 def _cases(options: dict[str, Any]) -> list[Case]:
     """Every combination asked for."""
-    from lobra_jax.config.fields import did_you_mean, one_of
-    from lobra_jax.models.config import PRESETS, TARGETS
+    from lobra_jax.config.fields import one_of
+    from lobra_jax.models.config import TARGETS
     from planner.plan import ParallelConfig
     from profiling.bench.step_case import Case
 
-    preset = options["preset"]
-    if preset not in PRESETS:
-        raise UserError(
-            f"unknown preset{did_you_mean(preset, PRESETS)}", key="--model", value=preset, expected=one_of(PRESETS)
-        )
-    model = PRESETS[preset]
+    model = parse_preset("--model", options["preset"])
     if options["layers"] is not None:
         model = dataclasses.replace(model, num_layers=options["layers"])
     targets = tuple(options["targets"].split(",")) if options["targets"] else TARGETS

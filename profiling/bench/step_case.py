@@ -17,13 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lobra_jax.data.batches import MicroBatchArrays
 from lobra_jax.devices import peak_bytes
 from lobra_jax.engine import Engine, StepResult
 from lobra_jax.lora import Adapters, task_inputs
 from lobra_jax.lora_spec import LoraSpec
 from lobra_jax.loss import weighted_row_losses
 from lobra_jax.models.config import LlamaConfig
-from lobra_jax.optim import TaskOptimizer, step_inputs
+from lobra_jax.optim import HyperInputs, TaskOptimizer, step_inputs
 from lobra_jax.replica import Replica, ReplicaRun, memory_bytes
 from lobra_jax.stage import BatchInputs
 from planner.errors import UserError
@@ -150,7 +151,7 @@ class Bench:
         self._devices = present[: first.num_devices]
         self.devices = f"{len(self._devices)} x {present[0].device_kind}"
         self._steps, self._trace = steps, trace
-        self.check = check(first, self._devices)
+        (self.check,) = check([first], self._devices)
         self._engines = [(case, case.engine(self._devices)) for case in cases]
         self._bases: dict[tuple[ParallelConfig, int, int], jax.stages.Compiled] = {}
         self._compile_s = self._compile()
@@ -186,11 +187,7 @@ class Bench:
         """The cases' results, the smallest first: a peak is known where it is above those before."""
         entries = []
         for (case, engine), compile_s in zip(self._engines, self._compile_s, strict=True):
-            shape = (case.rows, case.length)
-            setup, replica = case.setup(self._devices), engine.replicas[0]
-            predicted = memory_bytes(replica, shape) + reserve_bytes(setup, replica)
-            predicted = max(predicted, update_bytes(setup, replica))
-            entries.append((predicted, case, engine, compile_s))
+            entries.append((predicted_bytes(case, engine, self._devices), case, engine, compile_s))
         self._engines.clear()
         entries.sort(key=lambda entry: entry[0])
         while entries:
@@ -206,7 +203,7 @@ class Bench:
         self, case: Case, engine: Engine, predicted: int, compile_s: float, base_s: float | None
     ) -> dict[str, Any]:
         before = peak_bytes(self._devices)
-        results, issue_s = self._run(case, engine)
+        results, issue_s = run_case(case, engine, self._params, steps=self._steps, trace=self._trace)
         after = peak_bytes(self._devices)
         step_s = statistics.median(result.total_s for result in results)
         flops = floor_flops(case.model, case.rows, case.length) * case.micro_batches * case.replicas / case.num_devices
@@ -243,46 +240,6 @@ class Bench:
             "loss": float(results[-1].losses[0]),
         }
 
-    def _run(self, case: Case, engine: Engine) -> tuple[list[StepResult], float]:
-        """(timed steps, median seconds to issue one with idle devices)."""
-        for replica, params in zip(engine.replicas, self._params, strict=True):
-            replica.params = params
-        engine.set_state(engine.gradient_sum.init(random_adapters(engine.replicas[0], case.specs)))
-        engine.warm_up()
-        batch = made_up_batch(case.setup(self._devices), (case.rows, case.length))
-        batches = [[batch] * case.micro_batches] * case.replicas
-        optimizer = TaskOptimizer(
-            learning_rates=np.full(1, LEARNING_RATE, np.float32),
-            weight_decay=0.0,
-            beta1=0.9,
-            beta2=0.999,
-            epsilon=1e-8,
-            clip_norm=1.0,
-        )
-        hyper = step_inputs([optimizer] * len(case.ranks), [0] * len(case.ranks))
-        issue_s = []
-        for _ in range(NUM_WARM_UPS):
-            start = time.perf_counter()
-            issued = engine.issue(batches, hyper)
-            issue_s.append(time.perf_counter() - start)
-            engine.finish(issued)
-        results = self._steps_of(engine, batches, hyper, self._steps)
-        if self._trace is not None:
-            with jax.profiler.trace(str(self._trace / str(case).replace(" ", "_").replace(",", ""))):
-                self._steps_of(engine, batches, hyper, TRACED_STEPS)
-        return results, issue_s[-1]
-
-    @staticmethod
-    def _steps_of(engine: Engine, batches: Any, hyper: Any, count: int) -> list[StepResult]:
-        """As a training loop runs them: a step is issued before the one before it is waited for."""
-        results, pending = [], engine.issue(batches, hyper)
-        for _ in range(count - 1):
-            following = engine.issue(batches, hyper)
-            results.append(engine.finish(pending))
-            pending = following
-        results.append(engine.finish(pending))
-        return results
-
     def _base_s(self, case: Case, replica: Replica) -> float:
         """Seconds of a micro-batch of the frozen base alone."""
         batch = replica.place_batch(made_up_batch(case.setup(self._devices), (case.rows, case.length)))[0]
@@ -293,6 +250,65 @@ class Bench:
             jax.block_until_ready(run(self._params[0][0], batch))
             times.append(time.perf_counter() - start)
         return statistics.median(times[NUM_WARM_UPS:])
+
+
+def run_case(
+    case: Case, engine: Engine, params: Sequence[Any], *, steps: int, trace: Path | None = None
+) -> tuple[list[StepResult], float]:
+    """Places `params`, by replica, and random adapters; warms up and times.
+
+    Returns:
+      (timed steps, seconds to issue one with idle devices).
+    """
+    for replica, own in zip(engine.replicas, params, strict=True):
+        replica.params = own
+    engine.set_state(engine.gradient_sum.init(random_adapters(engine.replicas[0], case.specs)))
+    engine.warm_up()
+    batches, hyper = case_inputs(case)
+    issue_s = []
+    for _ in range(NUM_WARM_UPS):
+        start = time.perf_counter()
+        issued = engine.issue(batches, hyper)
+        issue_s.append(time.perf_counter() - start)
+        engine.finish(issued)
+    results = _steps_of(engine, batches, hyper, steps)
+    if trace is not None:
+        with jax.profiler.trace(str(trace / str(case).replace(" ", "_").replace(",", ""))):
+            _steps_of(engine, batches, hyper, TRACED_STEPS)
+    return results, issue_s[-1]
+
+
+def case_inputs(case: Case, micro_batches: int | None = None) -> tuple[list[list[MicroBatchArrays]], HyperInputs]:
+    """What `Engine.issue` takes for a step of the case, or of another number of its micro-batches."""
+    batch = made_up_batch(case.setup(()), (case.rows, case.length))
+    optimizer = TaskOptimizer(
+        learning_rates=np.full(1, LEARNING_RATE, np.float32),
+        weight_decay=0.0,
+        beta1=0.9,
+        beta2=0.999,
+        epsilon=1e-8,
+        clip_norm=1.0,
+    )
+    hyper = step_inputs([optimizer] * len(case.ranks), [0] * len(case.ranks))
+    return [[batch] * (micro_batches or case.micro_batches)] * case.replicas, hyper
+
+
+def _steps_of(engine: Engine, batches: Any, hyper: Any, count: int) -> list[StepResult]:
+    """As a training loop runs them: a step is issued before the one before it is waited for."""
+    results, pending = [], engine.issue(batches, hyper)
+    for _ in range(count - 1):
+        following = engine.issue(batches, hyper)
+        results.append(engine.finish(pending))
+        pending = following
+    results.append(engine.finish(pending))
+    return results
+
+
+def predicted_bytes(case: Case, engine: Engine, devices: Sequence[Any]) -> int:
+    """Bytes on the fullest device by the compiled programs' analysis; `devices` are those of the run."""
+    setup, replica = case.setup(devices), engine.replicas[0]
+    peak = memory_bytes(replica, (case.rows, case.length)) + reserve_bytes(setup, replica)
+    return max(peak, update_bytes(setup, replica))
 
 
 def _base_loss_and_gradient(replica: Replica, params: Any, batch: BatchInputs) -> tuple[Any, Any]:
@@ -308,17 +324,28 @@ def _base_loss_and_gradient(replica: Replica, params: Any, batch: BatchInputs) -
     return jax.value_and_grad(loss)(params["layers.0.attn_norm"])
 
 
-def check(case: Case, devices: Sequence[Any]) -> Check:
-    """A small step of the case's kind on its devices, against float32 on the first of them."""
-    model = dataclasses.replace(case.model, num_layers=max(CHECK_LAYERS, case.config.pp))
-    small = dataclasses.replace(
-        case, model=model, rows=CHECK_SHAPE[0], length=CHECK_SHAPE[1], dropout=0.0, replicas=1, micro_batches=1
-    )
-    exact = dataclasses.replace(small, dtype="float32", config=ParallelConfig(tp=1, pp=1, remat="none"))
-    losses, gradients = zip(*(_one_step(c, devices) for c in (exact, small)), strict=True)
-    reference, found = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for g in gradients)
+def check(cases: Sequence[Case], devices: Sequence[Any]) -> list[Check]:
+    """A small step of each case's kind on its devices, against one in float32 on the first of them.
+
+    The cases are of one model, rank and dtype; the model's layers are as few as the most stages allow.
+    """
+    first = cases[0]
+    num_layers = max(CHECK_LAYERS, *(case.config.pp for case in cases))
+    model = dataclasses.replace(first.model, num_layers=num_layers)
+    rows, length = CHECK_SHAPE
+    small = [
+        dataclasses.replace(c, model=model, rows=rows, length=length, dropout=0.0, replicas=1, micro_batches=1)
+        for c in cases
+    ]
+    exact = dataclasses.replace(small[0], dtype="float32", config=ParallelConfig(tp=1, pp=1, remat="none"))
+    losses, reference = _one_step(exact, devices)
+    return [_compared(losses, reference, *_one_step(case, devices)) for case in small]
+
+
+def _compared(expected_losses: np.ndarray, expected: Adapters, losses: np.ndarray, gradients: Adapters) -> Check:
+    reference, found = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for g in (expected, gradients))
     return Check(
-        loss_error=float(np.abs(losses[1] - losses[0]).sum() / np.abs(losses[0]).sum()),
+        loss_error=float(np.abs(losses - expected_losses).sum() / np.abs(expected_losses).sum()),
         gradient_error=float(np.linalg.norm(found - reference) / np.linalg.norm(reference)),
     )
 
