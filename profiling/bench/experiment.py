@@ -20,6 +20,7 @@ import click
 from lobra_jax.commands.options import config_options
 from planner.errors import UserError
 from planner.plan import REMATS
+from profiling.bench.options import command_line, parse_names
 from profiling.systems import SYSTEMS, System, plan_part, workloads
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def main(
     from lobra_jax.config import load_config
     from lobra_jax.devices import configure
 
-    chosen = _systems(systems)
+    chosen = list(dict.fromkeys(parse_names("--systems", systems, list(SYSTEMS))))
     if not out.parent.is_dir():
         raise UserError("no such folder", key="--out", value=str(out), expected="a folder in an existing one")
     config = _config(load_config(config_path, overrides), options["batch_scale"], options["steps"])
@@ -75,7 +76,6 @@ def main(
     scene = _scene(config, costs)
 
     from profiling.bench.experiment_record import Results, print_table, set_up
-    from profiling.bench.options import command_line
 
     command = command_line(
         "lobra bench experiment",
@@ -93,17 +93,6 @@ def main(
 def _numbered(name: str, values: tuple[str, ...]) -> dict[str, str | None]:
     """Repeated values of one option, for a command line."""
     return {name: f" --{name} ".join(values) if values else None}
-
-
-def _systems(text: str) -> list[str]:
-    from lobra_jax.config.fields import did_you_mean, one_of
-
-    names = text.split(",")
-    for name in names:
-        if name not in SYSTEMS:
-            problem = f"unknown system{did_you_mean(name, SYSTEMS)}"
-            raise UserError(problem, key="--systems", value=name, expected=one_of(SYSTEMS))
-    return list(dict.fromkeys(names))
 
 
 def _config(config: RunConfig, batch_scale: float, steps: int) -> RunConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lobra_jax.config.fields import did_you_mean, one_of
@@ -26,6 +26,15 @@ def parse_preset(key: str, name: str) -> LlamaConfig:
     if name not in PRESETS:
         raise UserError(f"unknown preset{did_you_mean(name, PRESETS)}", key=key, value=name, expected=one_of(PRESETS))
     return PRESETS[name]
+
+
+def parse_names(key: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """The names in a comma list; UserError names one that is not `known`."""
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in known:
+            raise UserError(f"unknown name{did_you_mean(name, known)}", key=key, value=name, expected=one_of(known))
+    return names
 
 
 def command_line(command: str, options: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ import click
 from lobra_jax.devices import set_accelerator_flags
 from planner.errors import UserError
 from planner.plan import REMATS
-from profiling.bench.options import command_line, parse_preset, parse_shapes
+from profiling.bench.options import command_line, parse_names, parse_preset, parse_shapes
 from profiling.bench.provenance import provenance
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ FEW_READINGS = 3
 @click.option("--remat", type=click.Choice(REMATS), default="dots", show_default=True)
 @click.option("--tasks", type=click.IntRange(min=1), default=6, show_default=True, help="Adapters.")
 @click.option("--rank", type=click.IntRange(min=1), default=16, show_default=True, help="Of the adapters.")
+@click.option("--targets", help="Adapted linears, of q,k,v,o,gate,up,down; by default all.")
 @click.option("--devices", type=click.IntRange(min=1), help="Use only so many.")
 @click.option("--steps", type=click.IntRange(min=3), default=5, show_default=True, help="Timed steps of each.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the result as JSON.")
@@ -95,6 +96,7 @@ def _cases(options: dict[str, Any], model: LlamaConfig, shape: tuple[int, int], 
     from profiling.bench.step_case import Case
     from profiling.grid import parallel_configs
 
+    targets = parse_names("--targets", options["targets"] or ",".join(TARGETS), TARGETS)
     return [
         Case(
             model=model,
@@ -105,7 +107,7 @@ def _cases(options: dict[str, Any], model: LlamaConfig, shape: tuple[int, int], 
             length=shape[1],
             micro_batches=options["micro_batches"],
             ranks=(options["rank"],) * options["tasks"],
-            targets=TARGETS,
+            targets=targets,
             dropout=0.0,
         )
         for config in parallel_configs(model, num_devices=num_devices, remats=(options["remat"],))

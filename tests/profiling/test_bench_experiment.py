@@ -187,7 +187,7 @@ def test_mistakes_are_one_line(finished, folder, tmp_path):
     out, costs = finished[0], tmp_path / "costs.json"
     table(folder, memory_bytes=2**23).save(costs)
     for arguments, words in [
-        ((out, "--systems", "lobrra"), ["--systems", "unknown system, did you mean 'lobra'?"]),
+        ((out, "--systems", "lobrra"), ["--systems", "unknown name, did you mean 'lobra'?"]),
         ((out, "--remat", "full"), ["experiment.json", "remat", "results of another set-up"]),
         ((out, "--set", "training.seed=1"), ["experiment.json", "seed", "another --out"]),
         ((out, "--set", "training.batching=packed"), ["training.batching", "padded"]),

@@ -14,7 +14,7 @@ from lobra_jax.replica import Replica
 from planner.plan import ParallelConfig
 from profiling.made_up import random_adapters, random_params
 
-SMALL = "--model tiny --layers 2 --dtype float32 --tasks 2 --rank 2 --steps 3".split()
+SMALL = "--model tiny --layers 2 --dtype float32 --tasks 2 --rank 2 --targets q,down --steps 3".split()
 
 
 def submeshes(*arguments):
@@ -23,7 +23,7 @@ def submeshes(*arguments):
 
 def test_every_cut_of_two_devices_is_timed_and_checked(tmp_path):
     out = tmp_path / "submeshes.json"
-    result = submeshes("--devices", 2, "--shape", "2x16", "--micro-batches", 3, "--out", out)
+    result = submeshes("--devices", 2, "--shape", "2x16", "--micro-batches", 3, "--remat", "none", "--out", out)
     assert result.exit_code == 0, result.output
     record = json.loads(out.read_text(encoding="utf-8"))
     assert record["devices"] == "2 x cpu" and record["commit"] and record["versions"]["jax"]
@@ -39,7 +39,7 @@ def test_every_cut_of_two_devices_is_timed_and_checked(tmp_path):
         assert row["bubble_share"] == pytest.approx((pp - 1) / (3 + pp - 1))
         assert len(row["stage_idle_share"]) == pp and all(-1e-9 <= idle <= 1 for idle in row["stage_idle_share"])
         assert row["predicted_step_s"] > 0 and 0 <= row["sum_update_share"] < 1
-        assert f"(tp{tp},pp{pp},dots): step" in result.output
+        assert f"(tp{tp},pp{pp},none): step" in result.output
 
 
 def test_random_weights_do_not_depend_on_the_cut():
@@ -68,6 +68,7 @@ def test_random_weights_do_not_depend_on_the_cut():
     ("arguments", "says"),
     [
         (("--shape", "2x16,4x16"), "--shape: more than one (got '2x16,4x16'); expected one ROWSxLENGTH"),
+        (("--targets", "q,upp"), "--targets: unknown name, did you mean 'up'? (got 'upp'); expected one of q, k, v"),
         (("--devices", 99), "--devices: more than there are (got 99); expected at most 8"),
         (("--model", "tinny"), "--model: unknown preset, did you mean 'tiny'?"),
         (("--out", "gone/s.json"), "--out: no such folder"),
