@@ -23,6 +23,7 @@ from lobra_jax.lora_spec import LoraSpec
 from lobra_jax.loss import weighted_row_losses
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.optim import TaskOptimizer, step_inputs
+from lobra_jax.out_of_memory import OutOfMemoryError
 from lobra_jax.replica import Replica, ReplicaRun, memory_bytes
 from lobra_jax.stage import BatchInputs
 from planner.errors import UserError
@@ -205,26 +206,16 @@ class Bench:
         self, case: Case, engine: Engine, predicted: int, compile_s: float, base_s: float | None
     ) -> dict[str, Any]:
         before = _peak_bytes(self._devices)
-        results, issue_s = self._run(case, engine)
+        try:
+            results, issue_s = self._run(case, engine)
+        except OutOfMemoryError as error:
+            return {**self._described(case), "predicted_bytes": predicted, "out_of_memory": str(error)}
         after = _peak_bytes(self._devices)
         step_s = statistics.median(result.total_s for result in results)
         flops = floor_flops(case.model, case.rows, case.length) * case.micro_batches * case.replicas / case.num_devices
         rate = self._rates[case.rows * case.length]
         return {
-            "case": str(case),
-            "model": case.model.name,
-            "num_layers": case.model.num_layers,
-            "dtype": case.dtype,
-            "tp": case.config.tp,
-            "pp": case.config.pp,
-            "remat": case.config.remat,
-            "replicas": case.replicas,
-            "rows": case.rows,
-            "length": case.length,
-            "micro_batches": case.micro_batches,
-            "ranks": list(case.ranks),
-            "targets": list(case.targets),
-            "dropout": case.dropout,
+            **self._described(case),
             "step_s": step_s,
             "all_step_s": [result.total_s for result in results],
             "execute_s": statistics.median(result.execute_s for result in results),
@@ -240,6 +231,25 @@ class Bench:
             "compile_s": compile_s,
             "issue_s_per_micro_batch": issue_s / (case.micro_batches * case.replicas),
             "loss": float(results[-1].losses[0]),
+        }
+
+    @staticmethod
+    def _described(case: Case) -> dict[str, Any]:
+        return {
+            "case": str(case),
+            "model": case.model.name,
+            "num_layers": case.model.num_layers,
+            "dtype": case.dtype,
+            "tp": case.config.tp,
+            "pp": case.config.pp,
+            "remat": case.config.remat,
+            "replicas": case.replicas,
+            "rows": case.rows,
+            "length": case.length,
+            "micro_batches": case.micro_batches,
+            "ranks": list(case.ranks),
+            "targets": list(case.targets),
+            "dropout": case.dropout,
         }
 
     def _run(self, case: Case, engine: Engine) -> tuple[list[StepResult], float]:

@@ -63,7 +63,7 @@ def world(tmp_path_factory):
         "devices": {"simulated": 8},
         "planner": {"costs": "costs.json"},
         "training": {"checkpoint_interval": 2, "eval_batch_size": 8},
-        # Epsilons well above rounding noise: Adam moves an element whose gradient is noise by noise / (noise + epsilon).
+        # Epsilons above rounding noise: Adam moves an element whose gradient is noise by noise / (noise + epsilon).
         "tasks": [
             {"name": "short", "files": ["short.jsonl"], "batch_size": 5, "steps": STEPS, "rank": 2, "alpha": 4,
              "lr": 3e-3, "dropout": 0.1, "eval_fraction": 0.2, "eval_interval": 4, "epsilon": 1e-5},
