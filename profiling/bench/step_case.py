@@ -25,6 +25,7 @@ from lobra_jax.lora_spec import LoraSpec
 from lobra_jax.loss import weighted_row_losses
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.optim import HyperInputs, TaskOptimizer, step_inputs
+from lobra_jax.out_of_memory import OutOfMemoryError
 from lobra_jax.replica import Replica, ReplicaRun, memory_bytes
 from lobra_jax.stage import BatchInputs
 from planner.errors import UserError
@@ -81,6 +82,26 @@ class Case:
     def tokens(self) -> int:
         """Of a step."""
         return self.replicas * self.micro_batches * self.rows * self.length
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What a row of results says of it."""
+        return {
+            "case": str(self),
+            "model": self.model.name,
+            "num_layers": self.model.num_layers,
+            "dtype": self.dtype,
+            "tp": self.config.tp,
+            "pp": self.config.pp,
+            "remat": self.config.remat,
+            "replicas": self.replicas,
+            "rows": self.rows,
+            "length": self.length,
+            "micro_batches": self.micro_batches,
+            "ranks": list(self.ranks),
+            "targets": list(self.targets),
+            "dropout": self.dropout,
+        }
 
     @property
     def plan(self) -> Plan:
@@ -203,26 +224,16 @@ class Bench:
         self, case: Case, engine: Engine, predicted: int, compile_s: float, base_s: float | None
     ) -> dict[str, Any]:
         before = peak_bytes(self._devices)
-        results, issue_s = run_case(case, engine, self._params, steps=self._steps, trace=self._trace)
+        try:
+            results, issue_s = run_case(case, engine, self._params, steps=self._steps, trace=self._trace)
+        except OutOfMemoryError as error:
+            return {**case.described, "predicted_bytes": predicted, "out_of_memory": str(error)}
         after = peak_bytes(self._devices)
         step_s = statistics.median(result.total_s for result in results)
         flops = floor_flops(case.model, case.rows, case.length) * case.micro_batches * case.replicas / case.num_devices
         rate = self._rates[case.rows * case.length]
         return {
-            "case": str(case),
-            "model": case.model.name,
-            "num_layers": case.model.num_layers,
-            "dtype": case.dtype,
-            "tp": case.config.tp,
-            "pp": case.config.pp,
-            "remat": case.config.remat,
-            "replicas": case.replicas,
-            "rows": case.rows,
-            "length": case.length,
-            "micro_batches": case.micro_batches,
-            "ranks": list(case.ranks),
-            "targets": list(case.targets),
-            "dropout": case.dropout,
+            **case.described,
             "step_s": step_s,
             "all_step_s": [result.total_s for result in results],
             "execute_s": statistics.median(result.execute_s for result in results),

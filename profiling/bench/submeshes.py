@@ -34,7 +34,7 @@ from profiling.bench.provenance import provenance
 if TYPE_CHECKING:
     from lobra_jax.engine import Engine, StepResult
     from lobra_jax.models.config import LlamaConfig
-    from profiling.bench.step_case import Case, Check
+    from profiling.bench.step_case import Case
 
 GIB = 2**30
 FEW_READINGS = 3
@@ -127,7 +127,7 @@ def _rows(cases: Sequence[Case], devices: Sequence[Any], steps: int) -> Iterator
             one_device = row.get("tokens_per_s_per_device")
         del engine
         gc.collect()
-        yield {**_what(case, found, compile_s), **row}
+        yield {**case.described, **dataclasses.asdict(found), "passed": found.passed, "compile_s": compile_s, **row}
 
 
 def _compiled(cases: Sequence[Case], devices: Sequence[Any]) -> list[tuple[Engine, float]]:
@@ -141,26 +141,6 @@ def _compiled(cases: Sequence[Case], devices: Sequence[Any]) -> list[tuple[Engin
 
     with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="case") as executor:
         return list(executor.map(compile_one, cases))
-
-
-def _what(case: Case, check: Check, compile_s: float) -> dict[str, Any]:
-    return {
-        "model": case.model.name,
-        "num_layers": case.model.num_layers,
-        "dtype": case.dtype,
-        "tp": case.config.tp,
-        "pp": case.config.pp,
-        "remat": case.config.remat,
-        "rows": case.rows,
-        "length": case.length,
-        "micro_batches": case.micro_batches,
-        "num_tasks": len(case.ranks),
-        "rank": max(case.ranks),
-        "loss_error": check.loss_error,
-        "gradient_error": check.gradient_error,
-        "passed": check.passed,
-        "compile_s": compile_s,
-    }
 
 
 def _row(case: Case, engine: Engine, devices: Sequence[Any], steps: int, one_device: float | None) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def test_step_reports_every_case(tmp_path):
         (("--model", "tinny"), "--model: unknown preset, did you mean 'tiny'?"),
         (("--model", "tiny", "--shapes", "8x"), "--shapes: not a shape (got '8x'); expected ROWSxLENGTH"),
         (("--model", "tiny", "--ranks", "0"), "--ranks: not a list of numbers (got '0')"),
-        (("--model", "tiny", "--remats", "dot"), "--remats: unknown name (got 'dot'); expected one of none, dots"),
+        (("--model", "tiny", "--remats", "dot"), "--remats: unknown name, did you mean 'dots'? (got 'dot'); expected one of none, dots"),
         (("--model", "tiny", "--tp", "4", "--pp", "4"), "more devices than there are (got 16)"),
         (("--model", "tiny", "--out", "gone/step.json"), "--out: no such folder"),
     ],
