@@ -327,18 +327,13 @@ class Engine:
           OutOfMemoryError: a device had no room for it; the engine is as it was before it.
         """
         self._settle(step)
-        start, host_wait_s = step.issued_at, 0.0
-        if self._previous_ready is not None:
-            before = self._previous_ready.result()
-            host_wait_s = max(0.0, step.issued_at - before)
-            start = max(step.issued_at, before)
+        before = None if self._previous_ready is None else self._previous_ready.result()
         self._previous_ready = step.adapters_ready
+        start, host_wait_s, ready = step_window(step.issued_at, before, step.adapters_ready.result())
         losses = np.zeros(len(self.specs), np.float64)
         for run in step.runs:
             for micro_batch_losses in run.losses:
                 losses += np.asarray(micro_batch_losses, np.float64)
-        # A busy host may note the end of the step before this one later than that of this one.
-        ready = max(start + MIN_STEP_S, step.adapters_ready.result())
         actions = tuple(
             action_times(run.issued, [end.result() for end in ends], replica.parallel.pp, start, ready)
             for replica, run, ends in zip(self.replicas, step.runs, step.ends, strict=True)
@@ -415,6 +410,17 @@ def _await_each(done: list[Array]) -> list[float]:
 def _await_all(tree: Any) -> float:
     jax.block_until_ready(tree)
     return time.perf_counter()
+
+
+def step_window(issued_at: float, before: float | None, ready: float) -> tuple[float, float, float]:
+    """(start, seconds that the devices waited for the host until then, end) of a step.
+
+    `before` is when the step before it was seen to be over, if this one follows at once, and `ready` when this one was.
+    A busy host may have seen the former later than the latter.
+    """
+    start = issued_at if before is None else max(issued_at, before)
+    waited_s = 0.0 if before is None else max(0.0, issued_at - before)
+    return start, waited_s, max(start + MIN_STEP_S, ready)
 
 
 def action_times(

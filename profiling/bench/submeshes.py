@@ -198,13 +198,13 @@ def _predicted_s(case: Case, engine: Engine) -> float:
 
 
 def _stage_idle_share(results: Sequence[StepResult], num_stages: int) -> list[float]:
-    """By stage, medians over steps: the part of the step's micro-batches in which it had none to work on."""
-
-    def idle(result: StepResult, stage: int) -> float:
-        busy = sum(a.end_s - a.start_s for a in itertools.chain(*result.actions) if a.action.stage == stage)
-        return 1 - busy / result.execute_s
-
-    return [statistics.median(idle(result, stage) for result in results) for stage in range(num_stages)]
+    """By stage, over all steps: the part of the micro-batches' time in which it had none to work on."""
+    execute_s = sum(result.execute_s for result in results)
+    busy_s = [0.0] * num_stages
+    for item in itertools.chain(*(own for result in results for own in result.actions)):
+        busy_s[item.action.stage] += item.end_s - item.start_s
+    # A host too busy to see any end before the step's leaves no time at all to share out.
+    return [1 - busy / execute_s if execute_s > 0 else 0.0 for busy in busy_s]
 
 
 def _line(row: dict[str, Any]) -> str:
