@@ -20,7 +20,7 @@ class Searches(Generic[Found]):
 
     Args:
       search: of one config; runs in threads.
-      configs: all that may be taken. Those of one (tp, pp) are searched together when the first of them is wanted.
+      configs: all that may be taken, in the order in which they will be.
       at_once: searches at a time; at least one runs.
     """
 
@@ -33,10 +33,14 @@ class Searches(Generic[Found]):
         self._found: dict[ParallelConfig, Future[Found]] = {}
 
     def take(self, config: ParallelConfig) -> Found:
-        """What was found of `config`, which is then forgotten here; raises what its search raised."""
+        """What was found of `config`, which is then forgotten here; raises what its search raised.
+
+        Where it is not known yet, the configs that come after it are searched beside it.
+        """
         if config not in self._found:
-            like = [c for c in self._configs if (c.tp, c.pp) == (config.tp, config.pp)]
+            first = self._configs.index(config)
             with ThreadPoolExecutor(self._at_once, thread_name_prefix="search") as executor:
-                self._found = {c: executor.submit(self._search, c) for c in like}
+                following = self._configs[first : first + self._at_once]
+                self._found = {c: executor.submit(self._search, c) for c in following}
                 wait(self._found.values())
         return self._found.pop(config).result()

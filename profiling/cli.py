@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from profiling.table import Header
 
 DEFAULT_REPEATS = 3
-MAX_COMPILE_THREADS = 32
+MAX_COMPILE_THREADS = 64
 PROGRAMS_OF_SEARCH = 3
 """That the search for one config's capacity compiles at a time, at the most."""
 

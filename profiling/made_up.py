@@ -32,6 +32,11 @@ def random_params(replica: Replica) -> list[dict[str, Any]]:
     return [{name: make(name, spec) for name, spec in layout.params.items()} for layout in replica.layouts]
 
 
+def random_like(tree: Any) -> Any:
+    """Normal numbers for every abstract array of a tree, made where its sharding says."""
+    return jax.tree.map(lambda leaf: _normal(leaf.size, leaf.shape, leaf.dtype, WEIGHT_STD, leaf.sharding), tree)
+
+
 def random_adapters(replica: Replica, specs: Sequence[LoraSpec]) -> Adapters:
     """Both factors random on the first device, what is padding of a rank zero."""
     everywhere = jax.sharding.SingleDeviceSharding(replica.submesh.devices[0])

@@ -6,6 +6,7 @@ Values do not matter to time, so weights, adapters and tokens are cheap made-up 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from planner.cost import ConfigCost, CostPoint
 from planner.fit import MIN_POINTS_TO_HOLD_OUT, fit_coefficients, hold_out
 from planner.plan import ParallelConfig
 from profiling.grid import HostShare, Shape, held_out_shape, host_share
-from profiling.made_up import random_params
+from profiling.made_up import random_like, random_params
 from profiling.memory import DoesNotFitError, find_capacity
 from profiling.timing import slots, time_steps
 
@@ -124,7 +125,7 @@ class Bench:
     def place(self, source: WeightSource | None = None) -> None:
         """Puts weights (made-up ones without a source) and adapters onto the devices; needed before `step_s`, not for
         compiling."""
-        filler = Filler(self.setup.model)
+        on_host = self.setup.cores is not None
         tasks = TaskInputs(
             scales=np.ones(self.setup.num_tasks, np.float32),
             dropout_rates=np.full(self.setup.num_tasks, 0.1 if self.setup.dropout else 0.0, np.float32),
@@ -134,10 +135,12 @@ class Bench:
         )
         for replica in self.replicas:
             if source is None:
-                make_up_weights(replica, on_host=self.setup.cores is not None)
+                make_up_weights(replica, on_host=on_host)
             else:
                 replica.load(source)
-            self._adapters.append([jax.tree.map(filler.like, layout.adapters) for layout in replica.layouts])
+            filler = Filler(self.setup.model)
+            like = functools.partial(jax.tree.map, filler.like) if on_host else random_like
+            self._adapters.append([like(layout.adapters) for layout in replica.layouts])
             self._tasks.append(replica.place_tasks(tasks))
 
     def compile(self, shapes: Sequence[Shape], *, copies: int) -> None:

@@ -54,6 +54,10 @@ def set_up(scene: Scene, *, remat: str) -> dict[str, Any]:
         "remat": remat,
         "padded_lengths": {"buckets": str(config.planner.buckets), "num_buckets": config.planner.num_buckets},
         "row_options": config.planner.row_options,
+        "costs_of": {
+            "device_kind": scene.costs.hardware.get("device_kind"),
+            "command": scene.costs.provenance.get("command"),
+        },
         "costs_sha256": hashlib.sha256(costs.encode()).hexdigest(),
     }
 
