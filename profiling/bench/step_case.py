@@ -349,8 +349,13 @@ def check(cases: Sequence[Case], devices: Sequence[Any]) -> list[Check]:
         for c in cases
     ]
     exact = dataclasses.replace(small[0], dtype="float32", config=ParallelConfig(tp=1, pp=1, remat="none"))
-    losses, reference = _one_step(exact, devices)
-    return [_compared(losses, reference, *_one_step(case, devices)) for case in small]
+    with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="check") as executor:
+        compiled = list(executor.map(lambda case: _compiled(case, devices), (exact, *small)))
+    losses, reference = _one_step(exact, compiled[0])
+    return [
+        _compared(losses, reference, *_one_step(case, replica))
+        for case, replica in zip(small, compiled[1:], strict=True)
+    ]
 
 
 def _compared(expected_losses: np.ndarray, expected: Adapters, losses: np.ndarray, gradients: Adapters) -> Check:
@@ -361,14 +366,18 @@ def _compared(expected_losses: np.ndarray, expected: Adapters, losses: np.ndarra
     )
 
 
-def _one_step(case: Case, devices: Sequence[Any]) -> tuple[np.ndarray, Adapters]:
-    """(losses [T], gradients as NumPy) of one micro-batch."""
+def _compiled(case: Case, devices: Sequence[Any]) -> Replica:
     exact = case.dtype == "float32"
     with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
         replica = case.engine(devices[: case.num_devices]).replicas[0]
         for compile_one in replica.compilations([(case.rows, case.length)]):
             compile_one()
-    batch = made_up_batch(case.setup(devices), (case.rows, case.length))
+    return replica
+
+
+def _one_step(case: Case, replica: Replica) -> tuple[np.ndarray, Adapters]:
+    """(losses [T], gradients as NumPy) of one micro-batch."""
+    batch = made_up_batch(case.setup(()), (case.rows, case.length))
     replica.params = [_rounded(stage, jnp.bfloat16) for stage in random_params(replica)]
     adapters = random_adapters(replica, case.specs)
     placed = [
@@ -379,7 +388,9 @@ def _one_step(case: Case, devices: Sequence[Any]) -> tuple[np.ndarray, Adapters]
     for _ in replica.issue(run, [batch], placed, replica.place_tasks(task_inputs(case.specs))):
         pass
     gradients = {layer: pairs for stage in run.gradients for layer, pairs in stage.items()}
-    return np.asarray(run.losses[0]), jax.tree.map(np.asarray, gradients)
+    found = np.asarray(run.losses[0]), jax.tree.map(np.asarray, gradients)
+    replica.params = []
+    return found
 
 
 def _shardings(tree: Any) -> Any:
