@@ -11,7 +11,7 @@ import click
 
 from lobra_jax.commands.options import config_options
 from planner.errors import UserError
-from planner.inputs import beside
+from planner.inputs import beside, found_beside
 
 if TYPE_CHECKING:
     from lobra_jax.config import RunConfig
@@ -57,6 +57,8 @@ def train(
     if tasks is not None:
         config = select_tasks(config, [name.strip() for name in tasks.split(",") if name.strip()])
     _check_out(out, resume)
+    if plan_path is not None:
+        _check_plan(plan_path, config)
     model = model_config(config)
     data = load_tasks(config)
     costs = _costs(config, model, config_path, out, plan_path, resume)
@@ -125,10 +127,31 @@ def _check_out(out: Path, resume: bool) -> None:
         raise UserError("already exists", file=out, key="--out", expected="a new or empty directory, or --resume")
 
 
+def _check_plan(path: Path, config: RunConfig) -> None:
+    """What can be said of a plan before a cost table is at hand: it can be read, and asks for no more devices than the
+    config says there are."""
+    from planner.lobra_files import is_strategy_file
+    from planner.plan import Plan
+
+    if is_strategy_file(path):
+        return
+    present = config.devices.num_devices or config.devices.simulated
+    needed = Plan.load(path).used_devices
+    if present is not None and needed > present:
+        raise UserError(
+            "the plan needs more devices than there are",
+            file=path,
+            key="replicas",
+            value=needed,
+            expected=f"at most {present}, as the config's devices say",
+        )
+
+
 def _costs(
     config: RunConfig, model: LlamaConfig, config_path: Path, out: Path, plan_path: Path | None, resume: bool
 ) -> CostTable:
-    """The run's own table when resuming, else the one beside the plan, else `planner.costs`, else measured now."""
+    """The run's own table when resuming, else the one that `lobra plan` left with the plan, else `planner.costs`, else
+    that of the run directory in which the plan lies, else measured now."""
     from planner.cost import CostTable
 
     path = config.planner.costs
@@ -136,6 +159,8 @@ def _costs(
         path = out / COSTS_FILE
     elif plan_path is not None and beside(plan_path, "costs").is_file():
         path = beside(plan_path, "costs")
+    elif plan_path is not None and path is None:
+        path = found_beside(plan_path, "costs")
     if path is None:
         measured = out / COSTS_FILE
         path = measured if measured.is_file() else _measure(config, config_path, out)

@@ -298,6 +298,20 @@ def test_a_plan_that_cannot_run_is_one_line_and_leaves_nothing(world, tmp_path, 
     assert not out.exists()
 
 
+def test_a_plan_is_looked_at_before_anything_is_measured(world, tmp_path):
+    """Without a cost table, and with that of another run beside the plan."""
+    plan = write_plan(world, tmp_path, num_devices=99, replicas=[{**REPLICA, "count": 9}])
+    settings = ("--set", "planner.costs=null", "--out", tmp_path / "run")
+    for path, complaint in ((plan, "the plan needs more devices"), (tmp_path / "gone.yaml", "gone.yaml: cannot read")):
+        result = lobra("train", "--config", world / "config.yaml", "--plan", path, *settings)
+        assert result.exit_code == 2 and result.output.startswith(f"error: {path}"), result.output
+        assert complaint in result.output and not (tmp_path / "run").exists()
+    (tmp_path / "costs.json").write_text((world / "costs.json").read_text().replace('"base"', '"other"', 1))
+    plan = write_plan(world, tmp_path, model="else")
+    result = lobra("train", "--config", world / "config.yaml", "--plan", plan, *settings)
+    assert result.exit_code == 2 and "plan of another model (got 'else'); expected other" in result.output
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
