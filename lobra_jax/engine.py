@@ -36,6 +36,7 @@ from lobra_jax.peft_folder import TaskAdapter
 from lobra_jax.reduce import AdapterState, GradientSum
 from lobra_jax.replica import Issued, Replica, ReplicaRun, Shape
 from lobra_jax.schedule import Action, dependency
+from lobra_jax.trace_steps import ISSUE_MARK, PAUSE_MARK, READY_MARK
 from planner.errors import UserError
 from planner.lattice import shapes as lattice_shapes
 from planner.plan import Plan
@@ -215,22 +216,28 @@ class Engine:
         self.finish(self.issue([()] * len(self.replicas), no_inputs(len(self.specs))))
         self.pause()
 
-    def issue(self, batches: ReplicaBatches, hyper: HyperInputs) -> IssuedStep:
+    def issue(self, batches: ReplicaBatches, hyper: HyperInputs, *, step: int = 0) -> IssuedStep:
         """Hands one step to the devices, all replicas interleaved, while the update of the one before it may still run.
 
         The micro-batches of the step before must be done: until then the state before it is held, in case there was no
         room for them, and there is no room for two states beside this step's micro-batches.
 
+        `step` is the number that a trace has of it.
+
         Raises:
           OutOfMemoryError: nothing of this step has happened; or of the one before, which `finish` then says again.
         """
+        with jax.profiler.StepTraceAnnotation(ISSUE_MARK, step_num=step):
+            return self._issue(batches, hyper, step)
+
+    def _issue(self, batches: ReplicaBatches, hyper: HyperInputs, step: int) -> IssuedStep:
         issued_at = time.perf_counter()
         if self._unsettled is not None:
             self._await_micro_batches(self._unsettled)
         settle_s = time.perf_counter() - issued_at
         runs = self._issue_micro_batches(batches)
         before = self.state
-        with blaming():
+        with blaming(), jax.profiler.TraceAnnotation("gradient sum and update"):
             state, norms = self.gradient_sum.step(before, [run.gradients for run in runs], hyper)
             self.set_state(state)
         for run in runs:
@@ -242,8 +249,8 @@ class Engine:
             )
             for replica, run in zip(self.replicas, runs, strict=True)
         )
-        ready = self._watchers.submit(_await_all, self._spread)
-        step = IssuedStep(
+        ready = self._watchers.submit(_await_all, self._spread, step)
+        issued = IssuedStep(
             issued_at=issued_at,
             settle_s=settle_s,
             runs=runs,
@@ -252,8 +259,8 @@ class Engine:
             ends=ends,
             adapters_ready=ready,
         )
-        self._unsettled, self._before = step, before
-        return step
+        self._unsettled, self._before = issued, before
+        return issued
 
     def _issue_micro_batches(self, batches: ReplicaBatches) -> tuple[ReplicaRun, ...]:
         runs = tuple(ReplicaRun(gradients=replica.zero_gradients()) for replica in self.replicas)
@@ -345,6 +352,8 @@ class Engine:
     def pause(self) -> None:
         """Says that the host now does something else (evaluation, a checkpoint): the gap belongs to no step."""
         self._previous_ready = None
+        with jax.profiler.TraceAnnotation(PAUSE_MARK):
+            pass
 
     def evaluate(self, batches: ReplicaBatches) -> np.ndarray:
         """float64 [T]: each task's weighted token losses over [replica][micro-batch], without dropout.
@@ -389,9 +398,10 @@ def _await_each(done: list[Array]) -> list[float]:
     return ends
 
 
-def _await_all(tree: Any) -> float:
+def _await_all(tree: Any, step: int) -> float:
     jax.block_until_ready(tree)
-    return time.perf_counter()
+    with jax.profiler.TraceAnnotation(READY_MARK, step_num=step):
+        return time.perf_counter()
 
 
 def action_times(
