@@ -56,4 +56,4 @@ def check_steps(steps: TracedSteps, *, done: int, num_steps: int) -> None:
     if earliest <= steps.first and steps.last <= num_steps:
         return
     expected = f"steps from {earliest}, as the first runs every program for the first time, to {num_steps}"
-    raise UserError("steps that cannot be traced", key="--trace", value=steps, expected=expected)
+    raise UserError("steps that cannot be traced", key="--trace", value=str(steps), expected=expected)

@@ -106,7 +106,8 @@ def find_trace(path: Path) -> Path:
     for file in path.rglob(f"*{XPLANE_ENDING}"):
         sessions.setdefault(file.parent, []).append(file)
     if not sessions:
-        raise UserError("no trace", file=path, expected=f"a folder with a file {SESSIONS}/*/*{XPLANE_ENDING}")
+        expected = f"a run of lobra train --trace, or a folder with {SESSIONS}/*/*{XPLANE_ENDING}"
+        raise UserError("no trace", file=path, expected=expected)
     files = max(sessions.items(), key=lambda item: item[0].name)[1]
     if len(files) > 1:
         names = ", ".join(sorted(file.name for file in files))

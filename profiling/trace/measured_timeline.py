@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from lobra_jax.program_names import Program, program_of
 from lobra_jax.schedule import BACKWARD, FORWARD, FUSED
 from lobra_jax.timeline import FORWARD_SHARE
 from profiling.trace.events import Event
-from profiling.trace.sweep import Window
+from profiling.trace.sweep import Window, union_ns
 
 NS = 1e-9
 
@@ -83,53 +84,70 @@ def _program(action: Sequence[Mapping[str, Any]]) -> Program:
     return Program(phase=phase, shape=(first["rows"], first["length"]))
 
 
+Run = tuple[Program | None, list[Event]]
+"""Work of one program in a row on a device: of one execution, or of several where they cannot be told apart."""
+
+
 def _executions(
     events: Sequence[Event], window: Window, expected: Sequence[Program]
 ) -> list[tuple[float, float]] | None:
     """(start, end) of each expected execution, in order; None if what ran cannot be split up like that.
 
-    On CPUs executions carry numbers. On GPUs kernels of one program that follow each other are cut into as many equal
-    parts as executions of it are expected in a row.
+    The host notes a step's end a little late, so that work of the next one lies in the window: the executions are those
+    of the expected programs in the expected order that cover most of it. On CPUs executions carry numbers. On GPUs
+    kernels of one program in a row are cut into as many equal parts as executions of it are expected in a row.
     """
-    work = [
-        (event, program)
-        for event in events
-        if event.module is not None and window.start_ns <= event.start_ns < window.end_ns
-        for program in [program_of(event.module)]
-        if program is not None and program.phase in (FORWARD, BACKWARD, FUSED)
+    if not expected:
+        return []
+    if any(event.run_id is not None for event in events):
+        runs, wanted = _numbered(events), [(program, 1) for program in expected]
+    else:
+        runs, wanted = _consecutive(events), _in_a_row(expected)
+    programs = [program for program, _ in wanted]
+    places = [
+        runs[start : start + len(wanted)]
+        for start in range(len(runs) - len(wanted) + 1)
+        if [program for program, _ in runs[start : start + len(wanted)]] == programs
     ]
-    if any(event.run_id is not None for event, _ in work):
-        by_run: dict[Any, list[tuple[Event, Program]]] = {}
-        for event, program in work:
-            by_run.setdefault((event.module, event.run_id), []).append((event, program))
-        groups = sorted(by_run.values(), key=lambda group: min(event.start_ns for event, _ in group))
-        return _spans(groups, expected)
-    groups, at = [], 0
-    for program, count in _in_a_row(expected):
-        end = at
-        while end < len(work) and work[end][1] == program:
-            end += 1
-        size, rest = divmod(end - at, count)
-        if size == 0 or rest:
+    best = max(places, key=lambda place: _covered_ns(place, window), default=[])
+    if _covered_ns(best, window) == 0:
+        return None
+    spans: list[tuple[float, float]] = []
+    for (_, own), (_, count) in zip(best, wanted, strict=True):
+        size, rest = divmod(len(own), count)
+        if rest:
             return None
-        groups += [work[start : start + size] for start in range(at, end, size)]
-        at = end
-    return _spans(groups, expected) if at == len(work) else None
+        spans += [_span(own[start : start + size]) for start in range(0, len(own), size)]
+    return spans
+
+
+def _numbered(events: Sequence[Event]) -> list[Run]:
+    runs: dict[tuple[str, int | None], list[Event]] = {}
+    for event in events:
+        if _working(event) is not None:
+            runs.setdefault((str(event.module), event.run_id), []).append(event)
+    return sorted(((_working(own[0]), own) for own in runs.values()), key=lambda run: _span(run[1]))
+
+
+def _consecutive(events: Sequence[Event]) -> list[Run]:
+    in_programs = (event for event in events if event.module is not None)
+    runs = [(program, list(own)) for program, own in itertools.groupby(in_programs, key=_working)]
+    return [run for run in runs if run[0] is not None]
+
+
+def _working(event: Event) -> Program | None:
+    """The program of a micro-batch's forward or backward that an event belongs to."""
+    program = None if event.module is None else program_of(event.module)
+    return program if program is not None and program.phase in (FORWARD, BACKWARD, FUSED) else None
 
 
 def _in_a_row(programs: Sequence[Program]) -> list[tuple[Program, int]]:
-    runs: list[tuple[Program, int]] = []
-    for program in programs:
-        if runs and runs[-1][0] == program:
-            runs[-1] = (program, runs[-1][1] + 1)
-        else:
-            runs.append((program, 1))
-    return runs
+    return [(program, len(list(same))) for program, same in itertools.groupby(programs)]
 
 
-def _spans(
-    groups: Sequence[Sequence[tuple[Event, Program]]], expected: Sequence[Program]
-) -> list[tuple[float, float]] | None:
-    if [group[0][1] for group in groups] != list(expected):
-        return None
-    return [(min(e.start_ns for e, _ in group), max(e.end_ns for e, _ in group)) for group in groups]
+def _span(events: Sequence[Event]) -> tuple[float, float]:
+    return min(event.start_ns for event in events), max(event.end_ns for event in events)
+
+
+def _covered_ns(runs: Sequence[Run], window: Window) -> float:
+    return union_ns([event for _, own in runs for event in own], window)

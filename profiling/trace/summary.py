@@ -7,6 +7,7 @@ and busy and idle to the whole; work that overlaps on a device counts once (`swe
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,9 @@ UNATTRIBUTED = "unattributed"
 _BACKWARD_PATH = "transpose("
 """What JAX puts into the path of a primitive that came out of differentiating."""
 
+_NUMBER = re.compile(r"([._]\d+)+$")
+"""What tells XLA's fusions of one kind apart, one or more for each layer."""
+
 NS = 1e-9
 DIGITS = 9
 """Seconds are written to the nanosecond."""
@@ -40,7 +44,7 @@ def summarise(path: Path, *, top: int) -> dict[str, Any]:
     """The summary of a run directory's trace, of a trace folder or of a trace file.
 
     Args:
-      top: how many kernels are named.
+      top: how many kinds of kernels are named, alike but for XLA's numbers.
 
     Raises:
       UserError: no trace, a damaged one, or one without a whole step.
@@ -93,7 +97,7 @@ class Summary:
             if not self.places or event.device in self.places:
                 by_device.setdefault(event.device, []).append(event)
         self.by_device = dict(sorted(by_device.items()))
-        self.kernels: dict[tuple[str, str], dict[str, Any]] = {}
+        self.kernels: dict[tuple[str, str, str], dict[str, Any]] = {}
         self.unattributed: dict[str, float] = defaultdict(float)
 
     def as_json(self, timelines: Mapping[int, Any], top: int) -> dict[str, Any]:
@@ -164,13 +168,12 @@ class Summary:
         return row, table
 
     def _count(self, event: Event, found: str, phase: str, own_s: float) -> None:
-        key = (event.name, found)
-        if key not in self.kernels:
-            self.kernels[key] = {"seconds": 0.0, "count": 0, "phases": defaultdict(float)}
-        kernel = self.kernels[key]
+        kernel = self.kernels.setdefault(
+            (_NUMBER.sub("", event.name), found, phase), {"seconds": 0.0, "count": 0, "names": set()}
+        )
         kernel["seconds"] += own_s
         kernel["count"] += 1
-        kernel["phases"][phase] += own_s
+        kernel["names"].add(event.name)
         if phase == UNATTRIBUTED:
             self.unattributed[event.name] += own_s
 
@@ -204,12 +207,13 @@ class Summary:
             {
                 "name": name,
                 "class": found,
-                "phase": max(kernel["phases"], key=kernel["phases"].get),
+                "phase": phase,
+                "names": len(kernel["names"]),
                 "count": kernel["count"],
                 "seconds": _round(kernel["seconds"]),
                 "share": _round(kernel["seconds"] / busy_s),
             }
-            for (name, found), kernel in ranked[:count]
+            for (name, found, phase), kernel in ranked[:count]
         ]
 
     def _hardware(self) -> str:

@@ -67,13 +67,14 @@ def _kernels(summary: Mapping[str, Any], num_steps: int) -> list[str]:
             kernel["name"] if len(kernel["name"]) <= MAX_NAME else kernel["name"][: MAX_NAME - 1] + "…",
             kernel["class"],
             kernel["phase"],
+            str(kernel["names"]),
             str(kernel["count"]),
             f"{kernel['seconds'] * MS / num_steps:.2f}",
             f"{kernel['share']:.1%}",
         ]
         for kernel in summary["top_kernels"]
     ]
-    return _table(["kernel", "class", "mostly in", "times", "ms a step", "of busy"], rows, num_names=3)
+    return _table(["kernel", "class", "phase", "kernels", "times", "ms a step", "of busy"], rows, num_names=3)
 
 
 def _left_over(summary: Mapping[str, Any]) -> Iterable[str]:
