@@ -1,7 +1,7 @@
 """An XLA profiler trace of some steps of a run, the marks by which `lobra trace` finds the steps in it, and beside it
 what a trace does not know: which devices are which replica's stage, and what the cost model predicted.
 
-Marks and annotations cost well under a microsecond while nothing is traced, so they are always made.
+Marks and annotations take a few microseconds each while nothing is traced, so they are always made.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 
+from lobra_jax.devices import host_cores
 from lobra_jax.replica import Replica
 from lobra_jax.trace_steps import TRACE_FOLDER, TRACED_RUN_FILE, TracedSteps
 
@@ -27,8 +28,9 @@ LIBRARIES = ("jax", "jaxlib")
 def describe(replicas: Sequence[Replica]) -> dict[str, Any]:
     """Hardware, versions, date, and for each replica the devices of its stages as a trace numbers them."""
     first = replicas[0].submesh.devices[0]
+    hardware = f"{sum(len(r.submesh.devices) for r in replicas)} x {first.device_kind}"
     return {
-        "hardware": f"{sum(len(r.submesh.devices) for r in replicas)} x {first.device_kind}",
+        "hardware": f"{hardware}, on {host_cores()} cores" if first.platform == "cpu" else hardware,
         "platform": first.platform,
         "versions": {name: metadata.version(name) for name in LIBRARIES},
         "date": datetime.date.today().isoformat(),

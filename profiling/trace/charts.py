@@ -39,6 +39,7 @@ COLOURS = {
 HEIGHT_AROUND, HEIGHT_A_BAR = 1.5, 0.34
 """Inches."""
 
+MIN_SHARE = 0.002
 MS = 1e3
 
 
@@ -70,18 +71,23 @@ def devices_figure(summary: Mapping[str, Any]) -> Figure:
 
 
 def phases_figure(summary: Mapping[str, Any]) -> Figure:
-    """A bar for each stage and phase: a step's milliseconds by class, means over the stage's devices."""
+    """A bar for each stage and phase: a step's milliseconds by class, means over the stage's devices.
+
+    Phases of less than `MIN_SHARE` of a step are left to the table.
+    """
     per_step = MS / len(summary["steps"])
     labels, rows = [], []
     for stage in summary["stages"]:
         for phase, own in stage["phases"].items():
+            if sum(own.values()) < MIN_SHARE * summary["window_s"] * stage["num_devices"]:
+                continue
             labels.append(f"{phase}{_place(stage)}")
             rows.append({name: seconds / stage["num_devices"] for name, seconds in own.items()})
     return _bars(labels, rows, per_step, None, "milliseconds of a step, on each of the stage's devices")
 
 
 def _bars(
-    labels: Sequence[str], rows: Sequence[Mapping[str, float]], per: float, idle: Sequence[float] | None, title: str
+    labels: Sequence[str], rows: Sequence[Mapping[str, float]], per: float, idle: Sequence[float] | None, unit: str
 ) -> Figure:
     fig = figure(HEIGHT_AROUND + HEIGHT_A_BAR * len(labels))
     axes: Axes = fig.add_subplot()
@@ -96,7 +102,7 @@ def _bars(
         axes.barh(places, idle, left=left, color=IDLE, edgecolor="#c3cad4", height=0.72, label="idle")
     axes.set_yticks(places, labels)
     axes.invert_yaxis()
-    axes.set_xlabel(title)
+    axes.set_xlabel(unit)
     plain(axes, grid="x")
     axes.tick_params(axis="y", length=0)
     fig.legend(loc="outside lower center", ncols=5, fontsize=9, frameon=False)

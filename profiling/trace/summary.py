@@ -94,11 +94,16 @@ class Summary:
         }
         by_device: dict[int, list[Event]] = {device: [] for device in self.places}
         for event in trace.events:
-            if not self.places or event.device in self.places:
-                by_device.setdefault(event.device, []).append(event)
-        self.by_device = dict(sorted(by_device.items()))
+            by_device.setdefault(event.device, []).append(event)
+        self.by_device = {
+            device: own for device, own in sorted(by_device.items()) if not self.places or device in self.places
+        }
         self.kernels: dict[tuple[str, str, str], dict[str, Any]] = {}
         self.unattributed: dict[str, float] = defaultdict(float)
+        for device in by_device.keys() - self.by_device.keys():
+            busy_ns = sum(union_ns(by_device[device], window) for window in windows)
+            if busy_ns > 0:
+                self.unattributed[f"device {device}, of no replica"] = busy_ns * NS
 
     def as_json(self, timelines: Mapping[int, Any], top: int) -> dict[str, Any]:
         devices, stages = [], {}
@@ -153,7 +158,7 @@ class Summary:
                 inside_ns = min(event.end_ns, window.end_ns) - max(event.start_ns, window.start_ns)
                 table[phase][found] += own_ns * NS
                 hidden[found] += (inside_ns - own_ns) * NS
-                self._count(event, found, phase, own_ns * NS)
+                self._count(event, found, phase, own_ns * NS, begins=event.start_ns >= window.start_ns)
         sums = {name: sum(own.get(name, 0.0) for own in table.values()) for name in CLASSES}
         row = {
             "device": device,
@@ -167,12 +172,12 @@ class Summary:
         }
         return row, table
 
-    def _count(self, event: Event, found: str, phase: str, own_s: float) -> None:
+    def _count(self, event: Event, found: str, phase: str, own_s: float, *, begins: bool) -> None:
         kernel = self.kernels.setdefault(
             (_NUMBER.sub("", event.name), found, phase), {"seconds": 0.0, "count": 0, "names": set()}
         )
         kernel["seconds"] += own_s
-        kernel["count"] += 1
+        kernel["count"] += begins
         kernel["names"].add(event.name)
         if phase == UNATTRIBUTED:
             self.unattributed[event.name] += own_s

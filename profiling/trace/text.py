@@ -81,7 +81,7 @@ def _left_over(summary: Mapping[str, Any]) -> Iterable[str]:
     left = summary["unattributed"]
     if left:
         named = ", ".join(f"{name} {seconds * MS:.2f} ms" for name, seconds in left.items())
-        yield f"\nunattributed, of no program: {named}"
+        yield f"\nunattributed: {named}"
     if summary["unread_lines"]:
         named = ", ".join(f"{name!r} ({count} events)" for name, count in summary["unread_lines"].items())
         yield f"\nlines without work, as far as is known: {named}"

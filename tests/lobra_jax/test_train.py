@@ -213,7 +213,6 @@ def test_traced_steps_are_there_even_if_the_run_was_killed(resumed):
     assert done.exit_code == 0, done.output
     first, second = (json.loads((out / name).read_text()) for name in ("killed.json", "trace.json"))
     assert [[step["step"] for step in summary["steps"]] for summary in (first, second)] == [[4, 5], [6]]
-    recorded = {r["step"]: r for r in read_metrics(out / "metrics.jsonl", "step")}
     for summary in (first, second):
         places = [(row["replica"], row["stage"]) for row in summary["devices"]]
         assert sorted(places) == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 0)]
@@ -226,9 +225,11 @@ def test_traced_steps_are_there_even_if_the_run_was_killed(resumed):
         assert {"fused", "gradient_sum", "update"} <= phases[0, 0]
         assert summary["classes"]["collective"] > 0 and summary["unattributed"] == {}
         assert [r["measured_by"] for r in summary["timeline"]["replicas"]] == ["devices"] * 3
-        last = summary["steps"][-1]
-        if last["step"] in recorded:
-            assert last["end_s"] - last["start_s"] == pytest.approx(recorded[last["step"]]["seconds"]["total"], rel=0.2)
+    (step,) = second["steps"]
+    (seconds,) = (r["seconds"] for r in read_metrics(out / "metrics.jsonl", "step") if r["step"] == 6)
+    # The host may have waited for the profiler to start, which the trace itself cannot know.
+    between = (seconds["total"] - seconds["host_wait"] - 0.05, seconds["total"] + 0.05)
+    assert between[0] <= step["end_s"] - step["start_s"] <= between[1]
 
 
 def test_starts_say_how_many_programs_came_from_the_cache(resumed):
