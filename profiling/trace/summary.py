@@ -58,7 +58,12 @@ def summarise(path: Path, *, top: int) -> dict[str, Any]:
         windows = tuple(window for window in windows if window.step in timelines)
     if not windows:
         raise UserError("no whole step in the trace", file=trace.file, expected="a run that went on to their end")
-    return Summary(trace, run, windows).as_json(timelines, top)
+    return {
+        "version": VERSION,
+        "what": "where the time of traced steps went on their devices, in seconds",
+        "command": f"lobra trace {path.name}",
+        **Summary(trace, run, windows).as_json(timelines, top),
+    }
 
 
 def _traced_run(folder: Path) -> dict[str, Any]:
@@ -116,7 +121,6 @@ class Summary:
         last = max(timelines, default=None)
         drawn = last if any(window.step == last for window in self.windows) else None
         return {
-            "version": VERSION,
             "hardware": self.run.get("hardware") or self._hardware(),
             "platform": self.trace.platform,
             "versions": self.run.get("versions") or self._versions(),

@@ -221,15 +221,14 @@ def test_traced_steps_are_there_even_if_the_run_was_killed(resumed):
             assert sum(row["classes"].values()) == pytest.approx(row["busy_s"], abs=1e-8)
             assert sum(row["phases"].values()) == pytest.approx(row["busy_s"], abs=1e-8)
         phases = {(s["replica"], s["stage"]): set(s["phases"]) for s in summary["stages"]}
-        assert {"forward", "backward", "update"} <= phases[1, 0] and "fused" not in phases[1, 0]
         assert {"fused", "gradient_sum", "update"} <= phases[0, 0]
+        assert "fused" not in phases[1, 0] and "update" in phases[1, 0]
         assert summary["classes"]["collective"] > 0 and summary["unattributed"] == {}
         assert [r["measured_by"] for r in summary["timeline"]["replicas"]] == ["devices"] * 3
-    (step,) = second["steps"]
-    (seconds,) = (r["seconds"] for r in read_metrics(out / "metrics.jsonl", "step") if r["step"] == 6)
-    # The host may have waited for the profiler to start, which the trace itself cannot know.
-    between = (seconds["total"] - seconds["host_wait"] - 0.05, seconds["total"] + 0.05)
-    assert between[0] <= step["end_s"] - step["start_s"] <= between[1]
+        # Replica 1 has two stages, and may have nothing to do when only one task is left.
+        drawn = {bar["phase"] for bar in summary["timeline"]["replicas"][1]["stages"][0]}
+        assert drawn == phases[1, 0] & {"forward", "backward"}
+    assert any("backward" in stage["phases"] for stage in first["stages"])
 
 
 def test_starts_say_how_many_programs_came_from_the_cache(resumed):

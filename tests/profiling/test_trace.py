@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Iterable, Mapping
@@ -150,6 +151,20 @@ def test_a_step_lasts_from_the_one_before_or_from_its_issue_after_a_pause():
     assert [(w.step, w.start_ns, w.end_ns) for w in found] == [(3, 20, 50), (4, 50, 90), (5, 100, 120)]
 
 
+def test_a_step_that_the_host_noted_late_ends_with_its_update():
+    found = step_windows(
+        marks((ISSUE_MARK, 2, 0), (READY_MARK, 1, 10), (ISSUE_MARK, 3, 20), (READY_MARK, 2, 60), (READY_MARK, 3, 90)),
+        [
+            dataclasses.replace(event(start, end), module=module)
+            for start, end, module in (
+                (5, 8, "jit_update_unpack"), (30, 40, "jit_update_home"), (35, 45, "jit_update_unpack"),
+                (45, 80, "jit_fused_layers0_1_2x64"),
+            )
+        ],
+    )  # fmt: skip
+    assert [(w.step, w.start_ns, w.end_ns) for w in found] == [(2, 8, 45), (3, 45, 90)]
+
+
 def test_without_marks_the_window_is_all_the_work():
     (window,) = step_windows((), [event(5, 9), event(7, 30)])
     assert (window.step, window.start_ns, window.end_ns) == (None, 5, 30)
@@ -212,13 +227,13 @@ def gpu_trace(folder) -> None:
     """Two devices that are replicas of one stage; steps 2 (100 to 200 ns) and 3 (200 to 300 ns), and parts around."""
     space = TextSpace()
     first = [
-        kernel("loop_add_fusion", 80, 105, "jit_update_home", "loop_add_fusion"),
+        kernel("loop_add_fusion", 80, 100, "jit_update_home", "loop_add_fusion"),
         kernel("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT", 105, 130, FUSED, "custom-call.1", "jvp(f)/dot_general"),
         kernel("cudnn_generated_fort_native_sdpa_sm90_flash_bprop", 130, 150, FUSED, "custom-call.2", "transpose(jvp)"),
         kernel("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT", 150, 160, FUSED, "custom-call.1", "jvp(f)/dot_general"),
         kernel("cudnn_generated_fort_native_sdpa_sm90_flash_bprop", 160, 180, FUSED, "custom-call.2", "transpose(jvp)"),
-        kernel("loop_add_fusion", 180, 190, "jit_update_home", "loop_add_fusion"),
-        kernel("loop_add_fusion", 290, 310, "jit_update_home", "loop_add_fusion"),
+        kernel("loop_add_fusion", 185, 200, "jit_update_home", "loop_add_fusion"),
+        kernel("loop_add_fusion", 290, 300, "jit_update_home", "loop_add_fusion"),
         kernel("mystery", 250, 255, None),
     ]
     second = [
@@ -246,7 +261,7 @@ def gpu_trace(folder) -> None:
         "/host:CPU",
         {
             "python": [(ISSUE_MARK, 90, 95, {"step_num": 2}), (ISSUE_MARK, 180, 185, {"step_num": 3})],
-            "watch_1": [(READY_MARK, at, at, {"step_num": n}) for n, at in ((1, 100), (2, 200), (3, 300))],
+            "watch_1": [(READY_MARK, at, at, {"step_num": n}) for n, at in ((1, 103), (2, 204), (3, 306))],
         },
     )
     space.save(folder)
