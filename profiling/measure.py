@@ -27,6 +27,7 @@ from planner.cost import ConfigCost, CostPoint
 from planner.fit import MIN_POINTS_TO_HOLD_OUT, fit_coefficients, hold_out
 from planner.plan import ParallelConfig
 from profiling.grid import HostShare, Shape, held_out_shape, host_share
+from profiling.made_up import random_params
 from profiling.memory import DoesNotFitError, find_capacity
 from profiling.timing import slots, time_steps
 
@@ -132,7 +133,10 @@ class Bench:
             else None,
         )
         for replica in self.replicas:
-            replica.load(source or filler)
+            if source is None and self.setup.cores is None and self.setup.quantization == "none":
+                replica.params = random_params(replica)
+            else:
+                replica.load(source or filler)
             self._adapters.append([jax.tree.map(filler.like, layout.adapters) for layout in replica.layouts])
             self._tasks.append(replica.place_tasks(tasks))
 

@@ -126,6 +126,8 @@ def _numbers(key: str, text: str) -> list[int]:
 
 def _line(row: dict[str, Any]) -> str:
     """One case, for people."""
+    if "out_of_memory" in row:
+        return f"{row['case']}: {row['out_of_memory']} (GiB predicted {row['predicted_bytes'] / GIB:.1f})"
     peak = "not known" if row["peak_bytes"] is None else f"{row['peak_bytes'] / GIB:.1f}"
     base = "" if row["base_s"] is None else f", frozen base {row['base_s'] * 1e3:.1f} ms"
     return (

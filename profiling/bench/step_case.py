@@ -23,18 +23,19 @@ from lobra_jax.lora_spec import LoraSpec
 from lobra_jax.loss import weighted_row_losses
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.optim import HyperInputs, TaskOptimizer, step_inputs
+from lobra_jax.out_of_memory import OutOfMemoryError
 from lobra_jax.replica import Replica, ReplicaRun, memory_bytes
 from lobra_jax.stage import BatchInputs
 from lobra_jax.tracing import traced
 from planner.errors import UserError
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
 from profiling.bench.ceiling import floor_flops, matmul_rate
+from profiling.made_up import random_adapters, random_params
 from profiling.measure import Setup, made_up_batch, reserve_bytes, update_bytes
 from profiling.trace.summary import summarise
 
 NUM_WARM_UPS = 2
 TRACED_STEPS, TOP_KERNELS = 3, 12
-WEIGHT_STD = 0.02
 LEARNING_RATE = 1e-4
 CHECK_LAYERS = 2
 CHECK_SHAPE = (6, 256)
@@ -67,6 +68,11 @@ class Case:
         ranks = f"rank {self.ranks[0]}" if len(set(self.ranks)) == 1 else f"ranks {min(self.ranks)}-{max(self.ranks)}"
         slots = f"{self.micro_batches}x " if self.micro_batches > 1 else ""
         return f"{self.replicas}x{self.config} {slots}{self.rows}x{self.length}, {len(self.ranks)} tasks of {ranks}"
+
+    @property
+    def base(self) -> tuple[ParallelConfig, int, int]:
+        """What cases of the same frozen base have in common."""
+        return self.config, self.rows, self.length
 
     @property
     def num_devices(self) -> int:
@@ -148,12 +154,13 @@ class Bench:
         self._steps, self._trace = steps, trace
         self.check = check(first, self._devices)
         self._engines = [(case, case.engine(self._devices)) for case in cases]
+        self._bases: dict[tuple[ParallelConfig, int, int], jax.stages.Compiled] = {}
         self._compile_s = self._compile()
         self._params = [random_params(replica) for replica in self._engines[0][1].replicas]
         self._rates: dict[int, float] = {}
 
     def _compile(self) -> list[float]:
-        """Seconds of each case; all at once, so that the cores are used."""
+        """Seconds of each case; all at once, the frozen bases beside them, so that the cores are used."""
 
         def compile_one(entry: tuple[Case, Engine]) -> float:
             case, engine = entry
@@ -163,8 +170,19 @@ class Bench:
                 pass
             return time.perf_counter() - start
 
+        bases = {case.base: (case, engine) for case, engine in self._engines if case.config.pp == 1}
         with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="case") as executor:
-            return list(executor.map(compile_one, self._engines))
+            seconds = executor.map(compile_one, self._engines)
+            programs = executor.map(self._compile_base, *zip(*bases.values(), strict=True)) if bases else ()
+            self._bases = dict(zip(bases, programs, strict=True))
+            return list(seconds)
+
+    def _compile_base(self, case: Case, engine: Engine) -> jax.stages.Compiled:
+        """A micro-batch of the frozen base alone, with the gradients of all its inputs."""
+        replica = engine.replicas[0]
+        batch = replica.layouts[0].batch(case.rows, case.length)
+        run = jax.jit(functools.partial(_base_loss_and_gradient, replica))
+        return run.lower(replica.layouts[0].params, batch).compile()
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The cases' results, the smallest first: a peak is known where it is above those before."""
@@ -182,7 +200,7 @@ class Bench:
             tokens = case.rows * case.length
             if tokens not in self._rates:
                 self._rates[tokens] = matmul_rate(case.model, tokens, jnp.dtype(case.dtype), tp=case.config.tp)
-            base_s = self._base_s(case, engine.replicas[0]) * case.micro_batches if case.config.pp == 1 else None
+            base_s = self._base_s(case, engine.replicas[0]) * case.micro_batches if case.base in self._bases else None
             yield self._row(case, engine, predicted, compile_s, base_s)
             del engine
 
@@ -190,27 +208,17 @@ class Bench:
         self, case: Case, engine: Engine, predicted: int, compile_s: float, base_s: float | None
     ) -> dict[str, Any]:
         before = _peak_bytes(self._devices)
-        results, issue_s = self._run(case, engine)
-        trace = None if self._trace is None else self._traced(case, engine, self._trace)
+        try:
+            results, issue_s = self._run(case, engine)
+            trace = None if self._trace is None else self._traced(case, engine, self._trace)
+        except OutOfMemoryError as error:
+            return {**self._described(case), "predicted_bytes": predicted, "out_of_memory": str(error)}
         after = _peak_bytes(self._devices)
         step_s = statistics.median(result.total_s for result in results)
         flops = floor_flops(case.model, case.rows, case.length) * case.micro_batches * case.replicas / case.num_devices
         rate = self._rates[case.rows * case.length]
         return {
-            "case": str(case),
-            "model": case.model.name,
-            "num_layers": case.model.num_layers,
-            "dtype": case.dtype,
-            "tp": case.config.tp,
-            "pp": case.config.pp,
-            "remat": case.config.remat,
-            "replicas": case.replicas,
-            "rows": case.rows,
-            "length": case.length,
-            "micro_batches": case.micro_batches,
-            "ranks": list(case.ranks),
-            "targets": list(case.targets),
-            "dropout": case.dropout,
+            **self._described(case),
             "step_s": step_s,
             "all_step_s": [result.total_s for result in results],
             "execute_s": statistics.median(result.execute_s for result in results),
@@ -227,6 +235,25 @@ class Bench:
             "issue_s_per_micro_batch": issue_s / (case.micro_batches * case.replicas),
             "loss": float(results[-1].losses[0]),
             **({} if trace is None else {"trace": trace}),
+        }
+
+    @staticmethod
+    def _described(case: Case) -> dict[str, Any]:
+        return {
+            "case": str(case),
+            "model": case.model.name,
+            "num_layers": case.model.num_layers,
+            "dtype": case.dtype,
+            "tp": case.config.tp,
+            "pp": case.config.pp,
+            "remat": case.config.remat,
+            "replicas": case.replicas,
+            "rows": case.rows,
+            "length": case.length,
+            "micro_batches": case.micro_batches,
+            "ranks": list(case.ranks),
+            "targets": list(case.targets),
+            "dropout": case.dropout,
         }
 
     def _run(self, case: Case, engine: Engine) -> tuple[list[StepResult], float]:
@@ -278,9 +305,9 @@ class Bench:
         return results
 
     def _base_s(self, case: Case, replica: Replica) -> float:
-        """Seconds of a micro-batch of the frozen base alone, all its gradients of inputs included."""
+        """Seconds of a micro-batch of the frozen base alone."""
         batch = replica.place_batch(made_up_batch(case.setup(self._devices), (case.rows, case.length)))[0]
-        run = jax.jit(functools.partial(_base_loss_and_gradient, replica)).lower(self._params[0][0], batch).compile()
+        run = self._bases[case.base]
         times = []
         for _ in range(NUM_WARM_UPS + self._steps):
             start = time.perf_counter()
@@ -345,51 +372,6 @@ def _shardings(tree: Any) -> Any:
 def _rounded(params: Any, dtype: Any) -> Any:
     """As if stored in `dtype`."""
     return {name: x.astype(dtype).astype(x.dtype) for name, x in params.items()}
-
-
-def random_params(replica: Replica) -> list[dict[str, Any]]:
-    """Weights made on the replica's own devices, by name: norms one, the rest normal."""
-
-    def make(name: str, number: int, spec: jax.ShapeDtypeStruct) -> Any:
-        if name.endswith("norm"):
-            return jax.device_put(jnp.ones(spec.shape, spec.dtype), spec.sharding)
-        return _normal(number, spec.shape, spec.dtype, WEIGHT_STD, spec.sharding)
-
-    numbers = {name: i for i, name in enumerate(n for layout in replica.layouts for n in layout.params)}
-    return [
-        {name: make(name, numbers[name], spec) for name, spec in layout.params.items()} for layout in replica.layouts
-    ]
-
-
-def random_adapters(replica: Replica, specs: Sequence[LoraSpec]) -> Adapters:
-    """Both factors random on the first device, what is padding of a rank zero."""
-    everywhere = jax.sharding.SingleDeviceSharding(replica.submesh.devices[0])
-    adapters: Adapters = {}
-    number = 0
-    for layout in replica.layouts:
-        for layer, pairs in layout.adapters.items():
-            adapters[layer] = {}
-            for target, pair in pairs.items():
-                a, b = (
-                    _normal(number + i, pair[name].shape, pair[name].dtype, WEIGHT_STD, everywhere)
-                    for i, name in enumerate("ab")
-                )
-                kept = jnp.arange(a.shape[-1])[None] < jnp.asarray([spec.rank for spec in specs])[:, None]
-                adapters[layer][target] = {"a": a * kept[:, None], "b": b * kept[:, :, None]}
-                number += 2
-    return adapters
-
-
-def _normal(seed: int, shape: tuple[int, ...], dtype: Any, std: float, sharding: Any) -> Any:
-    return _normal_program(shape, jnp.dtype(dtype), std, sharding)(seed)
-
-
-@functools.cache
-def _normal_program(shape: tuple[int, ...], dtype: Any, std: float, sharding: Any) -> Any:
-    return jax.jit(
-        lambda seed: (jax.random.normal(jax.random.key(seed), shape, jnp.float32) * std).astype(dtype),
-        out_shardings=sharding,
-    )
 
 
 def _peak_bytes(devices: Sequence[Any]) -> int | None:

@@ -170,7 +170,7 @@ def tasks_with_dora(world):
         "dropped": LoraSpec(rank=2, alpha=4.0, targets=("down",), dropout=0.2, dora=True),
     }
     tasks = [
-        world.make_task(name, batch_size=3, steps=FEW_STEPS, seed=seed, clip=1.0, spec=spec, **CONSTANT)
+        world.make_task(name, batch_size=6, steps=FEW_STEPS, seed=seed, clip=1.0, spec=spec, **CONSTANT)
         for seed, (name, spec) in enumerate(specs.items(), start=1)
     ]
     # Gradients that cancel to rounding noise are more here, and Adam would turn each into a step of its own.
