@@ -30,7 +30,7 @@ def describe(replicas: Sequence[Replica]) -> dict[str, Any]:
     first = replicas[0].submesh.devices[0]
     hardware = f"{sum(len(r.submesh.devices) for r in replicas)} x {first.device_kind}"
     return {
-        "hardware": f"{hardware}, on {host_cores()} cores" if first.platform == "cpu" else hardware,
+        "hardware": f"{hardware} (host cores: {host_cores()})" if first.platform == "cpu" else hardware,
         "platform": first.platform,
         "versions": {name: metadata.version(name) for name in LIBRARIES},
         "date": datetime.date.today().isoformat(),

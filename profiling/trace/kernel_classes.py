@@ -54,6 +54,7 @@ _COLLECTIVE_WORDS = (
 )
 _COLLECTIVE_OP = re.compile(rf"({'|'.join(_COLLECTIVE_WORDS)})(-start|-done)?([._]\d+)*")
 
+_ROUNDING = re.compile("reduce[-_]precision")
 _MATMUL_WORDS = {"dot", "convolution", "conv", "matmul"}
 _REDUCTION_WORDS = {"reduce", "softmax", "argmax", "argmin", "cumsum", "norm", "window"}
 _COPY_WORDS = {
@@ -104,7 +105,7 @@ def kernel_class(kernel: str, hlo_op: str | None, *, in_program: bool) -> str:
 
 
 def _words(name: str) -> set[str]:
-    return set(re.split(r"[^a-z]+", name.lower())) - _FILLER_WORDS
+    return set(re.split(r"[^a-z]+", _ROUNDING.sub("round", name.lower()))) - _FILLER_WORDS
 
 
 def _by_words(name: str) -> str | None:

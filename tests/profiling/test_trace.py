@@ -75,6 +75,7 @@ KERNELS = {
         ("loop_transpose_multiply_fusion", "loop_transpose_multiply_fusion"),
         ("loop_add_select_fusion_1", "loop_add_select_fusion.1"),
         ("wrapped_tanh", "wrapped_tanh"),
+        ("reduce-precision_bitcast_fusion", "reduce-precision_bitcast_fusion"),
         ("broadcast_divide_fusion", "broadcast_divide_fusion"),
         ("fusion_123", "fusion.123"),
     ],
