@@ -331,9 +331,10 @@ class Engine:
           OutOfMemoryError: a device had no room for it; the engine is as it was before it.
         """
         self._settle(step)
-        start, host_wait_s = step.issued_at, 0.0
-        if self._previous_ready is not None:
-            before = self._previous_ready.result()
+        start, host_wait_s, ready = step.issued_at, 0.0, step.adapters_ready.result()
+        before = None if self._previous_ready is None else self._previous_ready.result()
+        # This step's adapters need those before it: where those were noted later, a busy host was a whole step late.
+        if before is not None and before < ready:
             host_wait_s = max(0.0, step.issued_at - before)
             start = max(step.issued_at, before)
         self._previous_ready = step.adapters_ready
@@ -341,7 +342,6 @@ class Engine:
         for run in step.runs:
             for micro_batch_losses in run.losses:
                 losses += np.asarray(micro_batch_losses, np.float64)
-        ready = max(start, step.adapters_ready.result())
         actions = tuple(
             action_times(run.issued, [end.result() for end in ends], replica.parallel.pp, start, ready)
             for replica, run, ends in zip(self.replicas, step.runs, step.ends, strict=True)
