@@ -11,7 +11,7 @@ import datetime
 import json
 import os
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,14 @@ def _start(folder: Path) -> None:
     jax.profiler.start_trace(str(folder), profiler_options=options)
 
 
-def _write(folder: Path, description: dict[str, Any], timelines: Sequence[dict[str, Any]]) -> None:
-    path = folder / TRACED_RUN_FILE
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({**description, "timelines": list(timelines)}) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+def _stop(folder: Path, replicas: Sequence[Replica], timelines: Iterable[dict[str, Any]]) -> None:
+    try:
+        path = folder / TRACED_RUN_FILE
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({**describe(replicas), "timelines": [*timelines]}) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        jax.profiler.stop_trace()
 
 
 @contextlib.contextmanager
@@ -75,15 +78,15 @@ def traced(folder: Path, replicas: Sequence[Replica]) -> Iterator[None]:
     try:
         yield
     finally:
-        _write(folder, describe(replicas), [])
-        jax.profiler.stop_trace()
+        _stop(folder, replicas, ())
 
 
 class StepTracer:
     """Traces some steps of a run into RUN/trace; a context manager that stops a trace which is still going on.
 
     The trace starts before the first of the steps is issued, while the step before it still runs, and ends after the
-    last has been recorded, when the next has been issued: so no step runs otherwise than it does untraced.
+    last has been recorded, when the next has been issued: so no traced step runs otherwise than it does untraced. One
+    that follows may wait while the profiler writes.
 
     Args:
       run: the run directory.
@@ -132,9 +135,6 @@ class StepTracer:
 
     def _stop(self) -> None:
         self._is_on, self.steps = False, None
-        try:
-            _write(self.folder, describe(self.replicas), list(self._timelines.values()))
-        finally:
-            jax.profiler.stop_trace()
+        _stop(self.folder, self.replicas, self._timelines.values())
         numbers = ", ".join(map(str, self._timelines)) or "none that was finished"
         self.say(f"traced steps: {numbers}; read them by lobra trace {self.folder.parent}")
