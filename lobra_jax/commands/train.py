@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lobra_jax.data.batches import TaskData
     from lobra_jax.models.config import LlamaConfig
     from lobra_jax.peft_folder import TaskAdapter
+    from lobra_jax.trace_steps import TracedSteps
     from planner.cost import CostTable
     from planner.plan import Plan
     from planner.workload import Workload
@@ -33,15 +34,23 @@ MEASURED_FILES = (CONFIG_FILE, COSTS_FILE, f"{COSTS_FILE}.partial")
 @click.command(
     epilog="\b\nExample:\n  lobra train --config C.yaml --out runs/first\n"
     "  lobra train --config C.yaml --out runs/first --resume\n"
-    "  lobra train --config C.yaml --plan plan.yaml --tasks answers,titles --out runs/two"
+    "  lobra train --config C.yaml --plan plan.yaml --tasks answers,titles --out runs/two\n"
+    "  lobra train --config C.yaml --out runs/traced --trace 3-4"
 )
 @config_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run directory: new, or with --resume.")
 @click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="A plan.yaml; by default one is made.")
 @click.option("--tasks", metavar="A,B", help="Train only these tasks of the config.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out.")
+@click.option("--trace", metavar="FIRST-LAST", help="Trace these steps into OUT/trace, such as 3-4 (`lobra trace`).")
 def train(
-    config_path: Path, overrides: tuple[str, ...], out: Path, plan_path: Path | None, tasks: str | None, resume: bool
+    config_path: Path,
+    overrides: tuple[str, ...],
+    out: Path,
+    plan_path: Path | None,
+    tasks: str | None,
+    resume: bool,
+    trace: str | None,
 ) -> None:
     """Train every task's adapter jointly on the planned replicas.
 
@@ -57,6 +66,7 @@ def train(
     if tasks is not None:
         config = select_tasks(config, [name.strip() for name in tasks.split(",") if name.strip()])
     _check_out(out, resume)
+    traced = None if trace is None else _traced_steps(trace, config)
     if plan_path is not None:
         _check_plan(plan_path, config)
     model = model_config(config)
@@ -74,7 +84,7 @@ def train(
     devices = run_devices(config.devices)
     adapters = _given_adapters(config, model)
     if resume:
-        _check_checkpoint(config, model, data, out)
+        _check_checkpoint(config, model, data, out, traced)
     _check_devices(plan, model, devices)
     out.mkdir(parents=True, exist_ok=True)
     save_config(config, out / CONFIG_FILE)
@@ -92,9 +102,22 @@ def train(
         devices=tuple(devices),
         adapters=adapters,
         batching=batching,
+        trace=traced,
     )
     run(inputs, out, resume=resume, say=click.echo)
     click.echo(f"{out}: adapters of {', '.join(task.name for task in config.tasks)}")
+
+
+def _traced_steps(text: str, config: RunConfig) -> TracedSteps:
+    from lobra_jax.trace_steps import check_steps, parse_steps
+
+    steps = parse_steps(text)
+    check_steps(steps, done=0, num_steps=_num_steps(config))
+    return steps
+
+
+def _num_steps(config: RunConfig) -> int:
+    return max(task.steps for task in config.tasks)
 
 
 def _given_adapters(config: RunConfig, model: LlamaConfig) -> dict[str, TaskAdapter]:
@@ -305,10 +328,15 @@ def _check_devices(plan: Plan, model: LlamaConfig, devices: list[Any]) -> None:
         check_model_fits(model, group.config)
 
 
-def _check_checkpoint(config: RunConfig, model: LlamaConfig, data: tuple[TaskData, ...], out: Path) -> None:
+def _check_checkpoint(
+    config: RunConfig, model: LlamaConfig, data: tuple[TaskData, ...], out: Path, traced: TracedSteps | None
+) -> None:
     from lobra_jax.checkpoint import Checkpoints
     from lobra_jax.run_state import run_metadata
+    from lobra_jax.trace_steps import check_steps
     from lobra_jax.train import CHECKPOINTS_FOLDER
 
     with Checkpoints(out / CHECKPOINTS_FOLDER, keep=config.training.keep_checkpoints) as checkpoints:
         checkpoints.check(run_metadata(config, model, data, {}))
+        if traced is not None:
+            check_steps(traced, done=checkpoints.latest_step() or 0, num_steps=_num_steps(config))

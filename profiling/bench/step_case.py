@@ -17,23 +17,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lobra_jax.engine import Engine, StepResult
+from lobra_jax.engine import Engine, ReplicaBatches, StepResult
 from lobra_jax.lora import Adapters, task_inputs
 from lobra_jax.lora_spec import LoraSpec
 from lobra_jax.loss import weighted_row_losses
 from lobra_jax.models.config import LlamaConfig
-from lobra_jax.optim import TaskOptimizer, step_inputs
+from lobra_jax.optim import HyperInputs, TaskOptimizer, step_inputs
 from lobra_jax.out_of_memory import OutOfMemoryError
 from lobra_jax.replica import Replica, ReplicaRun, memory_bytes
 from lobra_jax.stage import BatchInputs
+from lobra_jax.tracing import traced
 from planner.errors import UserError
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
 from profiling.bench.ceiling import floor_flops, matmul_rate
 from profiling.made_up import random_adapters, random_params
 from profiling.measure import Setup, made_up_batch, reserve_bytes, update_bytes
+from profiling.trace.summary import summarise
 
 NUM_WARM_UPS = 2
-TRACED_STEPS = 2
+TRACED_STEPS, TOP_KERNELS = 3, 12
 LEARNING_RATE = 1e-4
 CHECK_LAYERS = 2
 CHECK_SHAPE = (6, 256)
@@ -208,6 +210,7 @@ class Bench:
         before = _peak_bytes(self._devices)
         try:
             results, issue_s = self._run(case, engine)
+            trace = None if self._trace is None else self._traced(case, engine, self._trace)
         except OutOfMemoryError as error:
             return {**self._described(case), "predicted_bytes": predicted, "out_of_memory": str(error)}
         after = _peak_bytes(self._devices)
@@ -231,6 +234,7 @@ class Bench:
             "compile_s": compile_s,
             "issue_s_per_micro_batch": issue_s / (case.micro_batches * case.replicas),
             "loss": float(results[-1].losses[0]),
+            **({} if trace is None else {"trace": trace}),
         }
 
     @staticmethod
@@ -258,6 +262,17 @@ class Bench:
             replica.params = params
         engine.set_state(engine.gradient_sum.init(random_adapters(engine.replicas[0], case.specs)))
         engine.warm_up()
+        batches, hyper = self._inputs(case)
+        issue_s = []
+        for _ in range(NUM_WARM_UPS):
+            start = time.perf_counter()
+            issued = engine.issue(batches, hyper)
+            issue_s.append(time.perf_counter() - start)
+            engine.finish(issued)
+        return self._steps_of(engine, batches, hyper, self._steps), issue_s[-1]
+
+    def _inputs(self, case: Case) -> tuple[ReplicaBatches, HyperInputs]:
+        """Of every step."""
         batch = made_up_batch(case.setup(self._devices), (case.rows, case.length))
         batches = [[batch] * case.micro_batches] * case.replicas
         optimizer = TaskOptimizer(
@@ -268,25 +283,22 @@ class Bench:
             epsilon=1e-8,
             clip_norm=1.0,
         )
-        hyper = step_inputs([optimizer] * len(case.ranks), [0] * len(case.ranks))
-        issue_s = []
-        for _ in range(NUM_WARM_UPS):
-            start = time.perf_counter()
-            issued = engine.issue(batches, hyper)
-            issue_s.append(time.perf_counter() - start)
-            engine.finish(issued)
-        results = self._steps_of(engine, batches, hyper, self._steps)
-        if self._trace is not None:
-            with jax.profiler.trace(str(self._trace / str(case).replace(" ", "_").replace(",", ""))):
-                self._steps_of(engine, batches, hyper, TRACED_STEPS)
-        return results, issue_s[-1]
+        return batches, step_inputs([optimizer] * len(case.ranks), [0] * len(case.ranks))
+
+    def _traced(self, case: Case, engine: Engine, folder: Path) -> dict[str, Any]:
+        """The summary of a few more steps' trace, which stays in a folder of the case's own."""
+        folder = folder / str(case).replace(" ", "_").replace(",", "")
+        with traced(folder, engine.replicas):
+            self._steps_of(engine, *self._inputs(case), TRACED_STEPS)
+        summary = summarise(folder, top=TOP_KERNELS)
+        return {name: summary[name] for name in ("steps", "window_s", "idle_share", "classes", "top_kernels")}
 
     @staticmethod
-    def _steps_of(engine: Engine, batches: Any, hyper: Any, count: int) -> list[StepResult]:
+    def _steps_of(engine: Engine, batches: ReplicaBatches, hyper: HyperInputs, count: int) -> list[StepResult]:
         """As a training loop runs them: a step is issued before the one before it is waited for."""
-        results, pending = [], engine.issue(batches, hyper)
-        for _ in range(count - 1):
-            following = engine.issue(batches, hyper)
+        results, pending = [], engine.issue(batches, hyper, step=1)
+        for number in range(2, count + 1):
+            following = engine.issue(batches, hyper, step=number)
             results.append(engine.finish(pending))
             pending = following
         results.append(engine.finish(pending))
