@@ -57,6 +57,10 @@ COMMANDS: Mapping[str, CommandEntry] = {
         target="lobra_jax.commands.train:train",
         help="Train every task's adapter jointly on the planned replicas.",
     ),
+    "trace": CommandEntry(
+        target="profiling.trace.cli:trace",
+        help="Say where the time of traced steps went.",
+    ),
     "export": CommandEntry(
         target="lobra_jax.commands.export:export",
         help="Write one task's adapter as PEFT reads it, or the merged model.",

@@ -36,15 +36,13 @@ from lobra_jax.peft_folder import TaskAdapter
 from lobra_jax.reduce import AdapterState, GradientSum
 from lobra_jax.replica import Issued, Replica, ReplicaRun, Shape
 from lobra_jax.schedule import Action, dependency
+from lobra_jax.trace_steps import ISSUE_MARK, PAUSE_MARK, READY_MARK
 from planner.errors import UserError
 from planner.lattice import shapes as lattice_shapes
 from planner.plan import Plan
 
 ReplicaBatches = Sequence[Sequence[MicroBatchArrays]]
 """[replica][micro-batch], each replica's most expensive first."""
-
-MIN_STEP_S = 1e-6
-"""A step takes some time, whatever the host noted."""
 
 NOTHING_GIVEN: Mapping[int, TaskAdapter] = types.MappingProxyType({})
 
@@ -219,22 +217,28 @@ class Engine:
         self.finish(self.issue([()] * len(self.replicas), no_inputs(len(self.specs))))
         self.pause()
 
-    def issue(self, batches: ReplicaBatches, hyper: HyperInputs) -> IssuedStep:
+    def issue(self, batches: ReplicaBatches, hyper: HyperInputs, *, step: int = 0) -> IssuedStep:
         """Hands one step to the devices, all replicas interleaved, while the update of the one before it may still run.
 
         The micro-batches of the step before must be done: until then the state before it is held, in case there was no
         room for them, and there is no room for two states beside this step's micro-batches.
 
+        `step` is the number that a trace has of it.
+
         Raises:
           OutOfMemoryError: nothing of this step has happened; or of the one before, which `finish` then says again.
         """
+        with jax.profiler.StepTraceAnnotation(ISSUE_MARK, step_num=step):
+            return self._issue(batches, hyper, step)
+
+    def _issue(self, batches: ReplicaBatches, hyper: HyperInputs, step: int) -> IssuedStep:
         issued_at = time.perf_counter()
         if self._unsettled is not None:
             self._await_micro_batches(self._unsettled)
         settle_s = time.perf_counter() - issued_at
         runs = self._issue_micro_batches(batches)
         before = self.state
-        with blaming():
+        with blaming(), jax.profiler.TraceAnnotation("gradient sum and update"):
             state, norms = self.gradient_sum.step(before, [run.gradients for run in runs], hyper)
             self.set_state(state)
         for run in runs:
@@ -247,8 +251,8 @@ class Engine:
             )
             for replica, run in zip(self.replicas, runs, strict=True)
         )
-        ready = self._watchers.submit(_await_all, self._spread)
-        step = IssuedStep(
+        ready = self._watchers.submit(_await_all, self._spread, step)
+        issued = IssuedStep(
             issued_at=issued_at,
             settle_s=settle_s,
             runs=runs,
@@ -257,8 +261,8 @@ class Engine:
             ends=ends,
             adapters_ready=ready,
         )
-        self._unsettled, self._before = step, before
-        return step
+        self._unsettled, self._before = issued, before
+        return issued
 
     def _make_zeros_ahead(self) -> None:
         """Issues the next step's gradient sums behind this step's update, where those of this step were.
@@ -327,9 +331,13 @@ class Engine:
           OutOfMemoryError: a device had no room for it; the engine is as it was before it.
         """
         self._settle(step)
+        start, host_wait_s, ready = step.issued_at, 0.0, step.adapters_ready.result()
         before = None if self._previous_ready is None else self._previous_ready.result()
+        # This step's adapters need those before it: where those were noted later, a busy host was a whole step late.
+        if before is not None and before < ready:
+            host_wait_s = max(0.0, step.issued_at - before)
+            start = max(step.issued_at, before)
         self._previous_ready = step.adapters_ready
-        start, host_wait_s, ready = step_window(step.issued_at, before, step.adapters_ready.result())
         losses = np.zeros(len(self.specs), np.float64)
         for run in step.runs:
             for micro_batch_losses in run.losses:
@@ -363,6 +371,8 @@ class Engine:
         What was made ahead for the next step gives its memory back.
         """
         self._previous_ready = self._zeros = None
+        with jax.profiler.TraceAnnotation(PAUSE_MARK):
+            pass
 
     def evaluate(self, batches: ReplicaBatches) -> np.ndarray:
         """float64 [T]: each task's weighted token losses over [replica][micro-batch], without dropout.
@@ -407,20 +417,10 @@ def _await_each(done: list[Array]) -> list[float]:
     return ends
 
 
-def _await_all(tree: Any) -> float:
+def _await_all(tree: Any, step: int) -> float:
     jax.block_until_ready(tree)
-    return time.perf_counter()
-
-
-def step_window(issued_at: float, before: float | None, ready: float) -> tuple[float, float, float]:
-    """(start, seconds that the devices waited for the host until then, end) of a step.
-
-    `before` is when the step before it was seen to be over, if this one follows at once, and `ready` when this one was.
-    A busy host may have seen the former later than the latter.
-    """
-    start = issued_at if before is None else max(issued_at, before)
-    waited_s = 0.0 if before is None else max(0.0, issued_at - before)
-    return start, waited_s, max(start + MIN_STEP_S, ready)
+    with jax.profiler.TraceAnnotation(READY_MARK, step_num=step):
+        return time.perf_counter()
 
 
 def action_times(

@@ -113,6 +113,31 @@ class EvalRecord:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StartRecord:
+    """How a run, or its resumption after `step` steps, got ready.
+
+    Attributes:
+      weights_s: base weights and adapters placed.
+      compile_s: every program compiled or read, and the sum and update run once.
+      programs: XLA programs made ready in that time.
+      programs_from_cache: those of them that were in the compilation cache: none is a cold start.
+    """
+
+    kind: ClassVar[str] = "start"
+    step: int
+    weights_s: float
+    compile_s: float
+    programs: int
+    programs_from_cache: int
+
+    def __str__(self) -> str:
+        return (
+            f"weights placed in {self.weights_s:.1f} s, {self.programs} programs ready in {self.compile_s:.1f} s: "
+            f"{self.programs - self.programs_from_cache} compiled, {self.programs_from_cache} from the cache"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EventRecord:
     """Something that happened once: "finished", "early_stop", "nan", "checkpoint", "resumed", "out_of_memory" ..."""
 
@@ -123,7 +148,7 @@ class EventRecord:
     message: str = ""
 
 
-Record = StepRecord | TaskRecord | EvalRecord | EventRecord
+Record = StartRecord | StepRecord | TaskRecord | EvalRecord | EventRecord
 
 
 def length_counts(lengths: np.ndarray) -> dict[str, int]:
@@ -259,5 +284,9 @@ def _scalars(record: Record) -> dict[str, float]:
             return {f"{record.task}/{name}": getattr(record, name) for name in ("loss", "lr", "grad_norm", "tokens")}
         case EvalRecord():
             return {f"{record.task}/eval_loss": record.loss, f"{record.task}/perplexity": record.perplexity}
+        case StartRecord():
+            return {
+                f"start/{name}": getattr(record, name) for name in ("weights_s", "compile_s", "programs_from_cache")
+            }
         case EventRecord():
             return {}

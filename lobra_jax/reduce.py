@@ -12,7 +12,6 @@ the stage's only device.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from lobra_jax import optim
 from lobra_jax.lora import Adapters
 from lobra_jax.optim import HyperInputs, TaskState
+from lobra_jax.program_names import GRADIENT_SUM, UPDATE, named
 from lobra_jax.replica import Replica
 from lobra_jax.stage import StageLayout
 
@@ -96,8 +96,7 @@ def unpack(flat: Array, like: Adapters, layers: Layers) -> Adapters:
     return dict(zip(layers, jax.tree.unflatten(tree, parts), strict=True))
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _sum_packed(
+def _sum_home(
     contributions: list[Array | Adapters], like: Adapters, layers: tuple[Layers, ...]
 ) -> tuple[Adapters, Array]:
     """(sum, squared norms [T]) of contributions, flat or not, the i-th holding `layers[i]`, in their order."""
@@ -111,20 +110,21 @@ def _sum_packed(
 def _sum_gradients(
     contributions: list[Array | Adapters], like: Adapters, layers: tuple[Layers, ...]
 ) -> tuple[Adapters, Array]:
-    """`_sum_packed`; a home's only contribution is its sum, without a copy, where it is not packed."""
+    """`_sum_home`; a home's only contribution is its sum, without a copy, where it is not packed."""
     if len(contributions) == 1 and isinstance(contributions[0], dict):
         return contributions[0], _squared_norms(contributions[0])
     return _sum_packed(contributions, like, layers)
 
 
-@jax.jit
-def _add_up(norms: list[Array]) -> Array:
+def _add(norms: list[Array]) -> Array:
     return sum(norms[1:], start=norms[0])
 
 
-_squared_norms = jax.jit(optim.squared_norms)
-_update = jax.jit(optim.update)
-_pack_some = jax.jit(pack, static_argnums=1)
+_sum_packed = jax.jit(named(_sum_home, GRADIENT_SUM, "home"), static_argnums=2)
+_add_up = jax.jit(named(_add, GRADIENT_SUM, "add_norms"))
+_squared_norms = jax.jit(named(optim.squared_norms, GRADIENT_SUM, "norms"))
+_update = jax.jit(named(optim.update, UPDATE, "home"))
+_pack_some = jax.jit(named(pack, UPDATE, "pack"), static_argnums=1)
 _init_moments = jax.jit(optim.init_state, static_argnums=(1, 2))
 
 
@@ -173,8 +173,11 @@ class GradientSum:
             homes=tuple(home for home, _ in shared),
             layers=layers,
             whole=whole,
-            collect=jax.jit(collect, out_shardings=whole),
-            distribute=jax.jit(distribute, out_shardings={layer: placement[layer] for own in layers for layer in own}),
+            collect=jax.jit(named(collect, GRADIENT_SUM, "pack"), out_shardings=whole),
+            distribute=jax.jit(
+                named(distribute, UPDATE, "unpack"),
+                out_shardings={layer: placement[layer] for own in layers for layer in own},
+            ),
             local=None if local is None else local[0],
             local_layers=() if local is None else local[1],
             placement=placement,

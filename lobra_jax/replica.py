@@ -27,6 +27,7 @@ from lobra_jax.models.quantized import SCALE, block_dim, dequantized, quantized
 from lobra_jax.models.weights import WeightSource
 from lobra_jax.out_of_memory import blaming
 from lobra_jax.packed import SegmentInputs
+from lobra_jax.program_names import GRADIENT_SUM, named
 from lobra_jax.schedule import BACKWARD, FORWARD, Action, issue_order, one_f_one_b
 from lobra_jax.sharding import TARGET_AXES
 from lobra_jax.stage import (
@@ -126,7 +127,7 @@ class Replica:
         self._lock = threading.Lock()
         self._zeros = [
             jax.jit(
-                lambda layout=layout: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), layout.adapters),
+                named(functools.partial(_zeros, layout), GRADIENT_SUM, "zeros"),
                 out_shardings=jax.tree.map(lambda leaf: leaf.sharding, layout.adapters),
             )
             for layout in self.layouts
@@ -265,7 +266,8 @@ class Replica:
         for action in issue_order(one_f_one_b(self.parallel.pp, len(micro_batches))):
             stage, m = action.stage, action.micro_batch
             shape: Shape = micro_batches[m].tokens.shape
-            with blaming(self.index, shape):
+            label = f"replica {self.index} stage {stage} {action.phase} {m}"
+            with blaming(self.index, shape), jax.profiler.TraceAnnotation(label):
                 program = self._training[shape][stage]
                 if m not in batches:
                     batches[m] = self.place_batch(micro_batches[m])
@@ -307,6 +309,10 @@ class Replica:
                 x = jax.device_put(x, self.layouts[stage].hidden(*shape).sharding)
             x = program(self.params[stage], adapters[stage], tasks[stage], x, batches[stage])
         return x
+
+
+def _zeros(layout: StageLayout) -> Adapters:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), layout.adapters)
 
 
 @functools.cache

@@ -20,6 +20,8 @@ from lobra_jax.lora import Adapters, RowInputs, TaskInputs, row_inputs
 from lobra_jax.loss import weighted_row_losses, weighted_token_losses
 from lobra_jax.models.llama import AbstractStage
 from lobra_jax.packed import PackedRows, SegmentInputs, packed_rows
+from lobra_jax.program_names import EVALUATION, named, stage_detail
+from lobra_jax.schedule import BACKWARD, FORWARD, FUSED
 from lobra_jax.sharding import StageSharding
 from planner.packing import max_segments, max_tasks
 
@@ -276,12 +278,14 @@ def compile_training(layout: StageLayout, rows: int, length: int, *, packed: boo
     x = batch.tokens if f.is_first else hidden
     gradients = jax.tree.map(lambda leaf: leaf.sharding, layout.adapters)
     dx = None if f.is_first else hidden.sharding
+    detail = stage_detail(f.abstract.layers, rows, length)
     if f.is_last:
-        fused = jax.jit(f.fused, donate_argnums=0, out_shardings=(gradients, dx, f.sharding.replicated))
+        shardings = (gradients, dx, f.sharding.replicated)
+        fused = jax.jit(named(f.fused, FUSED, detail), donate_argnums=0, out_shardings=shardings)
         lowered = fused.lower(layout.adapters, layout.params, layout.adapters, layout.tasks, x, batch)
         return StageProgram(fused=lowered.compile())
     done = f.sharding.replicated
-    lowered = jax.jit(f.forward, out_shardings=(hidden.sharding, None, done)).lower(
+    lowered = jax.jit(named(f.forward, FORWARD, detail), out_shardings=(hidden.sharding, None, done)).lower(
         layout.params, layout.adapters, layout.tasks, x, batch
     )
     forward = lowered.compile()
@@ -290,7 +294,8 @@ def compile_training(layout: StageLayout, rows: int, length: int, *, packed: boo
         lowered.out_info[1],
         forward.output_shardings[1],
     )
-    backward = jax.jit(f.backward, donate_argnums=0, out_shardings=(gradients, dx, done)).lower(
+    shardings = (gradients, dx, done)
+    backward = jax.jit(named(f.backward, BACKWARD, detail), donate_argnums=0, out_shardings=shardings).lower(
         layout.adapters, layout.params, layout.adapters, layout.tasks, batch, residuals, hidden
     )
     return StageProgram(forward=forward, backward=backward.compile())
@@ -303,5 +308,6 @@ def compile_evaluation(layout: StageLayout, rows: int, length: int) -> jax.stage
     hidden = layout.hidden(rows, length)
     out = f.sharding.replicated if f.is_last else hidden.sharding
     x = batch.tokens if f.is_first else hidden
-    evaluate = jax.jit(f.evaluate, out_shardings=out)
+    detail = stage_detail(f.abstract.layers, rows, length)
+    evaluate = jax.jit(named(f.evaluate, EVALUATION, detail), out_shardings=out)
     return evaluate.lower(layout.params, layout.adapters, layout.tasks, x, batch).compile()

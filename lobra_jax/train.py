@@ -29,6 +29,7 @@ from lobra_jax.metrics import (
     EvalRecord,
     EventRecord,
     MetricsWriter,
+    StartRecord,
     StepRecord,
     TaskRecord,
     length_counts,
@@ -46,6 +47,8 @@ from lobra_jax.run_state import run_metadata, state_from_tree, state_to_tree
 from lobra_jax.step_record import step_record
 from lobra_jax.tasks import adapter_seed, lora_spec, task_optimizer
 from lobra_jax.timeline import save_timeline, step_timeline
+from lobra_jax.trace_steps import TracedSteps
+from lobra_jax.tracing import StepTracer
 from planner.cost import CostTable
 from planner.errors import UserError
 from planner.plan import Plan
@@ -73,6 +76,8 @@ class Inputs:
     """By task: what to go on training instead of a fresh adapter."""
     batching: str = "padded"
     """What training's rows hold: padded or packed."""
+    trace: TracedSteps | None = None
+    """Steps to trace, within those that this run makes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,6 +129,7 @@ class Trainer:
             say=say,
         )
         self.num_steps = max(task.steps for task in self.task_configs)
+        self.tracer = StepTracer(out, inputs.trace, self.engine.replicas, say)
         self.stopped: dict[str, int] = {}
         self.ended: dict[str, int] = {}
         self.best: dict[str, BestSoFar] = {}
@@ -132,21 +138,26 @@ class Trainer:
         self._step = 0
         self._pending: _Pending | None = None
 
-    def prepare(self, checkpoints: Checkpoints, *, resume: bool) -> int:
-        """Weights, adapters and compiled programs onto the devices; returns the steps already done."""
+    def prepare(self, checkpoints: Checkpoints, *, resume: bool) -> StartRecord:
+        """Weights, adapters and compiled programs onto the devices; the record's `step` is the steps already done."""
         started = time.perf_counter()
         self._place()
         done = 0
         if resume:
             done = self._restore(checkpoints)
-        weights_s = time.perf_counter() - started
-        started = time.perf_counter()
-        programs = self.room.compile()
+        placed, before, before_from_cache = time.perf_counter(), self.compilations.total, self.compilations.from_cache
+        self.room.compile()
         self.room.within("warm-up", self.engine.warm_up)
-        compile_s = time.perf_counter() - started
-        self.say(f"weights placed in {weights_s:.1f} s, {programs} programs compiled in {compile_s:.1f} s")
         self._compiled = self.compilations.total
-        return done
+        record = StartRecord(
+            step=done,
+            weights_s=placed - started,
+            compile_s=time.perf_counter() - placed,
+            programs=self._compiled - before,
+            programs_from_cache=self.compilations.from_cache - before_from_cache,
+        )
+        self.say(str(record))
+        return record
 
     def _place(self) -> None:
         """Base weights, and the adapters to start from."""
@@ -207,7 +218,7 @@ class Trainer:
         self.room.on_lowered.append(lowered)
         if done == 0:
             self._evaluate(0, self.task_configs, feeder, metrics)
-        with progress_bar(self.num_steps, done=done) as advance:
+        with self.tracer, progress_bar(self.num_steps, done=done) as advance:
             while self._pending is not None or not self._is_over(self._step):
                 try:
                     self._turn(feeder, checkpoints, metrics, advance)
@@ -274,7 +285,8 @@ class Trainer:
         prepared = feeder.take(task_steps)
         taken = time.perf_counter()
         hyper = step_inputs(self.optimizers, list(task_steps.values()))
-        issued = self.engine.issue(prepared.arrays, hyper)
+        self.tracer.before_issue(step + 1)
+        issued = self.engine.issue(prepared.arrays, hyper, step=step + 1)
         return _Pending(
             step=step,
             prepared=prepared,
@@ -312,10 +324,14 @@ class Trainer:
             )
             if not result.alive[index]:
                 self._stop(name, done, metrics)
-        if all(k is not None or self._is_out(name) for name, k in pending.prepared.task_steps.items()):
-            self._timeline = step_timeline(
-                done, result, pending.prepared.dispatch, self.engine.replicas, self.inputs.costs
-            )
+        is_full = all(k is not None or self._is_out(name) for name, k in pending.prepared.task_steps.items())
+        if is_full or self.tracer.wants(done):
+            dispatch = pending.prepared.dispatch
+            timeline = step_timeline(done, result, dispatch, self.engine.replicas, self.inputs.costs)
+            if is_full:
+                self._timeline = timeline
+            if self.tracer.wants(done):
+                self.tracer.after_record(done, timeline)
         if not sys.stderr.isatty() and done % self.config.training.log_interval == 0:
             self.say(_progress_line(record, self.num_steps))
         return record
@@ -445,7 +461,8 @@ def train(inputs: Inputs, out: Path, *, resume: bool, say: Callable[[str], None]
     trainer = Trainer(inputs, out, say)
     keep = inputs.config.training.keep_checkpoints
     with Checkpoints(out / CHECKPOINTS_FOLDER, keep=keep) as checkpoints:
-        done = trainer.prepare(checkpoints, resume=resume)
+        start = trainer.prepare(checkpoints, resume=resume)
+        done = start.step
         with (
             Feeder(
                 inputs.tasks,
@@ -457,6 +474,7 @@ def train(inputs: Inputs, out: Path, *, resume: bool, say: Callable[[str], None]
             ) as feeder,
             MetricsWriter(out, resume_step=done if resume else None) as metrics,
         ):
+            metrics.write(start)
             if resume:
                 metrics.write(EventRecord(step=done, event="resumed"))
             trainer.run(feeder, checkpoints, metrics, done=done)

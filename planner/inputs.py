@@ -138,13 +138,20 @@ def _chosen(flag: str, value: Path | None, lobra: dict[str, Any]) -> bool:
     return True
 
 
+def found_beside(plan: Path, name: str) -> Path | None:
+    """The input file of that name beside a plan of `lobra plan` or in its run directory, if there is one."""
+    return next((path for path in _places(plan, name) if path.is_file()), None)
+
+
+def _places(plan: Path, name: str) -> tuple[Path, Path]:
+    return beside(plan, name), plan.with_name(f"{name}.json")
+
+
 def _found(plan: Path | None, name: str) -> Path:
-    """The input file of that name beside the plan."""
     if plan is None:
         raise UserError("missing", key=f"--{name}", expected=f"the path of a {name}.json")
-    candidates = (beside(plan, name), plan.with_name(f"{name}.json"))
-    for path in candidates:
-        if path.is_file():
-            return path
-    expected = f"{' or '.join(path.name for path in candidates)} there, or --{name}"
+    path = found_beside(plan, name)
+    if path is not None:
+        return path
+    expected = f"{' or '.join(path.name for path in _places(plan, name))} there, or --{name}"
     raise UserError(f"no {name} beside the plan", file=plan, expected=expected)

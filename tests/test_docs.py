@@ -23,7 +23,7 @@ from lobra_jax.models.weights import RandomWeights
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-PAGES = ("quick-start.md", "file-formats.md", "planning.md", "from-lobra.md", "from-peft.md")
+PAGES = ("quick-start.md", "file-formats.md", "planning.md", "traces.md", "from-lobra.md", "from-peft.md")
 """In the order of reading: a later page goes on with the files of the first."""
 
 BLOCK = re.compile(

@@ -11,13 +11,14 @@ import click
 
 from lobra_jax.commands.options import config_options
 from planner.errors import UserError
-from planner.inputs import beside
+from planner.inputs import beside, found_beside
 
 if TYPE_CHECKING:
     from lobra_jax.config import RunConfig
     from lobra_jax.data.batches import TaskData
     from lobra_jax.models.config import LlamaConfig
     from lobra_jax.peft_folder import TaskAdapter
+    from lobra_jax.trace_steps import TracedSteps
     from planner.cost import CostTable
     from planner.plan import Plan
     from planner.workload import Workload
@@ -33,15 +34,23 @@ MEASURED_FILES = (CONFIG_FILE, COSTS_FILE, f"{COSTS_FILE}.partial")
 @click.command(
     epilog="\b\nExample:\n  lobra train --config C.yaml --out runs/first\n"
     "  lobra train --config C.yaml --out runs/first --resume\n"
-    "  lobra train --config C.yaml --plan plan.yaml --tasks answers,titles --out runs/two"
+    "  lobra train --config C.yaml --plan plan.yaml --tasks answers,titles --out runs/two\n"
+    "  lobra train --config C.yaml --out runs/traced --trace 3-4"
 )
 @config_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run directory: new, or with --resume.")
 @click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="A plan.yaml; by default one is made.")
 @click.option("--tasks", metavar="A,B", help="Train only these tasks of the config.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out.")
+@click.option("--trace", metavar="FIRST-LAST", help="Trace these steps into OUT/trace, such as 3-4 (`lobra trace`).")
 def train(
-    config_path: Path, overrides: tuple[str, ...], out: Path, plan_path: Path | None, tasks: str | None, resume: bool
+    config_path: Path,
+    overrides: tuple[str, ...],
+    out: Path,
+    plan_path: Path | None,
+    tasks: str | None,
+    resume: bool,
+    trace: str | None,
 ) -> None:
     """Train every task's adapter jointly on the planned replicas.
 
@@ -57,6 +66,9 @@ def train(
     if tasks is not None:
         config = select_tasks(config, [name.strip() for name in tasks.split(",") if name.strip()])
     _check_out(out, resume)
+    traced = None if trace is None else _traced_steps(trace, config)
+    if plan_path is not None:
+        _check_plan(plan_path, config)
     model = model_config(config)
     data = load_tasks(config)
     costs = _costs(config, model, config_path, out, plan_path, resume)
@@ -72,7 +84,7 @@ def train(
     devices = run_devices(config.devices)
     adapters = _given_adapters(config, model)
     if resume:
-        _check_checkpoint(config, model, data, out)
+        _check_checkpoint(config, model, data, out, traced)
     _check_devices(plan, model, devices)
     out.mkdir(parents=True, exist_ok=True)
     save_config(config, out / CONFIG_FILE)
@@ -90,9 +102,22 @@ def train(
         devices=tuple(devices),
         adapters=adapters,
         batching=batching,
+        trace=traced,
     )
     run(inputs, out, resume=resume, say=click.echo)
     click.echo(f"{out}: adapters of {', '.join(task.name for task in config.tasks)}")
+
+
+def _traced_steps(text: str, config: RunConfig) -> TracedSteps:
+    from lobra_jax.trace_steps import check_steps, parse_steps
+
+    steps = parse_steps(text)
+    check_steps(steps, done=0, num_steps=_num_steps(config))
+    return steps
+
+
+def _num_steps(config: RunConfig) -> int:
+    return max(task.steps for task in config.tasks)
 
 
 def _given_adapters(config: RunConfig, model: LlamaConfig) -> dict[str, TaskAdapter]:
@@ -125,10 +150,31 @@ def _check_out(out: Path, resume: bool) -> None:
         raise UserError("already exists", file=out, key="--out", expected="a new or empty directory, or --resume")
 
 
+def _check_plan(path: Path, config: RunConfig) -> None:
+    """What can be said of a plan before a cost table is at hand: it can be read, and asks for no more devices than the
+    config says there are."""
+    from planner.lobra_files import is_strategy_file
+    from planner.plan import Plan
+
+    if is_strategy_file(path):
+        return
+    present = config.devices.num_devices or config.devices.simulated
+    needed = Plan.load(path).used_devices
+    if present is not None and needed > present:
+        raise UserError(
+            "the plan needs more devices than there are",
+            file=path,
+            key="replicas",
+            value=needed,
+            expected=f"at most {present}, as the config's devices say",
+        )
+
+
 def _costs(
     config: RunConfig, model: LlamaConfig, config_path: Path, out: Path, plan_path: Path | None, resume: bool
 ) -> CostTable:
-    """The run's own table when resuming, else the one beside the plan, else `planner.costs`, else measured now."""
+    """The run's own table when resuming, else the one that `lobra plan` left with the plan, else `planner.costs`, else
+    that of the run directory in which the plan lies, else measured now."""
     from planner.cost import CostTable
 
     path = config.planner.costs
@@ -136,6 +182,8 @@ def _costs(
         path = out / COSTS_FILE
     elif plan_path is not None and beside(plan_path, "costs").is_file():
         path = beside(plan_path, "costs")
+    elif plan_path is not None and path is None:
+        path = found_beside(plan_path, "costs")
     if path is None:
         measured = out / COSTS_FILE
         path = measured if measured.is_file() else _measure(config, config_path, out)
@@ -280,10 +328,15 @@ def _check_devices(plan: Plan, model: LlamaConfig, devices: list[Any]) -> None:
         check_model_fits(model, group.config)
 
 
-def _check_checkpoint(config: RunConfig, model: LlamaConfig, data: tuple[TaskData, ...], out: Path) -> None:
+def _check_checkpoint(
+    config: RunConfig, model: LlamaConfig, data: tuple[TaskData, ...], out: Path, traced: TracedSteps | None
+) -> None:
     from lobra_jax.checkpoint import Checkpoints
     from lobra_jax.run_state import run_metadata
+    from lobra_jax.trace_steps import check_steps
     from lobra_jax.train import CHECKPOINTS_FOLDER
 
     with Checkpoints(out / CHECKPOINTS_FOLDER, keep=config.training.keep_checkpoints) as checkpoints:
         checkpoints.check(run_metadata(config, model, data, {}))
+        if traced is not None:
+            check_steps(traced, done=checkpoints.latest_step() or 0, num_steps=_num_steps(config))

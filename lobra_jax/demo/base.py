@@ -215,7 +215,7 @@ def write_base(
 def main(corpus: str, tokenizer: str, out: str, steps: int) -> None:
     """Pre-trains the demo's small Llama base and writes it as a Hugging Face folder."""
     configure(DevicesConfig(simulated=NUM_SHARDS), cache_dir=Path(out).parent / "cache")
-    with tqdm(total=steps, unit="step") as bar:
+    with tqdm(total=steps, unit="step", disable=None) as bar:
 
         def show(step: int, loss: float) -> None:
             bar.update()

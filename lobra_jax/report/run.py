@@ -98,15 +98,19 @@ def load_run(folder: str | Path) -> Run:
     )
 
 
+def timeline_of(raw: Mapping[str, Any]) -> Timeline:
+    """From the JSON object that `lobra_jax.timeline` makes."""
+    return Timeline(
+        step=raw["step"],
+        step_s=raw["step_s"],
+        sum_update_s=raw["sum_update_s"],
+        replicas=tuple(_replica(item) for item in raw["replicas"]),
+    )
+
+
 def _load_timeline(path: Path) -> Timeline:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        return Timeline(
-            step=raw["step"],
-            step_s=raw["step_s"],
-            sum_update_s=raw["sum_update_s"],
-            replicas=tuple(_replica(item) for item in raw["replicas"]),
-        )
+        return timeline_of(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"bad timeline: {error!r}", file=path, expected="the timeline of `lobra train`") from error
 

@@ -46,7 +46,7 @@ GIB = 2**30
 @click.option("--targets", help="Adapted linears, of q,k,v,o,gate,up,down; by default all.")
 @click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True, help="Of LoRA.")
 @click.option("--steps", type=click.IntRange(min=3), default=8, show_default=True, help="Timed steps.")
-@click.option("--trace", type=click.Path(path_type=Path, file_okay=False), help="Folder for an XLA trace of each case.")
+@click.option("--trace", type=click.Path(path_type=Path, file_okay=False), help="Folder for a trace of each case.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the result as JSON.")
 def main(out: Path | None, **options: Any) -> None:
     """Time joint steps of made-up micro-batches on the devices present."""

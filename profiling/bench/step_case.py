@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lobra_jax.data.batches import MicroBatchArrays
 from lobra_jax.devices import peak_bytes
-from lobra_jax.engine import Engine, StepResult
+from lobra_jax.engine import Engine, ReplicaBatches, StepResult
 from lobra_jax.lora_spec import LoraSpec
 from lobra_jax.loss import weighted_row_losses
 from lobra_jax.models.config import LlamaConfig
@@ -26,15 +25,17 @@ from lobra_jax.optim import HyperInputs, TaskOptimizer, step_inputs
 from lobra_jax.out_of_memory import OutOfMemoryError
 from lobra_jax.replica import Replica, memory_bytes
 from lobra_jax.stage import BatchInputs
+from lobra_jax.tracing import traced
 from planner.errors import UserError
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
 from profiling.bench.ceiling import floor_flops, matmul_rate
 from profiling.bench.step_check import check
 from profiling.made_up import random_adapters, random_params
 from profiling.measure import Setup, made_up_batch, reserve_bytes, update_bytes
+from profiling.trace.summary import summarise
 
 NUM_WARM_UPS = 2
-TRACED_STEPS = 2
+TRACED_STEPS, TOP_KERNELS = 3, 12
 LEARNING_RATE = 1e-4
 
 
@@ -204,7 +205,8 @@ class Bench:
     ) -> dict[str, Any]:
         before = peak_bytes(self._devices)
         try:
-            results, issue_s = run_case(case, engine, self._params, steps=self._steps, trace=self._trace)
+            results, issue_s = run_case(case, engine, self._params, steps=self._steps)
+            trace = None if self._trace is None else _traced(case, engine, self._trace)
         except OutOfMemoryError as error:
             return {**case.described, "predicted_bytes": predicted, "out_of_memory": str(error)}
         after = peak_bytes(self._devices)
@@ -228,6 +230,7 @@ class Bench:
             "compile_s": compile_s,
             "issue_s_per_micro_batch": issue_s / (case.micro_batches * case.replicas),
             "loss": float(results[-1].losses[0]),
+            **({} if trace is None else {"trace": trace}),
         }
 
     def _base_s(self, case: Case, replica: Replica) -> float:
@@ -242,9 +245,7 @@ class Bench:
         return statistics.median(times[NUM_WARM_UPS:])
 
 
-def run_case(
-    case: Case, engine: Engine, params: Sequence[Any], *, steps: int, trace: Path | None = None
-) -> tuple[list[StepResult], float]:
+def run_case(case: Case, engine: Engine, params: Sequence[Any], *, steps: int) -> tuple[list[StepResult], float]:
     """Places `params`, by replica, and random adapters; warms up and times.
 
     Returns:
@@ -261,14 +262,10 @@ def run_case(
         issued = engine.issue(batches, hyper)
         issue_s.append(time.perf_counter() - start)
         engine.finish(issued)
-    results = _steps_of(engine, batches, hyper, steps)
-    if trace is not None:
-        with jax.profiler.trace(str(trace / str(case).replace(" ", "_").replace(",", ""))):
-            _steps_of(engine, batches, hyper, TRACED_STEPS)
-    return results, issue_s[-1]
+    return _steps_of(engine, batches, hyper, steps), issue_s[-1]
 
 
-def case_inputs(case: Case, micro_batches: int | None = None) -> tuple[list[list[MicroBatchArrays]], HyperInputs]:
+def case_inputs(case: Case, micro_batches: int | None = None) -> tuple[ReplicaBatches, HyperInputs]:
     """What `Engine.issue` takes for a step of the case, or of another number of its micro-batches."""
     batch = made_up_batch(case.setup(()), (case.rows, case.length))
     optimizer = TaskOptimizer(
@@ -283,15 +280,24 @@ def case_inputs(case: Case, micro_batches: int | None = None) -> tuple[list[list
     return [[batch] * (micro_batches or case.micro_batches)] * case.replicas, hyper
 
 
-def _steps_of(engine: Engine, batches: Any, hyper: Any, count: int) -> list[StepResult]:
+def _steps_of(engine: Engine, batches: ReplicaBatches, hyper: HyperInputs, count: int) -> list[StepResult]:
     """As a training loop runs them: a step is issued before the one before it is waited for."""
-    results, pending = [], engine.issue(batches, hyper)
-    for _ in range(count - 1):
-        following = engine.issue(batches, hyper)
+    results, pending = [], engine.issue(batches, hyper, step=1)
+    for number in range(2, count + 1):
+        following = engine.issue(batches, hyper, step=number)
         results.append(engine.finish(pending))
         pending = following
     results.append(engine.finish(pending))
     return results
+
+
+def _traced(case: Case, engine: Engine, folder: Path) -> dict[str, Any]:
+    """The summary of a few more steps' trace, which stays in a folder of the case's own."""
+    folder = folder / str(case).replace(" ", "_").replace(",", "")
+    with traced(folder, engine.replicas):
+        _steps_of(engine, *case_inputs(case), TRACED_STEPS)
+    summary = summarise(folder, top=TOP_KERNELS)
+    return {name: summary[name] for name in ("steps", "window_s", "idle_share", "classes", "top_kernels")}
 
 
 def predicted_bytes(case: Case, engine: Engine, devices: Sequence[Any]) -> int:

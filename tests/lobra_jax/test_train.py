@@ -175,14 +175,25 @@ def test_a_task_trained_alone_gives_the_adapter_of_the_joint_run(world, finished
     assert difference(adapter(tmp_path / "solo", name), adapter(finished, name)) < 1e-5
 
 
-def test_a_killed_run_resumes_bitwise(world, finished, tmp_path, monkeypatch):
-    out = tmp_path / "killed"
-    kill_at(monkeypatch, 5)
-    assert train(world, out, plan="many").exit_code == 130
-    monkeypatch.undo()
-    result = train(world, out, "--resume", plan="many")
+@pytest.fixture(scope="module")
+def resumed(world):
+    """(run directory, what a killed and a resumed part of it said), both traced, on three unlike replicas."""
+    out = world / "killed"
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, 5)
+        killed = train(world, out, "--trace", "4-6", plan="many")
+    assert killed.exit_code == 130
+    lobra("trace", out, "--out", out / "killed.json")
+    refused = train(world, out, "--resume", "--trace", "5-6", plan="many")
+    assert refused.exit_code == 2 and "(got '5-6'); expected steps from 6, as the first" in refused.output
+    result = train(world, out, "--resume", "--trace", "6-6", plan="many")
     assert result.exit_code == 0, result.output
-    assert "resumed after step 4" in result.output
+    return out, killed.output, result.output
+
+
+def test_a_killed_run_resumes_bitwise_traced_or_not(world, finished, resumed):
+    out, _, output = resumed
+    assert "resumed after step 4" in output
     for name in ("short", "long"):
         whole, resumed = adapter(finished, name), adapter(out, name)
         for key, array in whole.items():
@@ -193,6 +204,57 @@ def test_a_killed_run_resumes_bitwise(world, finished, tmp_path, monkeypatch):
         for run in (finished, out)
     ]
     assert losses[0] == losses[1]
+
+
+def test_traced_steps_are_there_even_if_the_run_was_killed(resumed):
+    out, killed, output = resumed
+    assert "traced steps: 4, 5; read them by lobra trace" in killed
+    assert "traced steps: 6; read them by lobra trace" in output
+    done = lobra("trace", out, "--out", out / "trace.json")
+    assert done.exit_code == 0, done.output
+    first, second = (json.loads((out / name).read_text()) for name in ("killed.json", "trace.json"))
+    assert [[step["step"] for step in summary["steps"]] for summary in (first, second)] == [[4, 5], [6]]
+    for summary in (first, second):
+        places = [(row["replica"], row["stage"]) for row in summary["devices"]]
+        assert sorted(places) == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 0)]
+        for row in summary["devices"]:
+            assert 0 < row["busy_s"] < summary["window_s"]
+            assert sum(row["classes"].values()) == pytest.approx(row["busy_s"], abs=1e-8)
+            assert sum(row["phases"].values()) == pytest.approx(row["busy_s"], abs=1e-8)
+        phases = {(s["replica"], s["stage"]): set(s["phases"]) for s in summary["stages"]}
+        assert {"fused", "gradient_sum", "update"} <= phases[0, 0]
+        assert "fused" not in phases[1, 0] and "update" in phases[1, 0]
+        assert summary["classes"]["collective"] > 0 and summary["unattributed"] == {}
+        assert [r["measured_by"] for r in summary["timeline"]["replicas"]] == ["devices"] * 3
+        # Replica 1 has two stages, and may have nothing to do when only one task is left.
+        drawn = {bar["phase"] for bar in summary["timeline"]["replicas"][1]["stages"][0]}
+        assert drawn == phases[1, 0] & {"forward", "backward"}
+    assert any("backward" in stage["phases"] for stage in first["stages"])
+
+
+def test_starts_say_how_many_programs_came_from_the_cache(resumed):
+    out, killed, output = resumed
+    starts = read_metrics(out / "metrics.jsonl", "start")
+    assert [r["step"] for r in starts] == [0, 4]
+    for record, said in zip(starts, (killed, output), strict=True):
+        assert record["programs"] >= 10 and 0 <= record["programs_from_cache"] <= record["programs"]
+        compiled = record["programs"] - record["programs_from_cache"]
+        assert f": {compiled} compiled, {record['programs_from_cache']} from the cache" in said
+
+
+@pytest.mark.parametrize(
+    ("steps", "complaint"),
+    [
+        ("3", "not a range of steps (got '3'); expected FIRST-LAST, such as 3-4"),
+        ("4-3", "not a range of steps"),
+        ("1-2", "steps that cannot be traced (got '1-2'); expected steps from 2, as the first runs"),
+        ("2-7", "to 6"),
+    ],
+)
+def test_steps_that_cannot_be_traced_are_refused_before_anything_else(world, tmp_path, steps, complaint):
+    done = train(world, tmp_path / "run", "--trace", steps)
+    assert done.exit_code == 2 and complaint in done.output and done.output.count("\n") == 1, done.output
+    assert not (tmp_path / "run").exists()
 
 
 def test_resume_on_another_plan_goes_on_from_the_same_state(world, finished, tmp_path, monkeypatch):
@@ -296,6 +358,20 @@ def test_a_plan_that_cannot_run_is_one_line_and_leaves_nothing(world, tmp_path, 
     assert result.exit_code == 2, result.output
     assert complaint in result.output and result.output.strip().count("\n") == 0
     assert not out.exists()
+
+
+def test_a_plan_is_looked_at_before_anything_is_measured(world, tmp_path):
+    """Without a cost table, and with that of another run beside the plan."""
+    plan = write_plan(world, tmp_path, num_devices=99, replicas=[{**REPLICA, "count": 9}])
+    settings = ("--set", "planner.costs=null", "--out", tmp_path / "run")
+    for path, complaint in ((plan, "the plan needs more devices"), (tmp_path / "gone.yaml", "gone.yaml: cannot read")):
+        result = lobra("train", "--config", world / "config.yaml", "--plan", path, *settings)
+        assert result.exit_code == 2 and result.output.startswith(f"error: {path}"), result.output
+        assert complaint in result.output and not (tmp_path / "run").exists()
+    (tmp_path / "costs.json").write_text((world / "costs.json").read_text().replace('"base"', '"other"', 1))
+    plan = write_plan(world, tmp_path, model="else")
+    result = lobra("train", "--config", world / "config.yaml", "--plan", plan, *settings)
+    assert result.exit_code == 2 and "plan of another model (got 'else'); expected other" in result.output
 
 
 @pytest.mark.parametrize(

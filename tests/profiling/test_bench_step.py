@@ -33,6 +33,7 @@ def test_step_reports_every_case(tmp_path):
     result = bench(
         *("step", "--model", "tiny", "--layers", 2, "--dtype", "float32", "--shapes", "2x32", "--remats", "none,full"),
         *("--tasks", 2, "--ranks", "2,4", "--targets", "q,down", "--steps", 3, "--micro-batches", 2, "--out", out),
+        *("--trace", tmp_path / "traces"),
     )
     assert result.exit_code == 0, result.output
     record = json.loads(out.read_text(encoding="utf-8"))
@@ -44,6 +45,11 @@ def test_step_reports_every_case(tmp_path):
         assert row["share_of_ceiling"] == pytest.approx(row["floor_flop_rate"] / row["matmul_rate"])
         assert 0 < row["sum_update_s"] <= row["step_s"] and row["predicted_bytes"] > 0
         assert str(row["case"]) in result.output
+        trace = row["trace"]
+        assert [step["step"] for step in trace["steps"]] == [1, 2, 3]
+        assert trace["classes"]["matmul"] > 0
+        assert sum(trace["classes"].values()) == pytest.approx(trace["window_s"] * (1 - trace["idle_share"]), abs=1e-7)
+    assert len(list((tmp_path / "traces").iterdir())) == 2
 
 
 @pytest.mark.parametrize(
