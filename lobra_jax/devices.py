@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,18 +99,31 @@ def memory_limit(config: DevicesConfig, device: Any) -> int:
     """Bytes that a run may use on each device: `memory_bytes`, else what the device itself offers JAX.
 
     Raises:
-      UserError: neither is known (CPU devices do not say).
+      UserError: neither is known (CPU devices do not say), or `memory_bytes` is more than JAX may take of the device.
     """
-    if config.memory_bytes is not None:
-        return config.memory_bytes
-    stats = device.memory_stats() or {}
-    if "bytes_limit" not in stats:
+    offered = (device.memory_stats() or {}).get("bytes_limit")
+    if config.memory_bytes is None and offered is None:
         raise UserError(
             f"a {device.platform} device does not tell its memory",
             key="devices.memory_bytes",
             expected='a limit per device, such as "4GiB"',
         )
-    return int(stats["bytes_limit"])
+    if config.memory_bytes is None:
+        return int(offered)
+    if offered is not None and config.memory_bytes > offered:
+        raise UserError(
+            f"more than JAX may take of a {device.device_kind}",
+            key="devices.memory_bytes",
+            value=config.memory_bytes,
+            expected=f"at most {offered} (XLA_PYTHON_CLIENT_MEM_FRACTION of its memory), or null for all of that",
+        )
+    return config.memory_bytes
+
+
+def peak_bytes(devices: Sequence[Any]) -> int | None:
+    """Of the fullest device since the process began; None where devices do not tell."""
+    stats = [device.memory_stats() or {} for device in devices]
+    return max((s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s), default=None)
 
 
 def host_cores() -> int:

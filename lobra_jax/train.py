@@ -29,7 +29,6 @@ from lobra_jax.metrics import (
     EvalRecord,
     EventRecord,
     MetricsWriter,
-    PhaseSeconds,
     StartRecord,
     StepRecord,
     TaskRecord,
@@ -45,6 +44,7 @@ from lobra_jax.out_of_memory import Failure, OutOfMemoryError, is_out_of_memory
 from lobra_jax.peft_folder import TaskAdapter, write_peft_adapter
 from lobra_jax.room import Room
 from lobra_jax.run_state import run_metadata, state_from_tree, state_to_tree
+from lobra_jax.step_record import step_record
 from lobra_jax.tasks import adapter_seed, lora_spec, task_optimizer
 from lobra_jax.timeline import save_timeline, step_timeline
 from lobra_jax.trace_steps import TracedSteps
@@ -337,28 +337,14 @@ class Trainer:
         return record
 
     def _step_record(self, pending: _Pending, result: StepResult) -> StepRecord:
-        prepared = pending.prepared
-        device_seconds = self.room.plan.used_devices * result.total_s
-        return StepRecord(
-            step=pending.step + 1,
-            tokens=prepared.batch.num_tokens,
-            padded_tokens=prepared.padded_tokens,
-            padding_share=1 - prepared.batch.num_tokens / prepared.padded_tokens,
-            idle_share=1 - sum(result.busy_s) / device_seconds,
-            gpu_seconds=device_seconds,
-            seconds=PhaseSeconds(
-                wait_dispatch=pending.wait_s,
-                issue=pending.issue_s,
-                host_wait=result.host_wait_s,
-                execute=result.execute_s,
-                sum_update=result.sum_update_s,
-                total=result.total_s,
-            ),
-            dispatch_solve_s=prepared.dispatch.solve_s,
-            predicted_s=tuple(prepared.dispatch.predicted_s),
-            measured_s=result.replica_s,
-            predicted_step_s=max(prepared.dispatch.predicted_s) + self.inputs.costs.step_overhead_s,
-            num_micro_batches=tuple(len(own) for own in prepared.dispatch.replicas),
+        return step_record(
+            pending.step + 1,
+            pending.prepared,
+            result,
+            plan=self.room.plan,
+            costs=self.inputs.costs,
+            wait_s=pending.wait_s,
+            issue_s=pending.issue_s,
             compilations=self._newly_compiled(),
         )
 

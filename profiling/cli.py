@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from lobra_jax.config import RunConfig
     from planner.cost import ConfigCost, CostTable
     from planner.plan import ParallelConfig
-    from profiling.measure import Setup
+    from profiling.measure import Searched, Setup
     from profiling.table import Header
 
 DEFAULT_REPEATS = 3
-MAX_COMPILE_THREADS = 8
+MAX_COMPILE_THREADS = 64
+PROGRAMS_OF_SEARCH = 3
+"""That the search for one config's capacity compiles at a time, at the most."""
 
 
 @click.command(
@@ -88,7 +90,8 @@ def run_profile(
     rank: int | None = None,
 ) -> CostTable:
     """Measures, saves to `out` and prints; devices have been configured. Raises `UserError`."""
-    from profiling.measure import measure_step_overhead
+    from profiling.ahead import Searches
+    from profiling.measure import measure_step_overhead, search_capacity
     from profiling.table import load_partial, measure_all, partial_path
 
     started = time.perf_counter()
@@ -102,10 +105,12 @@ def run_profile(
     known = [c for c in wanted if c in progress]
     if known:
         console.print(f"{len(known)} of {len(wanted)} configs were measured before")
+    pending = [c for c in wanted if c not in progress]
+    searches = Searches(lambda c: search_capacity(setup, c), pending, at_once=setup.num_threads // PROGRAMS_OF_SEARCH)
     with progress_bar(console, len(wanted), len(known)) as advance:
         progress = measure_all(
             wanted,
-            lambda c: _measured(setup, c),
+            lambda c: _measured(setup, searches.take(c)),
             partial=partial,
             header=header,
             progress=progress,
@@ -125,14 +130,14 @@ def run_profile(
     return table
 
 
-def _measured(setup: Setup, config: ParallelConfig) -> ConfigCost:
-    from profiling.measure import measure_config
+def _measured(setup: Setup, searched: Searched) -> ConfigCost:
+    from profiling.measure import time_config
     from profiling.packed import measure_packed
 
-    cost = measure_config(setup, config)
+    cost = time_config(setup, searched)
     if not setup.packed:
         return cost
-    return dataclasses.replace(cost, packed=measure_packed(setup, config, cost.capacity_tokens))
+    return dataclasses.replace(cost, packed=measure_packed(setup, cost.config, cost.capacity_tokens))
 
 
 def make_setup(
@@ -270,7 +275,7 @@ def print_summary(
     from rich.table import Table
 
     view = Table(title=f"{table.model} on {table.hardware['num_devices']} x {table.hardware['device_kind']}")
-    view.add_column("config")
+    view.add_column("config", no_wrap=True, min_width=max(len(str(cost.config)) for cost in table.configs))
     for name in ("capacity, tokens", "tokens/s", "fixed, ms", "shapes", "error, mean", "error, max"):
         view.add_column(name, justify="right")
     for cost in table.configs:

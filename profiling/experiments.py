@@ -25,6 +25,7 @@ import click
 import numpy as np
 
 from planner import task_fused
+from planner.constraints import Constraints
 from planner.cost import ConfigCost, CostTable
 from planner.lobra_files import LobraTask, parse_plan_lists
 from planner.plan import Plan
@@ -34,6 +35,7 @@ from planner.simulate import simulate
 from planner.synthetic import DatasetStatistics, read_statistics, synthetic_workload
 from planner.workload import TaskLengths, Workload
 from profiling.bench.provenance import provenance
+from profiling.systems import SYSTEMS, System, plan_part, workloads
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -42,6 +44,10 @@ REMAT_FACTORS = {"dots": (4, 1.05), "full": (16, 1.5)}
 
 LOBRA_PLAN = ("2048,4096,16384", "6,1,1", "1,2,8", "1,1,1")
 """LobRA's own plan for six tasks on 16 devices, as its scripts give it: capacities, replicas, tp, pp."""
+
+METHODS = ("task-sequential", "task-fused", "lobra", "ours", "ours-remat")
+LOBRA_REMAT = "none"
+"""LobRA keeps everything for the backward pass, and so do the baselines."""
 
 DEVICES = (16, 32, 64, 128, 256)
 TASK_COUNTS = (4, 8, 12, 16)
@@ -143,15 +149,47 @@ def methods(
     workload: Workload, costs: CostTable, num_devices: int, settings: Settings, *, lobra: Plan | None = None
 ) -> list[Row]:
     """Task-Sequential, Task-Fused, LobRA's plan (its planner's where none is given), ours without and with remat."""
-    problem = _problem(workload, costs, num_devices, settings)
-    remat = _problem(workload, with_remat(costs), num_devices, settings)
-    return [
-        sequential(workload, costs, num_devices, settings),
-        judged("Task-Fused", task_fused.solve(problem), workload, costs, num_devices, settings),
-        judged("LobRA", lobra or solver("prune")(problem), workload, costs, num_devices, settings),
-        judged("ours", solver("exact")(problem), workload, costs, num_devices, settings),
-        judged("ours, remat", solver("exact")(remat), workload, with_remat(costs), num_devices, settings),
-    ]
+    table = with_remat(costs)
+    rows = []
+    for key in METHODS:
+        system = SYSTEMS[key]
+        if lobra is not None and key == "lobra":
+            rows.append(judged(system.name, lobra, workload, costs, num_devices, settings))
+        else:
+            rows.append(simulated(system, workload, table, num_devices, settings))
+    return rows
+
+
+def simulated(system: System, workload: Workload, costs: CostTable, num_devices: int, settings: Settings) -> Row:
+    """A system's row; of one that trains its tasks one after the other, seconds and GPU-seconds add up."""
+
+    def build(part: Workload, costs: CostTable, constraints: Constraints) -> PlanningProblem:
+        return build_problem(
+            part,
+            costs,
+            num_devices,
+            num_buckets=NUM_BUCKETS,
+            constraints=constraints,
+            time_limit_s=settings.time_limit_s,
+        )
+
+    rows = []
+    for own in workloads(system, workload):
+        plan = plan_part(system, own, costs, LOBRA_REMAT, build)
+        name = system.name if system.is_joint else own.tasks[0].name
+        rows.append(judged(name, plan, own, costs, num_devices, settings))
+    if system.is_joint:
+        return rows[0]
+    weights = [row.step_s for row in rows]
+    return Row(
+        name=system.name,
+        plan="; ".join(f"{row.name}: {row.plan}" for row in rows),
+        num_devices=num_devices,
+        step_s=sum(weights),
+        gpu_seconds=sum(row.gpu_seconds for row in rows),
+        padding_share=float(np.average([row.padding_share for row in rows], weights=weights)),
+        idle_share=float(np.average([row.idle_share for row in rows], weights=weights)),
+    )
 
 
 def judged(
@@ -174,25 +212,6 @@ def judged(
         gpu_seconds=simulation.mean_step_s * num_devices,
         padding_share=simulation.padding_share,
         idle_share=simulation.idle_share,
-    )
-
-
-def sequential(workload: Workload, costs: CostTable, num_devices: int, settings: Settings) -> Row:
-    """Each task alone on all devices, on replicas of the one config that suits it best, one task after the other."""
-    rows = []
-    for task in workload.tasks:
-        alone = Workload(tasks=(task,))
-        plan = task_fused.solve(_problem(alone, costs, num_devices, settings))
-        rows.append(judged(task.name, plan, alone, costs, num_devices, settings))
-    weights = [row.step_s for row in rows]
-    return Row(
-        name="Task-Sequential",
-        plan="; ".join(f"{row.name}: {row.plan}" for row in rows),
-        num_devices=num_devices,
-        step_s=sum(weights),
-        gpu_seconds=sum(row.gpu_seconds for row in rows),
-        padding_share=float(np.average([row.padding_share for row in rows], weights=weights)),
-        idle_share=float(np.average([row.idle_share for row in rows], weights=weights)),
     )
 
 
@@ -275,10 +294,6 @@ def _task(row: DatasetStatistics, batch_size: int) -> LobraTask:
         targets=("q", "k", "v", "o"),
         steps=1,
     )
-
-
-def _problem(workload: Workload, costs: CostTable, num_devices: int, settings: Settings) -> PlanningProblem:
-    return build_problem(workload, costs, num_devices, num_buckets=NUM_BUCKETS, time_limit_s=settings.time_limit_s)
 
 
 def _print(title: str, rows: Sequence[Row]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lobra_jax.lora import Adapters
 from lobra_jax.lora_spec import LoraSpec
@@ -17,17 +19,22 @@ WEIGHT_STD = 0.02
 
 
 def random_params(replica: Replica) -> list[dict[str, Any]]:
-    """Weights of a base that is not quantised, by stage and name: norms one, the rest normal."""
+    """Weights of a base that is not quantised, by stage and name: norms one, the rest normal.
 
-    def make(name: str, number: int, spec: jax.ShapeDtypeStruct) -> Any:
+    A weight is the same however the model is cut into stages and shards.
+    """
+
+    def make(name: str, spec: jax.ShapeDtypeStruct) -> Any:
         if name.endswith("norm"):
             return jax.device_put(jnp.ones(spec.shape, spec.dtype), spec.sharding)
-        return _normal(number, spec.shape, spec.dtype, WEIGHT_STD, spec.sharding)
+        return _normal(zlib.crc32(name.encode()), spec.shape, spec.dtype, WEIGHT_STD, spec.sharding)
 
-    numbers = {name: i for i, name in enumerate(n for layout in replica.layouts for n in layout.params)}
-    return [
-        {name: make(name, numbers[name], spec) for name, spec in layout.params.items()} for layout in replica.layouts
-    ]
+    return [{name: make(name, spec) for name, spec in layout.params.items()} for layout in replica.layouts]
+
+
+def random_like(tree: Any) -> Any:
+    """Normal numbers for every abstract array of a tree, made where its sharding says."""
+    return jax.tree.map(lambda leaf: _normal(leaf.size, leaf.shape, leaf.dtype, WEIGHT_STD, leaf.sharding), tree)
 
 
 def random_adapters(replica: Replica, specs: Sequence[LoraSpec]) -> Adapters:
@@ -53,7 +60,7 @@ def random_adapters(replica: Replica, specs: Sequence[LoraSpec]) -> Adapters:
 
 
 def _normal(seed: int, shape: tuple[int, ...], dtype: Any, std: float, sharding: Any) -> Any:
-    return _normal_program(shape, jnp.dtype(dtype), std, sharding)(seed)
+    return _normal_program(shape, jnp.dtype(dtype), std, sharding)(np.uint32(seed))
 
 
 @functools.cache

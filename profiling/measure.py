@@ -6,9 +6,10 @@ Values do not matter to time, so weights, adapters and tokens are cheap made-up 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,7 +28,7 @@ from planner.cost import ConfigCost, CostPoint
 from planner.fit import MIN_POINTS_TO_HOLD_OUT, fit_coefficients, hold_out
 from planner.plan import ParallelConfig
 from profiling.grid import HostShare, Shape, held_out_shape, host_share
-from profiling.made_up import random_params
+from profiling.made_up import random_like, random_params
 from profiling.memory import DoesNotFitError, find_capacity
 from profiling.timing import slots, time_steps
 
@@ -124,7 +125,7 @@ class Bench:
     def place(self, source: WeightSource | None = None) -> None:
         """Puts weights (made-up ones without a source) and adapters onto the devices; needed before `step_s`, not for
         compiling."""
-        filler = Filler(self.setup.model)
+        on_host = self.setup.cores is not None
         tasks = TaskInputs(
             scales=np.ones(self.setup.num_tasks, np.float32),
             dropout_rates=np.full(self.setup.num_tasks, 0.1 if self.setup.dropout else 0.0, np.float32),
@@ -133,11 +134,13 @@ class Bench:
             else None,
         )
         for replica in self.replicas:
-            if source is None and self.setup.cores is None and self.setup.quantization == "none":
-                replica.params = random_params(replica)
+            if source is None:
+                make_up_weights(replica, on_host=on_host)
             else:
-                replica.load(source or filler)
-            self._adapters.append([jax.tree.map(filler.like, layout.adapters) for layout in replica.layouts])
+                replica.load(source)
+            filler = Filler(self.setup.model)
+            like = functools.partial(jax.tree.map, filler.like) if on_host else random_like
+            self._adapters.append([like(layout.adapters) for layout in replica.layouts])
             self._tasks.append(replica.place_tasks(tasks))
 
     def compile(self, shapes: Sequence[Shape], *, copies: int) -> None:
@@ -175,6 +178,17 @@ class Bench:
         return runs, time.perf_counter() - start
 
 
+def make_up_weights(replica: Replica, *, on_host: bool) -> None:
+    """Gives a replica weights of no meaning, on its own devices unless they are to be quantised.
+
+    `on_host` repeats a few numbers instead, which is cheaper where devices are simulated.
+    """
+    if on_host or replica.quantization != "none":
+        replica.load(Filler(replica.model))
+    else:
+        replica.params = random_params(replica)
+
+
 def make_replica(
     setup: Setup, config: ParallelConfig, index: int, devices: Sequence[Any], *, packed: bool = False
 ) -> Replica:
@@ -207,10 +221,24 @@ def made_up_batch(setup: Setup, shape: Shape) -> MicroBatchArrays:
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Searched:
+    """A config whose capacity was found: `bench` has the programs, `sizes` the bytes of each shape to be timed."""
+
+    bench: Bench
+    config: ParallelConfig
+    capacity_tokens: int
+    sizes: Mapping[Shape, int]
+
+
 def measure_config(setup: Setup, config: ParallelConfig) -> ConfigCost:
     """Capacity, times and fit of one config, padded. Raises `DoesNotFitError` if it holds no micro-batch at all."""
-    share = setup.share(config)
-    bench = Bench(setup, config, copies=share.copies)
+    return time_config(setup, search_capacity(setup, config))
+
+
+def search_capacity(setup: Setup, config: ParallelConfig) -> Searched:
+    """Compiles what there is to time; places no weights. Raises `DoesNotFitError`."""
+    bench = Bench(setup, config, copies=setup.share(config).copies)
     replica = bench.replicas[0]
     reserve = reserve_bytes(setup, replica)
     if update_bytes(setup, replica) > setup.limit_bytes:
@@ -227,6 +255,13 @@ def measure_config(setup: Setup, config: ParallelConfig) -> ConfigCost:
         for shape, size in capacity.bytes.items()
         if size <= setup.limit_bytes - reserve and shape[0] * shape[1] <= capacity.tokens
     }
+    return Searched(bench=bench, config=config, capacity_tokens=capacity.tokens, sizes=sizes)
+
+
+def time_config(setup: Setup, searched: Searched) -> ConfigCost:
+    """Times and fit of a config; nothing else may run or compile meanwhile."""
+    bench, config, sizes = searched.bench, searched.config, searched.sizes
+    share = setup.share(config)
     bench.compile(list(sizes), copies=share.copies)
     bench.place()
     times = {
@@ -234,7 +269,7 @@ def measure_config(setup: Setup, config: ParallelConfig) -> ConfigCost:
         for shape in sorted(sizes, key=lambda shape: shape[0] * shape[1])
     }
     seconds, fixed = slots(times, pp=config.pp)
-    held_out = held_out_shape(setup.lengths, capacity.tokens, sizes)
+    held_out = held_out_shape(setup.lengths, searched.capacity_tokens, sizes)
     points = [
         CostPoint(
             rows=shape[0],
@@ -250,7 +285,7 @@ def measure_config(setup: Setup, config: ParallelConfig) -> ConfigCost:
     coefficients, error = fit_coefficients(points)
     return ConfigCost(
         config=config,
-        capacity_tokens=capacity.tokens,
+        capacity_tokens=searched.capacity_tokens,
         coefficients=coefficients,
         fixed_s=fixed * share.factor,
         points=tuple(points),

@@ -68,7 +68,7 @@ def load_partial(path: Path, header: Header) -> tuple[Progress, list[str]]:
         return nothing, []
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        differing = _differing(raw["header"], json.loads(json.dumps(_fields(header))))
+        differing = differing_keys(raw["header"], json.loads(json.dumps(_fields(header))))
         if differing:
             return nothing, differing
         measured = CostTable.from_dict(raw["table"], file=path).configs if raw["table"] else ()
@@ -79,12 +79,13 @@ def load_partial(path: Path, header: Header) -> tuple[Progress, list[str]]:
     return Progress(measured={cost.config: cost for cost in measured}, dropped=dropped), []
 
 
-def _differing(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys in which two nested mappings differ."""
     keys = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            keys += _differing(a, b, f"{prefix}{key}.")
+            keys += differing_keys(a, b, f"{prefix}{key}.")
         elif a != b:
             keys.append(f"{prefix}{key}")
     return keys

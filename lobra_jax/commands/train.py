@@ -190,7 +190,7 @@ def _costs(
     costs = CostTable.load(path)
     if costs.estimate_note is not None:
         click.echo(costs.estimate_note)
-    _check_measured(costs, config, path)
+    check_measured(costs, config, path)
     if costs.model_fingerprint != model.fingerprint:
         raise UserError(
             "cost table of another model",
@@ -202,7 +202,7 @@ def _costs(
     return costs
 
 
-def _check_measured(costs: CostTable, config: RunConfig, path: Path) -> None:
+def check_measured(costs: CostTable, config: RunConfig, path: Path) -> None:
     """Refuses a table whose times and capacities are of less than this run needs; tables from elsewhere do not say."""
     from lobra_jax.commands.plan import check_quantization_of
 

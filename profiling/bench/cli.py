@@ -15,9 +15,17 @@ BENCHES = {
         target="profiling.bench.step:main",
         help="Time a joint step beside the matmul ceiling and the frozen base alone.",
     ),
+    "submeshes": CommandEntry(
+        target="profiling.bench.submeshes:main",
+        help="Time one replica of every (tp, pp) that fits, against one device.",
+    ),
     "peers": CommandEntry(
         target="profiling.bench.peers:main",
         help="Time the same step with transformers and PEFT, and with Liger's kernels.",
+    ),
+    "experiment": CommandEntry(
+        target="profiling.bench.experiment:main",
+        help="Train the same batches as each compared system would; GPU-seconds.",
     ),
     "packing": CommandEntry(
         target="profiling.bench.packing:main",

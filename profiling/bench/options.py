@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lobra_jax.config.fields import did_you_mean, one_of
+from lobra_jax.models.config import PRESETS, LlamaConfig
 from planner.errors import UserError
 
 
@@ -17,6 +19,22 @@ def parse_shapes(key: str, text: str) -> list[tuple[int, int]]:
             raise UserError("not a shape", key=key, value=part, expected="ROWSxLENGTH, such as 8x2048")
         shapes.append((int(numbers[0]), int(numbers[1])))
     return shapes
+
+
+def parse_preset(key: str, name: str) -> LlamaConfig:
+    """The model shape of that name; UserError names what is none."""
+    if name not in PRESETS:
+        raise UserError(f"unknown preset{did_you_mean(name, PRESETS)}", key=key, value=name, expected=one_of(PRESETS))
+    return PRESETS[name]
+
+
+def parse_names(key: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """The names in a comma list; UserError names one that is not `known`."""
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in known:
+            raise UserError(f"unknown name{did_you_mean(name, known)}", key=key, value=name, expected=one_of(known))
+    return names
 
 
 def command_line(command: str, options: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ import click
 from lobra_jax.devices import set_accelerator_flags
 from planner.errors import UserError
 from planner.plan import REMATS
-from profiling.bench.options import command_line, parse_shapes
+from profiling.bench.options import command_line, parse_names, parse_preset, parse_shapes
 from profiling.bench.provenance import provenance
 
 if TYPE_CHECKING:
@@ -77,24 +77,15 @@ def main(out: Path | None, **options: Any) -> None:
 
 def _cases(options: dict[str, Any]) -> list[Case]:
     """Every combination asked for."""
-    from lobra_jax.config.fields import did_you_mean, one_of
-    from lobra_jax.models.config import PRESETS, TARGETS
+    from lobra_jax.models.config import TARGETS
     from planner.plan import ParallelConfig
     from profiling.bench.step_case import Case
 
-    preset = options["preset"]
-    if preset not in PRESETS:
-        raise UserError(
-            f"unknown preset{did_you_mean(preset, PRESETS)}", key="--model", value=preset, expected=one_of(PRESETS)
-        )
-    model = PRESETS[preset]
+    model = parse_preset("--model", options["preset"])
     if options["layers"] is not None:
         model = dataclasses.replace(model, num_layers=options["layers"])
-    targets = tuple(options["targets"].split(",")) if options["targets"] else TARGETS
-    for name, given, known in (("--remats", options["remats"].split(","), REMATS), ("--targets", targets, TARGETS)):
-        for value in given:
-            if value not in known:
-                raise UserError("unknown name", key=name, value=value, expected=one_of(known))
+    targets = parse_names("--targets", options["targets"] or ",".join(TARGETS), TARGETS)
+    remats = parse_names("--remats", options["remats"], REMATS)
     ranks = _numbers("--ranks", options["ranks"])
     return [
         Case(
@@ -111,7 +102,7 @@ def _cases(options: dict[str, Any]) -> list[Case]:
         )
         for (rows, length), remat, num_tasks in itertools.product(
             parse_shapes("--shapes", options["shapes"]),
-            options["remats"].split(","),
+            remats,
             _numbers("--tasks", options["tasks"]),
         )
     ]

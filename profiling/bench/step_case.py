@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lobra_jax.data.batches import MicroBatchArrays
+from lobra_jax.devices import peak_bytes
 from lobra_jax.engine import Engine, ReplicaBatches, StepResult
 from lobra_jax.lora import Adapters, task_inputs
 from lobra_jax.lora_spec import LoraSpec
@@ -82,6 +84,26 @@ class Case:
     def tokens(self) -> int:
         """Of a step."""
         return self.replicas * self.micro_batches * self.rows * self.length
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What a row of results says of it."""
+        return {
+            "case": str(self),
+            "model": self.model.name,
+            "num_layers": self.model.num_layers,
+            "dtype": self.dtype,
+            "tp": self.config.tp,
+            "pp": self.config.pp,
+            "remat": self.config.remat,
+            "replicas": self.replicas,
+            "rows": self.rows,
+            "length": self.length,
+            "micro_batches": self.micro_batches,
+            "ranks": list(self.ranks),
+            "targets": list(self.targets),
+            "dropout": self.dropout,
+        }
 
     @property
     def plan(self) -> Plan:
@@ -152,7 +174,7 @@ class Bench:
         self._devices = present[: first.num_devices]
         self.devices = f"{len(self._devices)} x {present[0].device_kind}"
         self._steps, self._trace = steps, trace
-        self.check = check(first, self._devices)
+        (self.check,) = check([first], self._devices)
         self._engines = [(case, case.engine(self._devices)) for case in cases]
         self._bases: dict[tuple[ParallelConfig, int, int], jax.stages.Compiled] = {}
         self._compile_s = self._compile()
@@ -188,11 +210,7 @@ class Bench:
         """The cases' results, the smallest first: a peak is known where it is above those before."""
         entries = []
         for (case, engine), compile_s in zip(self._engines, self._compile_s, strict=True):
-            shape = (case.rows, case.length)
-            setup, replica = case.setup(self._devices), engine.replicas[0]
-            predicted = memory_bytes(replica, shape) + reserve_bytes(setup, replica)
-            predicted = max(predicted, update_bytes(setup, replica))
-            entries.append((predicted, case, engine, compile_s))
+            entries.append((predicted_bytes(case, engine, self._devices), case, engine, compile_s))
         self._engines.clear()
         entries.sort(key=lambda entry: entry[0])
         while entries:
@@ -207,18 +225,18 @@ class Bench:
     def _row(
         self, case: Case, engine: Engine, predicted: int, compile_s: float, base_s: float | None
     ) -> dict[str, Any]:
-        before = _peak_bytes(self._devices)
+        before = peak_bytes(self._devices)
         try:
-            results, issue_s = self._run(case, engine)
-            trace = None if self._trace is None else self._traced(case, engine, self._trace)
+            results, issue_s = run_case(case, engine, self._params, steps=self._steps)
+            trace = None if self._trace is None else _traced(case, engine, self._trace)
         except OutOfMemoryError as error:
-            return {**self._described(case), "predicted_bytes": predicted, "out_of_memory": str(error)}
-        after = _peak_bytes(self._devices)
+            return {**case.described, "predicted_bytes": predicted, "out_of_memory": str(error)}
+        after = peak_bytes(self._devices)
         step_s = statistics.median(result.total_s for result in results)
         flops = floor_flops(case.model, case.rows, case.length) * case.micro_batches * case.replicas / case.num_devices
         rate = self._rates[case.rows * case.length]
         return {
-            **self._described(case),
+            **case.described,
             "step_s": step_s,
             "all_step_s": [result.total_s for result in results],
             "execute_s": statistics.median(result.execute_s for result in results),
@@ -237,73 +255,6 @@ class Bench:
             **({} if trace is None else {"trace": trace}),
         }
 
-    @staticmethod
-    def _described(case: Case) -> dict[str, Any]:
-        return {
-            "case": str(case),
-            "model": case.model.name,
-            "num_layers": case.model.num_layers,
-            "dtype": case.dtype,
-            "tp": case.config.tp,
-            "pp": case.config.pp,
-            "remat": case.config.remat,
-            "replicas": case.replicas,
-            "rows": case.rows,
-            "length": case.length,
-            "micro_batches": case.micro_batches,
-            "ranks": list(case.ranks),
-            "targets": list(case.targets),
-            "dropout": case.dropout,
-        }
-
-    def _run(self, case: Case, engine: Engine) -> tuple[list[StepResult], float]:
-        """(timed steps, median seconds to issue one with idle devices)."""
-        for replica, params in zip(engine.replicas, self._params, strict=True):
-            replica.params = params
-        engine.set_state(engine.gradient_sum.init(random_adapters(engine.replicas[0], case.specs)))
-        engine.warm_up()
-        batches, hyper = self._inputs(case)
-        issue_s = []
-        for _ in range(NUM_WARM_UPS):
-            start = time.perf_counter()
-            issued = engine.issue(batches, hyper)
-            issue_s.append(time.perf_counter() - start)
-            engine.finish(issued)
-        return self._steps_of(engine, batches, hyper, self._steps), issue_s[-1]
-
-    def _inputs(self, case: Case) -> tuple[ReplicaBatches, HyperInputs]:
-        """Of every step."""
-        batch = made_up_batch(case.setup(self._devices), (case.rows, case.length))
-        batches = [[batch] * case.micro_batches] * case.replicas
-        optimizer = TaskOptimizer(
-            learning_rates=np.full(1, LEARNING_RATE, np.float32),
-            weight_decay=0.0,
-            beta1=0.9,
-            beta2=0.999,
-            epsilon=1e-8,
-            clip_norm=1.0,
-        )
-        return batches, step_inputs([optimizer] * len(case.ranks), [0] * len(case.ranks))
-
-    def _traced(self, case: Case, engine: Engine, folder: Path) -> dict[str, Any]:
-        """The summary of a few more steps' trace, which stays in a folder of the case's own."""
-        folder = folder / str(case).replace(" ", "_").replace(",", "")
-        with traced(folder, engine.replicas):
-            self._steps_of(engine, *self._inputs(case), TRACED_STEPS)
-        summary = summarise(folder, top=TOP_KERNELS)
-        return {name: summary[name] for name in ("steps", "window_s", "idle_share", "classes", "top_kernels")}
-
-    @staticmethod
-    def _steps_of(engine: Engine, batches: ReplicaBatches, hyper: HyperInputs, count: int) -> list[StepResult]:
-        """As a training loop runs them: a step is issued before the one before it is waited for."""
-        results, pending = [], engine.issue(batches, hyper, step=1)
-        for number in range(2, count + 1):
-            following = engine.issue(batches, hyper, step=number)
-            results.append(engine.finish(pending))
-            pending = following
-        results.append(engine.finish(pending))
-        return results
-
     def _base_s(self, case: Case, replica: Replica) -> float:
         """Seconds of a micro-batch of the frozen base alone."""
         batch = replica.place_batch(made_up_batch(case.setup(self._devices), (case.rows, case.length)))[0]
@@ -314,6 +265,68 @@ class Bench:
             jax.block_until_ready(run(self._params[0][0], batch))
             times.append(time.perf_counter() - start)
         return statistics.median(times[NUM_WARM_UPS:])
+
+
+def run_case(case: Case, engine: Engine, params: Sequence[Any], *, steps: int) -> tuple[list[StepResult], float]:
+    """Places `params`, by replica, and random adapters; warms up and times.
+
+    Returns:
+      (timed steps, seconds to issue one with idle devices).
+    """
+    for replica, own in zip(engine.replicas, params, strict=True):
+        replica.params = own
+    engine.set_state(engine.gradient_sum.init(random_adapters(engine.replicas[0], case.specs)))
+    engine.warm_up()
+    batches, hyper = case_inputs(case)
+    issue_s = []
+    for _ in range(NUM_WARM_UPS):
+        start = time.perf_counter()
+        issued = engine.issue(batches, hyper)
+        issue_s.append(time.perf_counter() - start)
+        engine.finish(issued)
+    return _steps_of(engine, batches, hyper, steps), issue_s[-1]
+
+
+def _traced(case: Case, engine: Engine, folder: Path) -> dict[str, Any]:
+    """The summary of a few more steps' trace, which stays in a folder of the case's own."""
+    folder = folder / str(case).replace(" ", "_").replace(",", "")
+    with traced(folder, engine.replicas):
+        _steps_of(engine, *case_inputs(case), TRACED_STEPS)
+    summary = summarise(folder, top=TOP_KERNELS)
+    return {name: summary[name] for name in ("steps", "window_s", "idle_share", "classes", "top_kernels")}
+
+
+def case_inputs(case: Case, micro_batches: int | None = None) -> tuple[list[list[MicroBatchArrays]], HyperInputs]:
+    """What `Engine.issue` takes for a step of the case, or of another number of its micro-batches."""
+    batch = made_up_batch(case.setup(()), (case.rows, case.length))
+    optimizer = TaskOptimizer(
+        learning_rates=np.full(1, LEARNING_RATE, np.float32),
+        weight_decay=0.0,
+        beta1=0.9,
+        beta2=0.999,
+        epsilon=1e-8,
+        clip_norm=1.0,
+    )
+    hyper = step_inputs([optimizer] * len(case.ranks), [0] * len(case.ranks))
+    return [[batch] * (micro_batches or case.micro_batches)] * case.replicas, hyper
+
+
+def _steps_of(engine: Engine, batches: ReplicaBatches, hyper: HyperInputs, count: int) -> list[StepResult]:
+    """As a training loop runs them: a step is issued before the one before it is waited for."""
+    results, pending = [], engine.issue(batches, hyper, step=1)
+    for number in range(2, count + 1):
+        following = engine.issue(batches, hyper, step=number)
+        results.append(engine.finish(pending))
+        pending = following
+    results.append(engine.finish(pending))
+    return results
+
+
+def predicted_bytes(case: Case, engine: Engine, devices: Sequence[Any]) -> int:
+    """Bytes on the fullest device by the compiled programs' analysis; `devices` are those of the run."""
+    setup, replica = case.setup(devices), engine.replicas[0]
+    peak = memory_bytes(replica, (case.rows, case.length)) + reserve_bytes(setup, replica)
+    return max(peak, update_bytes(setup, replica))
 
 
 def _base_loss_and_gradient(replica: Replica, params: Any, batch: BatchInputs) -> tuple[Any, Any]:
@@ -329,17 +342,28 @@ def _base_loss_and_gradient(replica: Replica, params: Any, batch: BatchInputs) -
     return jax.value_and_grad(loss)(params["layers.0.attn_norm"])
 
 
-def check(case: Case, devices: Sequence[Any]) -> Check:
-    """A small step of the case's kind on its devices, against float32 on the first of them."""
-    model = dataclasses.replace(case.model, num_layers=max(CHECK_LAYERS, case.config.pp))
-    small = dataclasses.replace(
-        case, model=model, rows=CHECK_SHAPE[0], length=CHECK_SHAPE[1], dropout=0.0, replicas=1, micro_batches=1
-    )
-    exact = dataclasses.replace(small, dtype="float32", config=ParallelConfig(tp=1, pp=1, remat="none"))
-    losses, gradients = zip(*(_one_step(c, devices) for c in (exact, small)), strict=True)
-    reference, found = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for g in gradients)
+def check(cases: Sequence[Case], devices: Sequence[Any]) -> list[Check]:
+    """A small step of each case's kind on its devices, against one in float32 on the first of them.
+
+    The cases are of one model, rank and dtype; the model's layers are as few as the most stages allow.
+    """
+    first = cases[0]
+    num_layers = max(CHECK_LAYERS, *(case.config.pp for case in cases))
+    model = dataclasses.replace(first.model, num_layers=num_layers)
+    rows, length = CHECK_SHAPE
+    small = [
+        dataclasses.replace(c, model=model, rows=rows, length=length, dropout=0.0, replicas=1, micro_batches=1)
+        for c in cases
+    ]
+    exact = dataclasses.replace(small[0], dtype="float32", config=ParallelConfig(tp=1, pp=1, remat="none"))
+    losses, reference = _one_step(exact, devices)
+    return [_compared(losses, reference, *_one_step(case, devices)) for case in small]
+
+
+def _compared(expected_losses: np.ndarray, expected: Adapters, losses: np.ndarray, gradients: Adapters) -> Check:
+    reference, found = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for g in (expected, gradients))
     return Check(
-        loss_error=float(np.abs(losses[1] - losses[0]).sum() / np.abs(losses[0]).sum()),
+        loss_error=float(np.abs(losses - expected_losses).sum() / np.abs(expected_losses).sum()),
         gradient_error=float(np.linalg.norm(found - reference) / np.linalg.norm(reference)),
     )
 
@@ -372,9 +396,3 @@ def _shardings(tree: Any) -> Any:
 def _rounded(params: Any, dtype: Any) -> Any:
     """As if stored in `dtype`."""
     return {name: x.astype(dtype).astype(x.dtype) for name, x in params.items()}
-
-
-def _peak_bytes(devices: Sequence[Any]) -> int | None:
-    """Of the fullest device since the process began; None where devices do not tell."""
-    stats = [device.memory_stats() or {} for device in devices]
-    return max((s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s), default=None)

@@ -71,3 +71,15 @@ def test_memory_limit_is_the_configs_else_the_devices():
     for stats in (None, {}):
         with pytest.raises(UserError, match="devices.memory_bytes.*4GiB"):
             memory_limit(DevicesConfig(), Device(stats))
+
+
+def test_memory_limit_agrees_with_what_jax_may_take():
+    class Device:
+        device_kind = "H200"
+
+        def memory_stats(self):
+            return {"bytes_limit": 7}
+
+    assert memory_limit(DevicesConfig(memory_bytes=7), Device()) == 7
+    with pytest.raises(UserError, match="devices.memory_bytes: more than JAX may take of a H200 .got 8.; .* at most 7"):
+        memory_limit(DevicesConfig(memory_bytes=8), Device())

@@ -18,10 +18,11 @@ from profiling.experiments import (
     ablation,
     judged,
     published_plan,
-    sequential,
+    simulated,
     tasks_of_statistics,
     with_remat,
 )
+from profiling.systems import SEQUENTIAL
 
 COSTS = CostTable.load(CONFIGS / "costs" / "llama2_7b_a100_40g.json")
 SIX = Workload.load(CONFIGS / "lengths" / "lobra_six_tasks.json")
@@ -55,8 +56,8 @@ def test_a_row_is_what_the_evaluator_says_of_the_same_batches():
 
 def test_sequential_adds_up_its_tasks():
     two = Workload(tasks=SIX.tasks[:2])
-    both = sequential(two, COSTS, 16, QUICK)
-    alone = [sequential(Workload(tasks=(task,)), COSTS, 16, QUICK) for task in two.tasks]
+    both = simulated(SEQUENTIAL, two, COSTS, 16, QUICK)
+    alone = [simulated(SEQUENTIAL, Workload(tasks=(task,)), COSTS, 16, QUICK) for task in two.tasks]
     assert both.gpu_seconds == pytest.approx(sum(row.gpu_seconds for row in alone))
 
 
