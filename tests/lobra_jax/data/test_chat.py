@@ -165,6 +165,7 @@ def sentencepiece_folder(tmp_path):
     library.SentencePieceTrainer.train(
         input=str(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=120, model_type="bpe",
         hard_vocab_limit=False, byte_fallback=False, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
     )  # fmt: skip
     settings = {"chat_template": MARKED, "added_tokens_decoder": {"900": {"content": "<a>"}, "0": {"content": "<unk>"}}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -178,10 +179,30 @@ def test_a_sentencepiece_model_gives_its_ids_and_knows_special_tokens(sentencepi
     text = "the lazy fox, what ä"
     assert tokenizer.encode([text, ""]) == [model.encode(text), []]
     assert (tokenizer.bos_id, tokenizer.eos_id) == (model.bos_id(), model.eos_id())
-    assert tokenizer.encode(["the</s><a>fox"]) == [[*model.encode("the"), model.eos_id(), 900, *model.encode("fox")]]
+    for legacy, last in ((False, [model.piece_to_id("fox")]), (True, model.encode("fox"))):
+        settings = {"legacy": legacy, "added_tokens_decoder": {"900": {"content": "<a>"}}}
+        (sentencepiece_folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        tokenizer = load_tokenizer(sentencepiece_folder / "tokenizer.model")
+        assert tokenizer.encode(["the</s><a>fox"]) == [[*model.encode("the"), model.eos_id(), 900, *last]]
     ((ids, spans),) = tokenizer.encoder.encode_with_offsets(["ä the <s>dog"])
     assert "".join("ä the <s>dog"[start:end] for start, end in spans) == "ä the <s>dog"
     assert spans[ids.index(model.bos_id())] == (6, 9)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.filterwarnings("default")
+def test_a_sentencepiece_model_gives_the_ids_of_transformers(sentencepiece_folder, legacy):
+    transformers = pytest.importorskip("transformers")
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "eos_token": "</s>", "bos_token": "<s>"}
+    (sentencepiece_folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (sentencepiece_folder / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    theirs = transformers.AutoTokenizer.from_pretrained(sentencepiece_folder)
+    ours = load_tokenizer(sentencepiece_folder / "tokenizer.model")
+    for text in ("the lazy fox", " the", "  quick  brown", "the</s>fox </s> dog", "what </s><s>the fox", "", "</s>"):
+        (ids, spans) = ours.encoder.encode_with_offsets([text])[0]
+        assert ids == theirs(text, add_special_tokens=False)["input_ids"], text
+        assert "".join(text[start:end] for start, end in spans) == text
 
 
 def test_chat_of_a_sentencepiece_model_trains_the_assistant(sentencepiece_folder, write_jsonl):
