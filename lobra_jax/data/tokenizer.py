@@ -182,9 +182,13 @@ class _SentencePiece:
             end = len(text) if match is None else match.start()
             if end > start:
                 added = self._has_prefix and (start == 0 or self._is_legacy) and text[start] not in " \u2581"
+                position = start - added
                 for piece in self._model.encode(" " * added + text[start:end], return_type="proto").pieces:
+                    # Surfaces, as begin and end count bytes. Of the bytes of one character the last has its surface.
+                    width = len(piece.surface) or int(self._model.is_byte(piece.id))
                     ids.append(piece.id)
-                    spans.append((start + max(piece.begin - added, 0), start + piece.end - added))
+                    spans.append((max(position, start), position + width))
+                    position += len(piece.surface)
             if match is not None:
                 ids.append(self._special[match[0]])
                 spans.append(match.span())

@@ -157,16 +157,20 @@ def test_ids_and_masks_are_those_of_transformers(folder, write_jsonl):
         assert 0 < mask.sum() < len(mask)
 
 
-@pytest.fixture
-def sentencepiece_folder(tmp_path):
+def train_sentencepiece(folder, vocab_size, *, byte_fallback):
     library = pytest.importorskip("sentencepiece")
-    text = tmp_path / "text.txt"
+    text = folder / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\nwhat is it? nothing at all\n" * 20, encoding="utf-8")
     library.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=120, model_type="bpe",
-        hard_vocab_limit=False, byte_fallback=False, minloglevel=2,
-        normalization_rule_name="identity", remove_extra_whitespaces=False,
+        input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=vocab_size, model_type="bpe",
+        hard_vocab_limit=False, byte_fallback=byte_fallback, minloglevel=2, normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
     )  # fmt: skip
+
+
+@pytest.fixture
+def sentencepiece_folder(tmp_path):
+    train_sentencepiece(tmp_path, 120, byte_fallback=False)
     settings = {"chat_template": MARKED, "added_tokens_decoder": {"900": {"content": "<a>"}, "0": {"content": "<unk>"}}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return tmp_path
@@ -192,17 +196,27 @@ def test_a_sentencepiece_model_gives_its_ids_and_knows_special_tokens(sentencepi
 @pytest.mark.parity
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.filterwarnings("default")
-def test_a_sentencepiece_model_gives_the_ids_of_transformers(sentencepiece_folder, legacy):
+def test_ids_and_masks_of_a_sentencepiece_model_are_those_of_transformers(tmp_path, write_jsonl, legacy):
     transformers = pytest.importorskip("transformers")
+    train_sentencepiece(tmp_path, 360, byte_fallback=True)
     settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "eos_token": "</s>", "bos_token": "<s>"}
-    (sentencepiece_folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    (sentencepiece_folder / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
-    theirs = transformers.AutoTokenizer.from_pretrained(sentencepiece_folder)
-    ours = load_tokenizer(sentencepiece_folder / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": MARKED}), encoding="utf-8")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = load_tokenizer(tmp_path / "tokenizer.model")
     for text in ("the lazy fox", " the", "  quick  brown", "the</s>fox </s> dog", "what </s><s>the fox", "", "</s>"):
         (ids, spans) = ours.encoder.encode_with_offsets([text])[0]
         assert ids == theirs(text, add_special_tokens=False)["input_ids"], text
         assert "".join(text[start:end] for start, end in spans) == text
+    emoji = [{"role": "user", "content": "ä \U0001f600 fox"}, {"role": "assistant", "content": "\U0001f600 ö dog ß"}]
+    file = write_jsonl("chat.jsonl", {"messages": CONVERSATION}, {"messages": emoji})
+    settings = {"task": "t", "split": "train", "template": "chat_template", "context_length": 500}
+    store, _ = cached_tokens([file], cache_dir=tmp_path / "cache", tokenizer=ours, **settings)
+    for row, messages in enumerate((CONVERSATION, emoji)):
+        ids, mask = whole("t", store).sequence(row)
+        expected = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        assert ids.tolist() == expected["input_ids"]
+        assert mask.astype(int).tolist() == expected["assistant_masks"]
 
 
 def test_chat_of_a_sentencepiece_model_trains_the_assistant(sentencepiece_folder, write_jsonl):
