@@ -67,6 +67,23 @@ def test_prompt_and_completion_are_two_turns():
     assert found.text[slice(*found.spans[0])] == "c<|im_end|>"
 
 
+@pytest.mark.parametrize("source", [CHATML, MARKED], ids=["unmarked", "marked"])
+def test_a_prompt_of_several_turns_is_not_trained(source):
+    whole = template(source).render({"messages": CONVERSATION})
+    found = template(source).render({"prompt": CONVERSATION[:3], "completion": CONVERSATION[3:]})
+    assert (found.text, found.spans) == (whole.text, whole.spans[1:])
+    empty = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]
+    found = template("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
+    with pytest.raises(RecordError, match="marks 4 turns of 2"):
+        found.render({"prompt": CONVERSATION[:2], "completion": CONVERSATION[2:]})
+    assert trained(source, [*empty, *CONVERSATION])[-1] == trained(source)[-1]
+
+
+def test_the_words_of_sharegpt_are_understood():
+    said = [{"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]} for m in CONVERSATION]
+    assert template(CHATML).render({"messages": said}) == template(CHATML).render({"messages": CONVERSATION})
+
+
 def test_a_template_sees_tools_and_no_clock():
     source = "{{ tools | tojson }}{{ strftime_now is defined }}" + CHATML
     assert (
@@ -93,6 +110,7 @@ def test_a_template_sees_tools_and_no_clock():
         (CHATML, {"messages": [{"role": "assistant", "content": "\ud800"}]}, "surrogate"),
         (CHATML, {"messages": [{"role": "assistant", "content": "\ufdd0"}]}, "noncharacter"),
         (CHATML, {"prompt": "p"}, '"completion" is not a string'),
+        (CHATML, {"prompt": [], "completion": "c"}, '"prompt" is not a string'),
         (CHATML, [], "not a JSON object"),
     ],
 )
