@@ -115,6 +115,11 @@ def read_peft_adapter(folder: str | Path) -> tuple[LoraSpec, TaskAdapter]:
         letter = _LETTERS[suffix]
         if letter not in _letters(spec):
             raise UserError(f"unexpected tensor {name!r}", file=weights_file, expected="none without use_dora")
+        if array.ndim != (1 if letter == "m" else 2):
+            problem = f"tensor {name!r} has the wrong shape"
+            raise UserError(
+                problem, file=weights_file, value=array.shape, expected="factors of two dims, magnitudes of one"
+            )
         if letter != "m" and array.shape[0 if letter == "a" else 1] != spec.rank:
             problem = f"tensor {name!r} has the wrong rank"
             raise UserError(problem, file=weights_file, value=array.shape, expected=f"rank {spec.rank}")
@@ -147,7 +152,7 @@ def check_fits(folder: str | Path, adapter: TaskAdapter, model: LlamaConfig) -> 
     for layer, targets in adapter.items():
         for target, pair in targets.items():
             found, expected = (pair["a"].shape[0], pair["b"].shape[1]), model.target_shapes[target]
-            if found != tuple(expected):
+            if found != tuple(expected) or pair.get("m", pair["b"][0]).shape != expected[1:]:
                 problem = f"layer {layer}: {_PEFT_NAMES[target]} has the wrong shape"
                 raise UserError(problem, file=file, value=found, expected=f"{tuple(expected)} of {model.name}")
 

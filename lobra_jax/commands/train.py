@@ -52,12 +52,16 @@ def train(
     from lobra_jax.data.load import load_tasks, workload_of
     from lobra_jax.devices import configure, run_devices
     from lobra_jax.feeder import check_lengths
+    from lobra_jax.models.hf import base_weights
 
     config = load_config(config_path, overrides)
     if tasks is not None:
         config = select_tasks(config, [name.strip() for name in tasks.split(",") if name.strip()])
     _check_out(out, resume)
     model = model_config(config)
+    # What is wrong with these files is said before anything is tokenised or measured.
+    base_weights(model, path=config.model.path, init_seed=config.model.init_seed)
+    adapters = _given_adapters(config, model)
     data = load_tasks(config)
     costs = _costs(config, model, config_path, out, plan_path, resume)
     workload = workload_of(data)
@@ -70,7 +74,6 @@ def train(
     from lobra_jax.train import train as run
 
     devices = run_devices(config.devices)
-    adapters = _given_adapters(config, model)
     if resume:
         _check_checkpoint(config, model, data, out)
     _check_devices(plan, model, devices)
