@@ -206,7 +206,7 @@ class TaskConfig(Section):
     """DoRA: train a magnitude of each output feature beside the pair."""
 
     optimizer: Literal["adamw", "sgd", "adafactor", "lion"] = "adamw"
-    """Each task its own, all in one compiled step."""
+    """Each task its own, all in one compiled step. adafactor scales its steps by the size of the parameter."""
     lr: Positive = 2e-4
     """The peak of the schedule."""
     lora_plus_ratio: Positive = 1.0
