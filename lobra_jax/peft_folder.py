@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,9 +85,10 @@ def write_peft_adapter(folder: str | Path, spec: LoraSpec, adapter: TaskAdapter,
                 tensors[name] = np.ascontiguousarray(np.asarray(array, np.float32).T)
     weights = folder / (ADAPTER_WEIGHTS_FILE + ".partial")
     save_file(tensors, weights, metadata={"format": "pt"})
-    os.replace(weights, folder / ADAPTER_WEIGHTS_FILE)
     config = folder / (ADAPTER_CONFIG_FILE + ".partial")
     config.write_text(json.dumps(_adapter_config(spec, base_model_name), indent=2) + "\n", encoding="utf-8")
+    shutil.copymode(config, weights)  # safetensors lets nobody but the owner read
+    os.replace(weights, folder / ADAPTER_WEIGHTS_FILE)
     os.replace(config, folder / ADAPTER_CONFIG_FILE)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,7 @@ def save_hf(
             tensors[hf_name(name)] = transposed(array) if is_transposed(name) else np.ascontiguousarray(array)
             on_tensor()
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors lets nobody but the owner read
         weight_map.update(dict.fromkeys(tensors, file))
     if len(shards) > 1:
         total = target.itemsize * sum(int(np.prod(shape)) for shape in weight_shapes(config).values())

@@ -208,6 +208,7 @@ def test_export_writes_the_tasks_adapter(run_folder: Path, tmp_path: Path) -> No
     result = export(run_folder, "answers", tmp_path / "made" / "out")
     assert result.exit_code == 0, result.output
     spec, adapter = read_peft_adapter(tmp_path / "made" / "out")
+    assert len({file.stat().st_mode for file in (tmp_path / "made" / "out").iterdir()}) == 1, "servers read both"
     assert spec == SPECS["answers"]
     assert_same_adapter(adapter, make_adapters(CONFIG, SPECS)["answers"])
 
@@ -218,6 +219,7 @@ def test_export_merged_writes_a_whole_model_with_its_tokenizer(run_folder: Path,
     assert result.exit_code == 0, result.output
     assert (out / "added_tokens.json").exists() and (out / "generation_config.json").exists()
     assert (out / "tokenizer.json").read_text() == "{}"
+    assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
     assert json.loads((out / "config.json").read_text())["eos_token_id"] == 3
     config = load_llama_config(out)
     assert config == dataclasses.replace(CONFIG, name="merged")
