@@ -44,9 +44,6 @@ from planner.plan import Plan
 ReplicaBatches = Sequence[Sequence[MicroBatchArrays]]
 """[replica][micro-batch], each replica's most expensive first."""
 
-MIN_STEP_S = 1e-6
-"""A step takes some time, whatever the host noted."""
-
 NOTHING_GIVEN: Mapping[int, TaskAdapter] = types.MappingProxyType({})
 
 
@@ -334,9 +331,13 @@ class Engine:
           OutOfMemoryError: a device had no room for it; the engine is as it was before it.
         """
         self._settle(step)
+        start, host_wait_s, ready = step.issued_at, 0.0, step.adapters_ready.result()
         before = None if self._previous_ready is None else self._previous_ready.result()
+        # This step's adapters need those before it: where those were noted later, a busy host was a whole step late.
+        if before is not None and before < ready:
+            host_wait_s = max(0.0, step.issued_at - before)
+            start = max(step.issued_at, before)
         self._previous_ready = step.adapters_ready
-        start, host_wait_s, ready = step_window(step.issued_at, before, step.adapters_ready.result())
         losses = np.zeros(len(self.specs), np.float64)
         for run in step.runs:
             for micro_batch_losses in run.losses:
@@ -420,17 +421,6 @@ def _await_all(tree: Any, step: int) -> float:
     jax.block_until_ready(tree)
     with jax.profiler.TraceAnnotation(READY_MARK, step_num=step):
         return time.perf_counter()
-
-
-def step_window(issued_at: float, before: float | None, ready: float) -> tuple[float, float, float]:
-    """(start, seconds that the devices waited for the host until then, end) of a step.
-
-    `before` is when the step before it was seen to be over, if this one follows at once, and `ready` when this one was.
-    A busy host may have seen the former later than the latter.
-    """
-    start = issued_at if before is None else max(issued_at, before)
-    waited_s = 0.0 if before is None else max(0.0, issued_at - before)
-    return start, waited_s, max(start + MIN_STEP_S, ready)
 
 
 def action_times(

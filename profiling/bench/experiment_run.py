@@ -126,7 +126,7 @@ def _run(scene: Scene, plan: Plan, timeline: Path) -> dict[str, Any]:
     engine = _engine(scene, plan, optimizers)
     started = time.perf_counter()
     num_programs = _compile(engine)
-    compiled = time.perf_counter()
+    compiled, from_cache = time.perf_counter(), compilations.from_cache
     on_host = scene.devices[0].platform == "cpu"
     for replica in engine.replicas:
         make_up_weights(replica, on_host=on_host)
@@ -144,6 +144,7 @@ def _run(scene: Scene, plan: Plan, timeline: Path) -> dict[str, Any]:
         "used_devices": plan.used_devices,
         "compile_s": compiled - started,
         "num_programs": num_programs,
+        "programs_from_cache": from_cache,
         "place_s": placed - compiled,
         "peak_bytes_so_far": peak_bytes(scene.devices),
         "served": {task.name: served.to_dict() for task, served in zip(scene.tasks, loop.served, strict=True)},
@@ -217,7 +218,8 @@ class _Loop:
         started = time.perf_counter()
         prepared = self._feeder.take(self._task_steps(step))
         taken = time.perf_counter()
-        issued = self._engine.issue(prepared.arrays, step_inputs(self._optimizers, [step] * len(self._optimizers)))
+        hyper = step_inputs(self._optimizers, [step] * len(self._optimizers))
+        issued = self._engine.issue(prepared.arrays, hyper, step=step + 1)
         issue_s = time.perf_counter() - taken - issued.settle_s
         return _Pending(step=step, prepared=prepared, issued=issued, wait_s=taken - started, issue_s=issue_s)
 

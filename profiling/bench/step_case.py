@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -17,21 +16,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lobra_jax.data.batches import MicroBatchArrays
 from lobra_jax.devices import peak_bytes
 from lobra_jax.engine import Engine, ReplicaBatches, StepResult
-from lobra_jax.lora import Adapters, task_inputs
 from lobra_jax.lora_spec import LoraSpec
 from lobra_jax.loss import weighted_row_losses
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.optim import HyperInputs, TaskOptimizer, step_inputs
 from lobra_jax.out_of_memory import OutOfMemoryError
-from lobra_jax.replica import Replica, ReplicaRun, memory_bytes
+from lobra_jax.replica import Replica, memory_bytes
 from lobra_jax.stage import BatchInputs
 from lobra_jax.tracing import traced
 from planner.errors import UserError
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
 from profiling.bench.ceiling import floor_flops, matmul_rate
+from profiling.bench.step_check import check
 from profiling.made_up import random_adapters, random_params
 from profiling.measure import Setup, made_up_batch, reserve_bytes, update_bytes
 from profiling.trace.summary import summarise
@@ -39,11 +37,6 @@ from profiling.trace.summary import summarise
 NUM_WARM_UPS = 2
 TRACED_STEPS, TOP_KERNELS = 3, 12
 LEARNING_RATE = 1e-4
-CHECK_LAYERS = 2
-CHECK_SHAPE = (6, 256)
-LOSS_TOLERANCE = 0.01
-GRADIENT_TOLERANCE = 0.05
-"""Of bfloat16 against float32, relative."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,21 +130,6 @@ class Case:
 
     def engine(self, devices: Sequence[Any]) -> Engine:
         return Engine(self.plan, self.model, self.specs, dtype=jnp.dtype(self.dtype), devices=devices)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Check:
-    """A small step in the bench's arithmetic against float32: relative errors of the loss and of all gradients."""
-
-    loss_error: float
-    gradient_error: float
-
-    @property
-    def passed(self) -> bool:
-        return self.loss_error <= LOSS_TOLERANCE and self.gradient_error <= GRADIENT_TOLERANCE
-
-    def __str__(self) -> str:
-        return f"on a small shape loss off float32 by {self.loss_error:.1e}, gradients by {self.gradient_error:.1e}"
 
 
 class Bench:
@@ -287,16 +265,7 @@ def run_case(case: Case, engine: Engine, params: Sequence[Any], *, steps: int) -
     return _steps_of(engine, batches, hyper, steps), issue_s[-1]
 
 
-def _traced(case: Case, engine: Engine, folder: Path) -> dict[str, Any]:
-    """The summary of a few more steps' trace, which stays in a folder of the case's own."""
-    folder = folder / str(case).replace(" ", "_").replace(",", "")
-    with traced(folder, engine.replicas):
-        _steps_of(engine, *case_inputs(case), TRACED_STEPS)
-    summary = summarise(folder, top=TOP_KERNELS)
-    return {name: summary[name] for name in ("steps", "window_s", "idle_share", "classes", "top_kernels")}
-
-
-def case_inputs(case: Case, micro_batches: int | None = None) -> tuple[list[list[MicroBatchArrays]], HyperInputs]:
+def case_inputs(case: Case, micro_batches: int | None = None) -> tuple[ReplicaBatches, HyperInputs]:
     """What `Engine.issue` takes for a step of the case, or of another number of its micro-batches."""
     batch = made_up_batch(case.setup(()), (case.rows, case.length))
     optimizer = TaskOptimizer(
@@ -322,6 +291,15 @@ def _steps_of(engine: Engine, batches: ReplicaBatches, hyper: HyperInputs, count
     return results
 
 
+def _traced(case: Case, engine: Engine, folder: Path) -> dict[str, Any]:
+    """The summary of a few more steps' trace, which stays in a folder of the case's own."""
+    folder = folder / str(case).replace(" ", "_").replace(",", "")
+    with traced(folder, engine.replicas):
+        _steps_of(engine, *case_inputs(case), TRACED_STEPS)
+    summary = summarise(folder, top=TOP_KERNELS)
+    return {name: summary[name] for name in ("steps", "window_s", "idle_share", "classes", "top_kernels")}
+
+
 def predicted_bytes(case: Case, engine: Engine, devices: Sequence[Any]) -> int:
     """Bytes on the fullest device by the compiled programs' analysis; `devices` are those of the run."""
     setup, replica = case.setup(devices), engine.replicas[0]
@@ -340,59 +318,3 @@ def _base_loss_and_gradient(replica: Replica, params: Any, batch: BatchInputs) -
         return losses.sum()
 
     return jax.value_and_grad(loss)(params["layers.0.attn_norm"])
-
-
-def check(cases: Sequence[Case], devices: Sequence[Any]) -> list[Check]:
-    """A small step of each case's kind on its devices, against one in float32 on the first of them.
-
-    The cases are of one model, rank and dtype; the model's layers are as few as the most stages allow.
-    """
-    first = cases[0]
-    num_layers = max(CHECK_LAYERS, *(case.config.pp for case in cases))
-    model = dataclasses.replace(first.model, num_layers=num_layers)
-    rows, length = CHECK_SHAPE
-    small = [
-        dataclasses.replace(c, model=model, rows=rows, length=length, dropout=0.0, replicas=1, micro_batches=1)
-        for c in cases
-    ]
-    exact = dataclasses.replace(small[0], dtype="float32", config=ParallelConfig(tp=1, pp=1, remat="none"))
-    losses, reference = _one_step(exact, devices)
-    return [_compared(losses, reference, *_one_step(case, devices)) for case in small]
-
-
-def _compared(expected_losses: np.ndarray, expected: Adapters, losses: np.ndarray, gradients: Adapters) -> Check:
-    reference, found = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for g in (expected, gradients))
-    return Check(
-        loss_error=float(np.abs(losses - expected_losses).sum() / np.abs(expected_losses).sum()),
-        gradient_error=float(np.linalg.norm(found - reference) / np.linalg.norm(reference)),
-    )
-
-
-def _one_step(case: Case, devices: Sequence[Any]) -> tuple[np.ndarray, Adapters]:
-    """(losses [T], gradients as NumPy) of one micro-batch."""
-    exact = case.dtype == "float32"
-    with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
-        replica = case.engine(devices[: case.num_devices]).replicas[0]
-        for compile_one in replica.compilations([(case.rows, case.length)]):
-            compile_one()
-    batch = made_up_batch(case.setup(devices), (case.rows, case.length))
-    replica.params = [_rounded(stage, jnp.bfloat16) for stage in random_params(replica)]
-    adapters = random_adapters(replica, case.specs)
-    placed = [
-        {layer: jax.device_put(adapters[layer], pairs) for layer, pairs in _shardings(layout.adapters).items()}
-        for layout in replica.layouts
-    ]
-    run = ReplicaRun(gradients=replica.zero_gradients())
-    for _ in replica.issue(run, [batch], placed, replica.place_tasks(task_inputs(case.specs))):
-        pass
-    gradients = {layer: pairs for stage in run.gradients for layer, pairs in stage.items()}
-    return np.asarray(run.losses[0]), jax.tree.map(np.asarray, gradients)
-
-
-def _shardings(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.sharding, tree)
-
-
-def _rounded(params: Any, dtype: Any) -> Any:
-    """As if stored in `dtype`."""
-    return {name: x.astype(dtype).astype(x.dtype) for name, x in params.items()}

@@ -115,7 +115,7 @@ def _cases(options: dict[str, Any], model: LlamaConfig, shape: tuple[int, int], 
 
 
 def _rows(cases: Sequence[Case], devices: Sequence[Any], steps: int) -> Iterator[dict[str, Any]]:
-    from profiling.bench.step_case import check
+    from profiling.bench.step_check import check
 
     checks = check(cases, devices)
     entries = list(zip(cases, checks, _compiled(cases, devices), strict=True))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import types
+from concurrent.futures import Future
+
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lobra_jax.engine import action_times, step_window
-from lobra_jax.replica import Issued
+from lobra_jax.engine import Engine, IssuedStep, action_times
+from lobra_jax.replica import Issued, ReplicaRun
 from lobra_jax.schedule import dependency, issue_order, one_f_one_b
 
 
@@ -39,18 +43,35 @@ def test_actions_follow_each_other_within_the_step_however_late_their_ends_were_
         free[t.action.stage] = t.end_s
 
 
+def noted(value) -> Future:
+    future: Future = Future()
+    future.set_result(value)
+    return future
+
+
 @pytest.mark.parametrize(
-    ("issued_at", "before", "ready", "expected"),
-    [
-        (5.0, None, 8.0, (5.0, 0.0, 8.0)),
-        (5.0, 6.0, 8.0, (6.0, 0.0, 8.0)),  # issued while the step before still ran
-        (5.0, 3.0, 8.0, (5.0, 2.0, 8.0)),  # the devices waited for the host
-    ],
+    ("before", "host_wait_s", "total_s"),
+    [(2.0, 0.0, 4.0), (0.5, 0.5, 5.5), (7.0, 0.0, 5.0), (None, 0.0, 5.0)],
+    ids=["while it was issued", "before", "late, after this one", "paused"],
 )
-def test_a_step_begins_when_it_was_issued_and_the_one_before_is_over(issued_at, before, ready, expected):
-    assert step_window(issued_at, before, ready) == expected
-
-
-def test_a_step_takes_time_even_if_the_one_before_was_seen_to_end_after_it():
-    start, waited_s, end = step_window(5.0, 9.0, 8.0)
-    assert start == 9.0 and waited_s == 0.0 and end > start
+def test_a_step_takes_some_time_whenever_the_one_before_was_noted(before, host_wait_s, total_s):
+    """A step issued at 1 s whose adapters are noted at 6 s."""
+    parallel = types.SimpleNamespace(pp=1, tp=1)
+    engine = types.SimpleNamespace(
+        _settle=lambda step: None,
+        _previous_ready=None if before is None else noted(before),
+        specs=(),
+        replicas=(types.SimpleNamespace(parallel=parallel),),
+    )
+    step = IssuedStep(
+        issued_at=1.0,
+        settle_s=0.0,
+        runs=(ReplicaRun(gradients=[]),),
+        gradient_norms=np.zeros(0),
+        alive=np.ones(0, bool),
+        ends=((noted([]),),),
+        adapters_ready=noted(6.0),
+    )
+    result = Engine.finish(engine, step)
+    assert (result.host_wait_s, result.total_s) == (host_wait_s, total_s)
+    assert engine._previous_ready is step.adapters_ready
