@@ -174,7 +174,7 @@ def _adapter_config(spec: LoraSpec, base_model_name: str) -> dict[str, Any]:
         "base_model_name_or_path": base_model_name,
         "inference_mode": True,
         "r": spec.rank,
-        "lora_alpha": spec.alpha,
+        "lora_alpha": int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,
         "use_rslora": spec.rslora,
         "use_dora": spec.dora,
         "lora_dropout": spec.dropout,

@@ -151,6 +151,10 @@ def _rope_settings(raw: Mapping[str, Any], file: Path) -> Mapping[str, Any]:
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(raw.get(key) or {}, Mapping):
             raise UserError("bad value", file=file, key=key, value=raw[key], expected="a mapping or null")
+        nested = [name for name, value in (raw.get(key) or {}).items() if isinstance(value, Mapping)]
+        if nested:
+            expected = "one rotary embedding for all layers"
+            raise UserError("unsupported", file=file, key=f"{key}.{nested[0]}", expected=expected)
         if raw.get(key):
             found.append({**beside, **raw[key]})
     settings = found[-1] if found else beside

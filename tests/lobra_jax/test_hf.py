@@ -274,6 +274,7 @@ def test_mistral_without_a_window_is_read(tmp_path: Path) -> None:
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "rope_parameters.full_attention"),
         ({"rope_scaling": LLAMA31_SCALING, "rope_parameters": {"rope_type": "default"}}, "rope_scaling: contradicts"),
         (
             {"rope_scaling": {"rope_type": "default", "rope_theta": 5.0}, "rope_parameters": {"rope_theta": 6.0}},
