@@ -162,7 +162,7 @@ class _SentencePiece:
         self._is_legacy = bool(settings.get("legacy"))
         ids = range(self._model.get_piece_size())
         self._special = {self._model.id_to_piece(i): i for i in ids if self._model.is_control(i)}
-        for number, token in settings.get("added_tokens_decoder", {}).items():
+        for number, token in (settings.get("added_tokens_decoder") or {}).items():
             content_of = token["content"] if isinstance(token, dict) else token
             if self._model.piece_to_id(content_of) in (int(number), self._model.unk_id()):
                 self._special[content_of] = int(number)
