@@ -19,6 +19,8 @@ USUAL_EOS = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[EOS]")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 """In a model's folder; the first that is there."""
 SENTENCEPIECE_SUFFIX = ".model"
+SENTENCEPIECE_SETTINGS = ("added_tokens_decoder", "legacy")
+"""Settings that change a SentencePiece model's ids."""
 SETTINGS_FILES = ("special_tokens_map.json", "tokenizer_config.json")
 """Beside the tokenizer; what the second says goes before the first."""
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -100,8 +102,8 @@ def load_tokenizer(
     if eos is None:
         expected = f"data.eos_token, or a vocabulary with one of {', '.join(USUAL_EOS)}"
         raise UserError("no end-of-sequence token", file=path, key="data.eos_token", expected=expected)
-    added = json.dumps(settings.get("added_tokens_decoder", {}), sort_keys=True) if path.suffix != ".json" else ""
-    digest = hashlib.sha256(content + added.encode()).hexdigest()[:32]
+    used = {} if path.suffix == ".json" else {key: settings.get(key) for key in SENTENCEPIECE_SETTINGS}
+    digest = hashlib.sha256(content + json.dumps(used, sort_keys=True).encode()).hexdigest()[:32]
     bos_id = None if bos is None else encoder.token_to_id(bos)
     eos_id = encoder.token_to_id(eos)
     assert eos_id is not None, "checked by _special"
@@ -160,7 +162,7 @@ class _SentencePiece:
         self._is_legacy = bool(settings.get("legacy"))
         ids = range(self._model.get_piece_size())
         self._special = {self._model.id_to_piece(i): i for i in ids if self._model.is_control(i)}
-        for number, token in settings.get("added_tokens_decoder", {}).items():
+        for number, token in (settings.get("added_tokens_decoder") or {}).items():
             content_of = token["content"] if isinstance(token, dict) else token
             if self._model.piece_to_id(content_of) in (int(number), self._model.unk_id()):
                 self._special[content_of] = int(number)

@@ -201,11 +201,14 @@ def test_a_sentencepiece_model_gives_its_ids_and_knows_special_tokens(sentencepi
     text = "the lazy fox, what ä"
     assert tokenizer.encode([text, ""]) == [model.encode(text), []]
     assert (tokenizer.bos_id, tokenizer.eos_id) == (model.bos_id(), model.eos_id())
+    fingerprints = {tokenizer.fingerprint}
     for legacy, last in ((False, [model.piece_to_id("fox")]), (True, model.encode("fox"))):
         settings = {"legacy": legacy, "added_tokens_decoder": {"900": {"content": "<a>"}}}
         (sentencepiece_folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
         tokenizer = load_tokenizer(sentencepiece_folder / "tokenizer.model")
         assert tokenizer.encode(["the</s><a>fox"]) == [[*model.encode("the"), model.eos_id(), 900, *last]]
+        fingerprints.add(tokenizer.fingerprint)
+    assert len(fingerprints) == 3
     ((ids, spans),) = tokenizer.encoder.encode_with_offsets(["ä the <s>dog"])
     assert "".join("ä the <s>dog"[start:end] for start, end in spans) == "ä the <s>dog"
     assert spans[ids.index(model.bos_id())] == (6, 9)
