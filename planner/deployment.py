@@ -16,8 +16,8 @@ Solved in four steps.
 1. `planner.relaxation` finds the T from which fractional patterns serve everything: the best a bound can be, and near
    what good plans need when there are many replicas.
 2. At about the T that would be near enough, replicas are given patterns one after the other until all is served
-   (`planner.rounding`); their counts are chosen while diving or, as a whole, before (`planner.choice`). The best plan is
-   polished.
+   (`planner.rounding`); their counts are chosen while diving or, as a whole, before (`planner.choice`). The best
+   plan is polished.
 3. The prices found in 1 prove the bound.
 4. What gap is left is closed at the T that would be better than the best plan by the target gap: replica counts that no
    pricing rules out are named (`planner.choice`), priced, and ruled out or settled: their integers n_rj are found
