@@ -227,7 +227,8 @@ def _robust_dict(robust: Robust) -> dict[str, Any]:
 def _how_it_ended(predicted: Prediction) -> str:
     if predicted.status is None:
         return ""
-    return f" ({predicted.status}, {predicted.num_nodes} nodes)"
+    nodes = "" if predicted.num_nodes is None else f", {predicted.num_nodes} nodes"
+    return f" ({predicted.status}{nodes})"
 
 
 @contextmanager

@@ -40,6 +40,9 @@ STEEP = 0.9
 """A remainder of a pipeline counts as an addition to the next smaller one if that costs this share of its own price of
 a row at the least: a cheaper addition, taken alone, would make the bound worse than two remainders side by side."""
 
+LONGER = 1.002
+"""A pipeline's pattern may take this many times as long as T: cells are no finer."""
+
 EDGE = 1e-9
 """Relative room given to every comparison of seconds, so that rounding never cuts a true pattern off."""
 
@@ -265,9 +268,8 @@ class Pricer:
         best = int(np.argmax(worths))
         rows = self._traced(chunks, kept, table, follows, int(ends[best]), int(programme.ends_cells[best]))
         seconds = self._seconds(config, rows)
-        if self.problem.configs[config].config.pp > 1 and not self.proven and seconds > self.replica_s * (1 + EDGE):
-            rows = self._without_loose(config, rows)
-            seconds = self._seconds(config, rows)
+        if self.problem.configs[config].config.pp > 1 and not self.proven and seconds > self.replica_s * LONGER:
+            rows, seconds = self._without_loose(config, rows, prices)
         return float(worths[best]), Pattern(config=config, rows=rows, seconds=seconds)
 
     def _seconds(self, config: int, rows: np.ndarray) -> float:
@@ -281,12 +283,18 @@ class Pricer:
         slots_s = float(num_full @ lattice.slot_s[:, -1] + rest_s.sum())
         return usable.cost.fixed_s + slots_s + (usable.config.pp - 1) * largest
 
-    def _without_loose(self, config: int, rows: np.ndarray) -> np.ndarray:
-        """Rows of a pattern of a pipeline without additions to remainders that were taken alone and take too long."""
+    def _without_loose(self, config: int, rows: np.ndarray, prices: np.ndarray) -> tuple[np.ndarray, float]:
+        """Rows and seconds of a pattern of a pipeline that takes too long: an addition to a remainder was taken alone.
+
+        Remainders are cut to a row option; those worth least go until the pattern is within the time.
+        """
         lattice = self._lattices[config]
         rest = rows % lattice.full
-        fitting = np.where(lattice.options <= rest[:, None], lattice.options, 0).max(axis=1)
-        return rows - rest + fitting
+        rows = rows - rest
+        rest = np.where(lattice.options <= rest[:, None], lattice.options, 0).max(axis=1)
+        while (seconds := self._seconds(config, rows + rest)) > self.replica_s * LONGER and rest.any():
+            rest[np.where(rest > 0, rest * prices, np.inf).argmin()] = 0
+        return rows + rest, seconds
 
     def _programme(self, config: int) -> _Programme:
         usable = self.problem.configs[config]
