@@ -343,8 +343,8 @@ class PlannerConfig(Section):
     """Minlp and prune draw replica shapes by LobRA's configuration proposal."""
     solve_time_limit_s: Positive = 60.0
     """For a plan."""
-    robust: Literal["off", "mean", "p95"] = "off"
-    """mean or p95: choose the plan by the step time over sampled batches."""
+    robust: str = Field(default="off", pattern=r"^(off|mean|p[1-9][0-9]?)$")
+    """mean, or a percentile from p1 to p99: choose the plan by that of the step time over sampled batches."""
     samples: Count = 64
     """Batches sampled for that."""
     dispatch: Literal["balance", "group", "uniform"] = "balance"
