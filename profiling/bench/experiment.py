@@ -82,6 +82,7 @@ def main(
         {"config": config_path, **_numbered("set", overrides), "systems": systems, "costs": costs_path, **options},
     )
     results = Results.begin(out / "experiment.json", set_up(scene, remat=options["remat"]), command)
+    costs.save(out / COSTS_FILE)
     for key in chosen:
         _run_system(key, scene, costs, results, out, options["remat"])
     print_table(results, chosen)
@@ -121,7 +122,7 @@ def _config(config: RunConfig, batch_scale: float, steps: int) -> RunConfig:
 def _costs(
     config: RunConfig, config_path: Path, out: Path, costs_path: Path | None, options: dict[str, Any]
 ) -> CostTable:
-    """The table given, else the one in `out`, else the config's, else measured now; it is kept in `out`."""
+    """The table given, else the one in `out`, else the config's, else measured now and kept in `out`."""
     from rich.console import Console
 
     from lobra_jax.commands.plan import config_costs
@@ -152,7 +153,6 @@ def _costs(
         click.echo(
             f"{path}: costs are of {costs.hardware.get('device_kind')}, the devices here are {device.device_kind}"
         )
-    costs.save(kept)
     return costs
 
 

@@ -183,6 +183,15 @@ def test_costs_are_measured_where_there_are_none(folder, tmp_path, monkeypatch):
     }
 
 
+def test_other_costs_are_refused_and_leave_those_of_the_results(finished, folder, tmp_path):
+    out, costs = finished[0], tmp_path / "costs.json"
+    kept = (out / "costs.json").read_bytes()
+    table(folder, none=96).save(costs)
+    result = experiment(folder, out, "--costs", costs)
+    assert result.exit_code == 2 and "costs_sha256: results of another set-up" in result.output
+    assert (out / "costs.json").read_bytes() == kept
+
+
 def test_mistakes_are_one_line(finished, folder, tmp_path):
     out, costs = finished[0], tmp_path / "costs.json"
     table(folder, memory_bytes=2**23).save(costs)
