@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lobra_jax.data.tokenizer import SENTENCEPIECE_SUFFIX
+from lobra_jax.data.tokenizer import TOKENIZER_FILES as TOKENIZERS
 from lobra_jax.lora import LoraSpec
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.hf import base_weights, save_hf
@@ -26,12 +28,13 @@ from planner.errors import UserError
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
+    "added_tokens.json",
     "vocab.*",
     "merges.txt",
     "chat_template*",
-    "generation_config.json",
 )
-"""Patterns of the files beside a base's weights that a merged model needs as well."""
+"""Patterns of the files beside a tokenizer that a merged model needs as well."""
+GENERATION_FILE = "generation_config.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,12 +110,19 @@ def export_merged(
         settings = {key: value for key, value in settings.items() if key not in ("torch_dtype", "dtype")}
     with new_folder(out) as partial:
         save_hf(partial, config, merged, dtype=dtype, extra=settings, on_tensor=on_tensor)
-        if path is not None:
-            for pattern in TOKENIZER_FILES:
-                for file in path.glob(pattern):
-                    shutil.copy(file, partial / file.name)
-        if tokenizer is not None:
-            shutil.copy(tokenizer, partial / ("tokenizer.model" if tokenizer.suffix == ".model" else "tokenizer.json"))
+        if path is not None and (path / GENERATION_FILE).is_file():
+            shutil.copy(path / GENERATION_FILE, partial)
+        _copy_tokenizer(tokenizer, path, partial)
+
+
+def _copy_tokenizer(tokenizer: Path | None, base: Path | None, out: Path) -> None:
+    """The run's tokenizer with what lies beside it: the base's, or the file `tokenizer` alone of its kinds."""
+    place = base if tokenizer is None else tokenizer.parent
+    for file in [] if place is None else (file for pattern in TOKENIZER_FILES for file in place.glob(pattern)):
+        if file.is_file() and (tokenizer is None or file.name not in TOKENIZERS):
+            shutil.copy(file, out / file.name)
+    if tokenizer is not None:
+        shutil.copy(tokenizer, out / TOKENIZERS[tokenizer.suffix == SENTENCEPIECE_SUFFIX])
 
 
 @contextlib.contextmanager

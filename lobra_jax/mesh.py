@@ -110,7 +110,7 @@ def check_model_fits(config: LlamaConfig, parallel: ParallelConfig) -> None:
     if not config.supports_tp(parallel.tp):
         raise UserError(
             f"tp does not divide {config.name}: heads {config.num_heads}, key/value heads {config.num_kv_heads}, "
-            f"feed-forward {config.intermediate_size}, vocabulary {config.vocab_size}",
+            f"feed-forward {config.intermediate_size}",
             key="tp",
             value=parallel.tp,
             expected="a common divisor",

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,23 @@ _PLAIN = {
 }
 """Settings of PEFT's LoRA that change the arithmetic, with the only value that is ours."""
 
+_READ = frozenset(
+    "peft_type r lora_alpha use_rslora use_dora lora_dropout target_modules exclude_modules init_lora_weights".split()
+)
+_WITHOUT_EFFECT = frozenset(
+    "auto_mapping base_model_name_or_path revision task_type inference_mode peft_version runtime_config megatron_core "
+    "layers_pattern qalora_group_size ensure_weight_tying eva_config loftq_config corda_config lora_ga_config".split()
+)
+"""Of what made or may run an adapter; they change nothing in its arithmetic. Any other key must be off: a kind of LoRA
+that we do not know must not pass for the plain one."""
+
+_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
+"""Values of `init_lora_weights` that leave the base as it is. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract from its
+weights, so that their adapters belong to another base than the one on disk."""
+
+_MOST_LAYERS = 1024
+"""Of a model whose linears the names and patterns in an adapter's config are matched with."""
+
 
 def write_peft_adapter(folder: str | Path, spec: LoraSpec, adapter: TaskAdapter, base_model_name: str) -> None:
     """Writes `adapter_model.safetensors` and `adapter_config.json` as `peft` loads them.
@@ -67,9 +85,10 @@ def write_peft_adapter(folder: str | Path, spec: LoraSpec, adapter: TaskAdapter,
                 tensors[name] = np.ascontiguousarray(np.asarray(array, np.float32).T)
     weights = folder / (ADAPTER_WEIGHTS_FILE + ".partial")
     save_file(tensors, weights, metadata={"format": "pt"})
-    os.replace(weights, folder / ADAPTER_WEIGHTS_FILE)
     config = folder / (ADAPTER_CONFIG_FILE + ".partial")
     config.write_text(json.dumps(_adapter_config(spec, base_model_name), indent=2) + "\n", encoding="utf-8")
+    shutil.copymode(config, weights)  # safetensors lets nobody but the owner read
+    os.replace(weights, folder / ADAPTER_WEIGHTS_FILE)
     os.replace(config, folder / ADAPTER_CONFIG_FILE)
 
 
@@ -98,9 +117,16 @@ def read_peft_adapter(folder: str | Path) -> tuple[LoraSpec, TaskAdapter]:
         letter = _LETTERS[suffix]
         if letter not in _letters(spec):
             raise UserError(f"unexpected tensor {name!r}", file=weights_file, expected="none without use_dora")
+        if array.ndim != (1 if letter == "m" else 2):
+            problem = f"tensor {name!r} has the wrong shape"
+            raise UserError(
+                problem, file=weights_file, value=array.shape, expected="factors of two dims, magnitudes of one"
+            )
         if letter != "m" and array.shape[0 if letter == "a" else 1] != spec.rank:
             problem = f"tensor {name!r} has the wrong rank"
             raise UserError(problem, file=weights_file, value=array.shape, expected=f"rank {spec.rank}")
+        if not np.isfinite(array.astype(np.float32)).all():
+            raise UserError(f"tensor {name!r} holds values that are not finite", file=weights_file, expected="numbers")
         pair = adapter.setdefault(layer, {}).setdefault(targets[module], {})
         pair[letter] = np.ascontiguousarray(array.T.astype(np.float32))
     for layer, pairs in adapter.items():
@@ -128,7 +154,7 @@ def check_fits(folder: str | Path, adapter: TaskAdapter, model: LlamaConfig) -> 
     for layer, targets in adapter.items():
         for target, pair in targets.items():
             found, expected = (pair["a"].shape[0], pair["b"].shape[1]), model.target_shapes[target]
-            if found != tuple(expected):
+            if found != tuple(expected) or pair.get("m", pair["b"][0]).shape != expected[1:]:
                 problem = f"layer {layer}: {_PEFT_NAMES[target]} has the wrong shape"
                 raise UserError(problem, file=file, value=found, expected=f"{tuple(expected)} of {model.name}")
 
@@ -148,7 +174,7 @@ def _adapter_config(spec: LoraSpec, base_model_name: str) -> dict[str, Any]:
         "base_model_name_or_path": base_model_name,
         "inference_mode": True,
         "r": spec.rank,
-        "lora_alpha": spec.alpha,
+        "lora_alpha": int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,
         "use_rslora": spec.rslora,
         "use_dora": spec.dora,
         "lora_dropout": spec.dropout,
@@ -177,17 +203,19 @@ def _spec(raw: Mapping[str, Any], file: Path) -> LoraSpec:
     for key, plain in _PLAIN.items():
         if (raw.get(key) or plain) != plain:
             raise UserError("unsupported", file=file, key=key, value=raw[key], expected=repr(plain))
-    modules = raw.get("target_modules")
-    known = {name: target for target, name in _PEFT_NAMES.items()}
-    if not isinstance(modules, list) or not modules or any(name not in known for name in modules):
-        expected = "some of " + ", ".join(known)
-        raise UserError("bad value", file=file, key="target_modules", value=modules, expected=expected)
+    for key, value in raw.items():
+        if value and key not in _READ | _WITHOUT_EFFECT | _PLAIN.keys():
+            raise UserError("unsupported", file=file, key=key, value=value, expected="an adapter without it")
+    if raw.get("init_lora_weights") not in _STARTS:
+        expected = "an adapter of the unchanged base (PEFT converts with path_initial_model_for_weight_conversion)"
+        value = raw["init_lora_weights"]
+        raise UserError("unsupported", file=file, key="init_lora_weights", value=value, expected=expected)
     try:
         return LoraSpec(
             rank=raw["r"],
             alpha=raw["lora_alpha"],
             rslora=bool(raw.get("use_rslora", False)),
-            targets=tuple(target for target in TARGETS if _PEFT_NAMES[target] in modules),
+            targets=_targets(raw, file),
             dropout=raw.get("lora_dropout", 0.0),
             dora=bool(raw.get("use_dora", False)),
         )
@@ -195,3 +223,38 @@ def _spec(raw: Mapping[str, Any], file: Path) -> LoraSpec:
         raise UserError(f"missing key {error}", file=file, expected="a LoRA config of PEFT") from error
     except (TypeError, ValueError) as error:
         raise UserError(str(error), file=file, expected="a LoRA config of PEFT") from error
+
+
+def _targets(raw: Mapping[str, Any], file: Path) -> tuple[str, ...]:
+    """The linears that `target_modules` means without `exclude_modules`, by PEFT's rules: names, ends of names, or one
+    pattern for whole names. That all layers have them is left to `check_fits`."""
+    linears = {
+        f"model.layers.{layer}.{module_name(target)}": target for layer in range(_MOST_LAYERS) for target in TARGETS
+    }
+    modules, excluded = raw.get("target_modules"), raw.get("exclude_modules") or []
+    known = ", ".join(_PEFT_NAMES.values())
+    if modules == "all-linear":
+        modules = list(_PEFT_NAMES.values())
+    found: set[str] = set()
+    for name in [modules] if isinstance(modules, str) else modules if isinstance(modules, list) else ():
+        matched = _matching([name] if isinstance(modules, list) else name, linears, "target_modules", file)
+        if not matched:
+            raise UserError("bad value", file=file, key="target_modules", value=name, expected=f"some of {known}")
+        found |= matched
+    targets = {linears[name] for name in found - _matching(excluded, linears, "exclude_modules", file)}
+    if not targets:
+        raise UserError("bad value", file=file, key="target_modules", value=modules, expected=f"some of {known}")
+    return tuple(target for target in TARGETS if target in targets)
+
+
+def _matching(modules: Any, linears: Collection[str], key: str, file: Path) -> set[str]:
+    """Those of `linears` that a pattern matches, or that are or end in one of a list of names."""
+    if isinstance(modules, str):
+        try:
+            pattern = re.compile(modules)
+        except re.error as error:
+            problem = f"not a regular expression: {error}"
+            raise UserError(problem, file=file, key=key, value=modules, expected="names of modules") from error
+        return {name for name in linears if pattern.fullmatch(name)}
+    ends = tuple(f".{module}" for module in modules)
+    return {name for name in linears if name.endswith(ends) or name in modules}

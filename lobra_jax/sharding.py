@@ -2,7 +2,8 @@
 
 | logical axis | what | mesh axis |
 |---|---|---|
-| vocab, heads, kv_heads, mlp | column-parallel outputs, row-parallel inputs | tensor |
+| heads, kv_heads, mlp | column-parallel outputs, row-parallel inputs | tensor |
+| vocab | embedding and head; logits | tensor; weights only where it divides |
 | length | positions, in the norm regions (sequence parallelism) | tensor, where it divides |
 | batch, hidden, rank, task, position | rows; features between linears; adapters | none |
 
@@ -47,6 +48,11 @@ TARGET_AXES: dict[str, tuple[str, str]] = {
 m (task, out)."""
 
 
+WHOLE_IF_UNEVEN = ("length", "vocab")
+"""Axes that are left whole where they do not divide: short buckets, and vocabularies of any size, as added tokens make
+them."""
+
+
 @dataclasses.dataclass(frozen=True)
 class StageSharding:
     """Shardings of one stage's mesh, whose only axis is "tensor"."""
@@ -56,24 +62,28 @@ class StageSharding:
     def named(self, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> NamedSharding:
         """The sharding of an array with these logical axes.
 
-        With `shape`, a "length" that does not divide is left whole (short buckets); any other axis must divide.
+        With `shape`, axes of `WHOLE_IF_UNEVEN` that do not divide are left whole; any other must divide.
         """
         size = self.mesh.shape[TENSOR]
         spec: list[str | None] = []
         for dim, axis in enumerate(axes):
             rule = None if axis is None else RULES[axis]
             if rule is not None and shape is not None and shape[dim] % size:
-                if axis != "length":
+                if axis not in WHOLE_IF_UNEVEN:
                     raise ValueError(f"axis {axis!r} of {tuple(shape)}: {shape[dim]} is not a multiple of tp = {size}")
                 rule = None
             spec.append(rule)
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
     def constrain(self, x: Array, *axes: str | None) -> Array:
-        """Pins an activation inside a jitted function."""
+        """Pins an activation inside a jitted function.
+
+        Logits are shared out over uneven vocabularies too, which XLA pads: a device has the whole head and uses a part.
+        """
         if self.mesh.size == 1:
             return x
-        return jax.lax.with_sharding_constraint(x, self.named(axes, x.shape))
+        shape = None if "vocab" in axes else x.shape
+        return jax.lax.with_sharding_constraint(x, self.named(axes, shape))
 
     @functools.cached_property
     def replicated(self) -> NamedSharding:

@@ -26,7 +26,7 @@ from planner.lattice import MAX_ROW_OPTIONS
 from planner.plan import REMATS, Plan, Prediction
 from planner.planners import PLANNERS
 from planner.planning import PlanningFlags, choose_plan
-from planner.robust import OBJECTIVES, Robust, StepTimes
+from planner.robust import MEAN, Robust, StepTimes, percentile
 from planner.workload import Workload
 
 if TYPE_CHECKING:
@@ -83,8 +83,9 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), help="Seconds to plan at the most."),
         click.option(
             "--robust",
-            type=click.Choice(("off", *OBJECTIVES)),
-            help="Choose by the mean or the 95th percentile of the step time over sampled batches.",
+            metavar="mean|p95|..|off",
+            callback=_objective,
+            help="Choose by the mean, or a percentile from p1 to p99, of the step time over sampled batches.",
         ),
         click.option("--samples", type=count, help="Batches to sample with --robust, and for --check."),
         click.option("--batching", type=click.Choice(BATCHINGS), help="Plan for padded or packed rows, or the sooner."),
@@ -96,6 +97,12 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _on_off(_: click.Context, __: click.Parameter, value: str | None) -> bool | None:
     return None if value is None else value == "on"
+
+
+def _objective(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    if value not in (None, "off"):
+        percentile(value)
+    return value
 
 
 def _bucket_list(_: click.Context, __: click.Parameter, value: str | None) -> str | tuple[int, ...] | None:
@@ -186,7 +193,7 @@ def bucket_table(rows: Sequence[BucketRow]) -> Table:
 
 def robust_lines(robust: Robust) -> tuple[str, ...]:
     """What choosing over sampled batches gave, a line each."""
-    measure = "mean" if robust.objective == "mean" else "95th percentile"
+    measure = "mean" if robust.objective == MEAN else f"{robust.objective.removeprefix('p')}th percentile"
     return (
         f"chosen by the {measure} of the step over {robust.num_samples} sampled batches, of {robust.num_candidates} "
         f"deployments; on {robust.num_samples} other batches: {times_text(robust.times)}",
@@ -220,7 +227,8 @@ def _robust_dict(robust: Robust) -> dict[str, Any]:
 def _how_it_ended(predicted: Prediction) -> str:
     if predicted.status is None:
         return ""
-    return f" ({predicted.status}, {predicted.num_nodes} nodes)"
+    nodes = "" if predicted.num_nodes is None else f", {predicted.num_nodes} nodes"
+    return f" ({predicted.status}{nodes})"
 
 
 @contextmanager
@@ -312,14 +320,16 @@ def simulate(
 ) -> None:
     """Dispatch sampled batches on a plan without devices.
 
-    Uses the dispatcher that training uses and the cost table's times. Prints step times, GPU-seconds, padding, and how
-    long each replica waits. Costs and lengths are found as by `lobra explain`.
+    Uses the dispatcher that training uses and the cost table's times. Prints step times, GPU-seconds, padding, how long
+    each replica waits, and a timeline of the median step. Costs and lengths are found as by `lobra explain`.
     """
     from rich.console import Console
     from tqdm import tqdm
 
     from planner.explain_text import simulation_line, simulation_table
+    from planner.simulate import replica_names
     from planner.simulate import simulate as simulated
+    from planner.timeline import timeline_lines
 
     console = Console()
     chosen, costs, workload = _read(plan, lobra_plan, Inputs(**inputs), console)
@@ -339,6 +349,11 @@ def simulate(
     console.print(str(chosen), style="bold", highlight=False, soft_wrap=True)
     console.print(simulation_table(simulation))
     console.print(simulation_line(simulation), highlight=False, soft_wrap=True)
+    timeline = simulation.timeline
+    title = f"\nTimeline of step {timeline.step}, {timeline.step_s:#.3g} s from left to right"
+    kinds = [str(group.config) for group in chosen.expanded()]
+    for line in (title, *timeline_lines(timeline, replica_names(chosen), kinds)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if out is not None:
         with _writing(out):
             out.write_text(json.dumps(_simulation_dict(simulation), indent=1) + "\n", encoding="utf-8")
@@ -373,4 +388,5 @@ def _simulation_dict(simulation: Simulation) -> dict[str, Any]:
         "idle_share": simulation.idle_share,
         "idle_shares": list(simulation.idle_shares),
         "steps": [dataclasses.asdict(step) for step in simulation.steps],
+        "timeline": dataclasses.asdict(simulation.timeline),
     }

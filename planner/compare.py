@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from planner.cost import CostTable
@@ -16,31 +16,36 @@ from planner.workload import Workload
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compared:
-    """What one cost table comes to: its plan, or why there is none."""
+    """What one cost table comes to: its plan, or why there is none.
+
+    `path` is the table's where another than the one that was planned on.
+    """
 
     quantization: str
     plan: Plan | None
     reason: str = ""
+    path: Path | None = None
 
 
 def compare_tables(
-    workload: Workload, tables: Sequence[CostTable], num_devices: int, flags: PlanningFlags
+    workload: Workload, tables: Mapping[Path, CostTable], num_devices: int, flags: PlanningFlags
 ) -> tuple[Compared, ...]:
     """Plans on each table as the flags say, all for the same lengths and devices."""
 
-    def of(costs: CostTable) -> Compared:
+    def of(path: Path, costs: CostTable) -> Compared:
         try:
             plan = choose_plan(workload, costs, num_devices, flags).plan
         except UserError as error:
-            return Compared(quantization=costs.quantization, plan=None, reason=str(error))
-        return Compared(quantization=costs.quantization, plan=plan)
+            return Compared(quantization=costs.quantization, plan=None, reason=str(error), path=path)
+        return Compared(quantization=costs.quantization, plan=plan, path=path)
 
-    return tuple(of(costs) for costs in tables)
+    return tuple(of(path, costs) for path, costs in tables.items())
 
 
-def load_compared(paths: Sequence[Path], costs: CostTable) -> list[CostTable]:
+def load_compared(paths: Sequence[Path], costs: CostTable) -> dict[Path, CostTable]:
     """The tables at `paths`, which must be of the model that `costs` is of, each of a quantisation of its own."""
-    tables, seen = [], {costs.quantization: "the table that is planned on"}
+    tables: dict[Path, CostTable] = {}
+    seen = {costs.quantization: "the table that is planned on"}
     for path in paths:
         table = CostTable.load(path)
         if table.model_fingerprint != costs.model_fingerprint:
@@ -60,12 +65,12 @@ def load_compared(paths: Sequence[Path], costs: CostTable) -> list[CostTable]:
                 expected=f"another than that of {seen[table.quantization]}",
             )
         seen[table.quantization] = str(path)
-        tables.append(table)
+        tables[path] = table
     return tables
 
 
 def comparison_lines(rows: Sequence[Compared]) -> tuple[str, ...]:
-    """A line for each row, the soonest first, those without a plan last."""
+    """A line for each row, the soonest first, those without a plan last, then what to say to take the soonest."""
 
     def line(row: Compared) -> tuple[float, str]:
         if row.plan is None or row.plan.predicted is None:
@@ -76,4 +81,10 @@ def comparison_lines(rows: Sequence[Compared]) -> tuple[str, ...]:
             f"{predicted.gpu_seconds:.4g} GPU-seconds a step on {row.plan}"
         )
 
-    return tuple(text for _, text in sorted(map(line, rows)))
+    lines = [text for _, text in sorted(map(line, rows))]
+    soonest = min(rows, key=lambda row: line(row)[0])
+    if soonest.path is not None and soonest.plan is not None:
+        setting = f"--set model.quantization={soonest.quantization}"
+        plan = f"lobra plan {setting} --costs {soonest.path} ..."
+        lines.append(f"to take {soonest.quantization}: {plan}, and lobra train {setting} ...")
+    return tuple(lines)

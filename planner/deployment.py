@@ -15,8 +15,9 @@ replica r, integers n_rj of sequences of each bucket, to
 Solved in four steps.
 1. `planner.relaxation` finds the T from which fractional patterns serve everything: the best a bound can be, and near
    what good plans need when there are many replicas.
-2. A little above that T, whole replica counts are chosen (`planner.choice`) and dived for a share-out
-   (`planner.rounding`), at growing T until the best plan is near enough.
+2. At about the T that would be near enough, replicas are given patterns one after the other until all is served
+   (`planner.rounding`); their counts are chosen while diving or, as a whole, before (`planner.choice`). The best
+   plan is polished.
 3. The prices found in 1 prove the bound.
 4. What gap is left is closed at the T that would be better than the best plan by the target gap: replica counts that no
    pricing rules out are named (`planner.choice`), priced, and ruled out or settled: their integers n_rj are found
@@ -34,27 +35,22 @@ import numpy as np
 
 from planner import balance, balance_model, choice, rounding
 from planner.balance import Share
-from planner.master import MasterSolution
 from planner.plan import Plan
 from planner.problem import PlanningProblem
 from planner.relaxation import Level, Relaxation, bracket, least_conceivable_s
+from planner.rounding import RoundedShare
 
 __all__ = ["Settled", "homogeneous", "least_conceivable_s", "settle", "solve"]
 
 TARGET_GAP = 0.01
 """(step_s - bound_s) / step_s at which the search ends."""
 
-STRETCHES = (1.0, 1.003, 1.006, 1.01, 1.015, 1.025, 1.05)
-"""Multiples of the relaxation's T at which plans are looked for."""
+DIVES = ((1.0, False), (1.0, True), (0.998, False), (1.005, True), (1.004, False), (1.01, True), (1.015, False))
+"""Where plans are looked for: the T as a multiple of that which would be near enough to the bound, and whether replica
+counts are chosen first, as a whole, or while diving."""
 
-CHOICES = 3
-"""Replica counts tried at each of these."""
-
-HOPELESS = 0.97
-"""Replica counts that serve less than this share of the counts, fractionally, are not dived for."""
-
-SERVES = 0.997
-"""Those that serve this share are worth polishing."""
+MORE_DIVES = tuple((factor, False) for factor in (0.999, 0.997, 1.001, 0.996, 1.002, 0.995, 1.003, 1.006, 1.008, 1.012))
+"""The same where the last step leaves a gap."""
 
 RETREATS = (0.0, 1e-3, 2e-3, 4e-3, 8e-3, 0.016, 0.032, 0.064, 0.128, 0.256)
 """By how much less than the relaxation's T, which is only nearly a bound, a proof is tried."""
@@ -68,7 +64,13 @@ CERTAIN = 1e-5
 PROMISING = 1.03
 """Share-outs within this ratio of what is wanted are polished."""
 
-SETTLE_LIMIT_S = 2.0
+MOST_SETTLED = 4
+"""Replica counts that are settled before the search gives up proving more."""
+
+HOPELESS = 0.99
+"""Replica counts that serve less than this share of the counts, fractionally, are not dived for."""
+
+SETTLE_LIMIT_S = 0.5
 LOCAL_SEARCH_LIMIT_S = 0.2
 CHOICE_LIMIT_S = 1.0
 SHORTEST_SOLVE_S = 0.02
@@ -96,6 +98,7 @@ class _Search:
     deadline: float
     bound_s: float
     best: Settled | None = None
+    best_share: RoundedShare | None = None
     num_nodes: int = 0
 
     def left_s(self) -> float:
@@ -129,9 +132,15 @@ class _Search:
         wanted = self.target_gap * CLOSING_SHARE
         return (self.bound_s + wanted * self.problem.costs.step_overhead_s) / (1 - wanted)
 
-    def offer(self, replica_counts: Sequence[int], max_s: float) -> None:
+    def offer(self, replica_counts: Sequence[int], max_s: float, share: RoundedShare | None = None) -> None:
+        """Takes a plan that is better than the best so far; `share` where it is known how it shares out."""
         if self.best is None or max_s < self.best.max_s:
             self.best = Settled(replica_counts=tuple(replica_counts), max_s=max_s, bound_s=0.0)
+            self.best_share = share
+
+    def offer_share(self, rounded: RoundedShare) -> None:
+        counts = np.bincount(rounded.replicas, minlength=len(self.problem.configs)).tolist()
+        self.offer(counts, rounded.share.max_s, rounded)
 
 
 def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
@@ -151,11 +160,15 @@ def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
     low_s, prices, high_s = bracket(search.relaxation, search.deadline)
     _prove(search, low_s, prices)
     if np.isfinite(high_s):
-        _search(search, high_s)
+        _search(search, DIVES)
+        _polish(search)
     if search.best is None:
         fallback = settle(problem, homogeneous(problem), deadline=search.deadline)
         search.offer(fallback.replica_counts, fallback.max_s)
-    _close(search, settling=True)
+    _close(search)
+    if not search.is_done():
+        _search(search, MORE_DIVES)
+        _polish(search)
     overhead_s = problem.costs.step_overhead_s
     return problem.make_plan(
         search.best.replica_counts,
@@ -208,63 +221,66 @@ def _gap(problem: PlanningProblem, max_s: float, bound_s: float) -> float:
     return (max_s - bound_s) / (max_s + problem.costs.step_overhead_s)
 
 
-def _search(search: _Search, high_s: float) -> None:
-    """Steps 2 and 4 by turns, at growing T."""
-    solutions: list[MasterSolution] = []
-    for stretch in STRETCHES:
-        replica_s = high_s * stretch
-        if search.is_done() or (search.best and search.best.max_s <= replica_s):
+def _search(search: _Search, dives: Sequence[tuple[float, bool]]) -> None:
+    """Step 2: dives at about the T that would do."""
+    relaxation, tried = search.relaxation, []
+    goal_s = search.goal_s()
+    for factor, choose_first in dives:
+        replica_s = goal_s * factor
+        if search.is_done():
             return
-        before = search.best
-        _find_plans(search, Level(search.relaxation, replica_s), solutions)
-        if search.best is not before:
-            _close(search, settling=False)
+        if search.best is not None and search.best.max_s <= replica_s:
+            continue
+        lower, upper = relaxation.lower, relaxation.upper
+        if choose_first or search.problem.max_configs is not None:
+            counts, served = _choose(search, replica_s)
+            if counts is None or counts in tried:
+                continue
+            if served < HOPELESS:  # whole replicas need more time than fractional ones
+                goal_s = replica_s / max(served, STRICTLY)
+                continue
+            tried.append(counts)
+            lower, upper = (counts, counts) if choose_first else (lower, np.where(np.array(counts) > 0, upper, 0))
+        _dive(search, lower, upper, replica_s)
 
 
-def _find_plans(search: _Search, level: Level, solutions: list[MasterSolution]) -> None:
-    """Step 2 at one T. `solutions` of the masters so far tell which patterns matter; it gains some."""
+def _choose(search: _Search, replica_s: float) -> tuple[tuple[int, ...] | None, float]:
+    """(whole replica counts that serve most within a time, the share that they serve); the pool gains patterns."""
+    level = Level(search.relaxation, replica_s)
     answer = level.solve(deadline=search.deadline)
-    solutions += [] if answer.solution is None else [answer.solution]
-    tried: list[tuple[int, ...]] = []
-    for _ in range(CHOICES):
-        if not solutions or search.left_s() <= SHORTEST_SOLVE_S:
-            return
-        chosen = choice.from_patterns(
-            search.relaxation, level.patterns, solutions, time_limit_s=min(CHOICE_LIMIT_S, search.left_s())
-        )
-        search.num_nodes += chosen.num_nodes
-        if chosen.replica_counts is None or chosen.replica_counts in tried:
-            return
-        tried.append(chosen.replica_counts)
-        served = level.solve(replica_counts=chosen.replica_counts, deadline=search.deadline)
-        solutions += [] if served.solution is None else [served.solution]
-        if served.scale >= HOPELESS:
-            _dive(search, chosen.replica_counts, level, search.goal_s(), polish=served.scale >= SERVES)
-        if search.is_done() or served.scale >= 1:
-            return
+    if answer.solution is None:
+        return None, 0.0
+    chosen = choice.from_patterns(
+        search.relaxation, level.patterns, [answer.solution], time_limit_s=min(CHOICE_LIMIT_S, search.left_s())
+    )
+    search.num_nodes += chosen.num_nodes
+    if chosen.replica_counts is None:
+        return None, 0.0
+    served = level.solve(replica_counts=chosen.replica_counts, deadline=search.deadline)
+    return chosen.replica_counts, served.scale
 
 
-def _dive(
-    search: _Search,
-    replica_counts: tuple[int, ...],
-    level: Level,
-    goal_s: float,
-    *,
-    polish: bool = True,
-) -> Share:
-    """Looks for a share-out over these replicas within the level's T, or by polishing at least within `goal_s`."""
+def _dive(search: _Search, lower: Sequence[int], upper: Sequence[int], replica_s: float) -> Share:
+    """Looks for a plan within `replica_s` and these bounds on replica counts."""
     rounded = rounding.dive(
         search.problem,
-        replica_counts,
-        level.replica_s,
-        level.patterns,
+        replica_s,
+        search.relaxation.pool,
+        lower=lower,
+        upper=upper,
         deadline=search.deadline,
         improve_s=LOCAL_SEARCH_LIMIT_S,
     )
-    if polish and goal_s < rounded.share.max_s < goal_s * PROMISING:
-        rounded = rounding.polished(search.problem, rounded, goal_s, deadline=search.deadline)
-    search.offer(replica_counts, rounded.share.max_s)
+    search.offer_share(rounded)
     return rounded.in_order()
+
+
+def _polish(search: _Search) -> None:
+    """Improves on the best plan's share-out where that could end the search, once."""
+    if search.best_share is None or search.is_done() or search.best.max_s > PROMISING * search.goal_s():
+        return
+    share, search.best_share = search.best_share, None
+    search.offer_share(rounding.polished(search.problem, share, search.goal_s(), deadline=search.deadline))
 
 
 def _prove(search: _Search, low_s: float, prices: np.ndarray) -> None:
@@ -278,8 +294,8 @@ def _prove(search: _Search, low_s: float, prices: np.ndarray) -> None:
             return
 
 
-def _close(search: _Search, *, settling: bool) -> None:
-    """Step 4. Without `settling` it leaves off at replica counts that would have to be settled."""
+def _close(search: _Search) -> None:
+    """Step 4."""
     problem, relaxation = search.problem, search.relaxation
     settled: dict[tuple[int, ...], Settled] = {}
     level = None
@@ -290,23 +306,18 @@ def _close(search: _Search, *, settling: bool) -> None:
             if level.solve(decide=True, deadline=search.deadline).bound < 1 - CERTAIN:
                 search.bound_s = max(search.bound_s, trial_s)
                 return
-        ruled_out = [known.replica_counts for known in settled.values() if known.bound_s >= trial_s]
-        chosen = choice.from_worths(relaxation, level.worths, ruled_out=ruled_out, time_limit_s=search.left_s())
+        chosen = choice.from_worths(relaxation, level.worths, ruled_out=tuple(settled), time_limit_s=search.left_s())
         search.num_nodes += chosen.num_nodes
         if chosen.bound < 1 - CERTAIN:
-            search.bound_s = max(search.bound_s, trial_s)
+            least_s = min((known.bound_s for known in settled.values()), default=trial_s)
+            search.bound_s = max(search.bound_s, min(trial_s, least_s))
             return
-        if chosen.replica_counts is None or chosen.replica_counts in settled:
+        if chosen.replica_counts is None or len(settled) >= MOST_SETTLED:
             return
         served = level.solve(replica_counts=chosen.replica_counts, decide=True, deadline=search.deadline)
         if served.bound < 1 - CERTAIN:
             continue
-        before = search.best
-        start = _dive(search, chosen.replica_counts, level, trial_s)
-        if not settling:
-            if search.best is before:
-                return
-            continue
+        start = _dive(search, chosen.replica_counts, chosen.replica_counts, trial_s)
         one = settle(
             problem,
             chosen.replica_counts,

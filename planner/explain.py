@@ -15,7 +15,7 @@ from planner import task_fused
 from planner.cost import ConfigCost, CostTable
 from planner.dispatch import MicroBatch, dispatch
 from planner.errors import UserError
-from planner.more_memory import extra_bytes, with_more_memory
+from planner.more_memory import MORE_ROOM, extra_bytes, with_more_memory, with_more_room
 from planner.plan import Plan
 from planner.planners import PLANNERS, solver
 from planner.problem import PlanningProblem, build_problem
@@ -284,7 +284,7 @@ def _alternatives(
         (f"one more device ({one_more})", lambda: _rebuilt(problem, workload, problem.costs, one_more), exact),
         (
             _more_memory_text(problem.costs),
-            lambda: _rebuilt(problem, workload, with_more_memory(problem.costs), problem.num_devices),
+            lambda: _rebuilt(problem, workload, _with_more_memory(problem.costs), problem.num_devices),
             exact,
         ),
     ]
@@ -304,12 +304,19 @@ def _alternatives(
 
 
 def _more_memory_text(costs: CostTable) -> str:
-    try:
-        extra = extra_bytes(costs)
-    except UserError:
-        return "more memory"
+    if not _tells_bytes(costs):
+        return f"memory for {MORE_ROOM - 1:.0%} more tokens (the costs tell no bytes)"
+    extra = extra_bytes(costs)
     unit, size = ("GiB", 1024**3) if extra >= 1024**3 else ("MiB", 1024**2)
     return f"{extra / size:.4g} {unit} more memory a device"
+
+
+def _with_more_memory(costs: CostTable) -> CostTable:
+    return with_more_memory(costs) if _tells_bytes(costs) else with_more_room(costs)
+
+
+def _tells_bytes(costs: CostTable) -> bool:
+    return costs.hardware.get("memory_bytes") is not None
 
 
 def _without(problem: PlanningProblem, config: object) -> PlanningProblem:

@@ -88,8 +88,8 @@ def replica_table(explanation: Explanation) -> Table:
     start_up = any(replica.filling_s + replica.fixed_s for replica in explanation.replicas)
     table = Table(title="Seconds of a step by padded length (tokens) of the sequences", box=SIMPLE_HEAD)
     table.add_column("replica", no_wrap=True)
-    for name in [f"to {end}" for end in ends] + ["start-up"] * start_up + ["total", "waits"]:
-        table.add_column(name, justify="right")
+    for name in [f"to {end}" for end in ends] + ["start up"] * start_up + ["total", "waits"]:
+        table.add_column(name, justify="right", min_width=max(map(len, name.split())))
     for replica in explanation.replicas:
         cells = by_range(replica, ends) + [replica.filling_s + replica.fixed_s] * start_up
         table.add_row(
@@ -138,7 +138,7 @@ def alternative_cells(explanation: Explanation, other: Alternative) -> tuple[str
     """(plan or why there is none, seconds, difference to the plan explained)."""
     if other.plan is None or other.step_s is None:
         return f"none: {other.note}", NO_VALUE, NO_VALUE
-    same = str(other.plan) == str(explanation.plan) and other.plan.num_devices == explanation.plan.num_devices
+    same = other.plan.replicas == explanation.plan.replicas and other.plan.num_devices == explanation.plan.num_devices
     difference = f"{other.step_s / explanation.step_s - 1:+.1%}"
     return str(other.plan), f"{other.step_s:#.3g}", "the same plan" if same else difference
 

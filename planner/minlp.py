@@ -36,11 +36,18 @@ def solve_nonlinear(problem: PlanningProblem, *, planner: str, length_based: boo
         time_limit_s=problem.time_limit_s - (time.perf_counter() - start),
     )
     best = homogeneous if found is None or homogeneous.step_s < found.step_s else found
-    return to_plan(problem, best, planner=planner, solve_s=time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    status = "complete" if seconds < problem.time_limit_s else "time limit"
+    return to_plan(problem, best, planner=planner, solve_s=seconds, status=status)
 
 
-def to_plan(problem: PlanningProblem, share: EqualShare, *, planner: str, solve_s: float) -> Plan:
-    """The plan of a share. Its bound holds for every plan, not only for those with equal shares."""
+def to_plan(
+    problem: PlanningProblem, share: EqualShare, *, planner: str, solve_s: float, status: str = "complete"
+) -> Plan:
+    """The plan of a share. Its bound holds for every plan, not only for those with equal shares.
+
+    `status` says whether the planner came to its end or to the time limit; neither proves anything.
+    """
     overhead_s = problem.costs.step_overhead_s
     return problem.make_plan(
         share.counts,
@@ -48,4 +55,5 @@ def to_plan(problem: PlanningProblem, share: EqualShare, *, planner: str, solve_
         bound_s=least_conceivable_s(problem) + overhead_s,
         planner=planner,
         solve_s=solve_s,
+        status=status,
     )

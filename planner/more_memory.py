@@ -16,6 +16,20 @@ FILLED = 0.8
 """A config whose largest measured micro-batch takes less than this share of the memory is not limited by it."""
 
 
+MORE_ROOM = 1.25
+"""Where bytes are not known: capacities as multiples of the present ones."""
+
+
+def with_more_room(costs: CostTable) -> CostTable:
+    """The table with every capacity `MORE_ROOM` times as large, whatever bytes that takes."""
+    return dataclasses.replace(
+        costs,
+        configs=tuple(
+            dataclasses.replace(cost, capacity_tokens=int(MORE_ROOM * cost.capacity_tokens)) for cost in costs.configs
+        ),
+    )
+
+
 def extra_bytes(costs: CostTable) -> int:
     """How much more memory is asked for on each device. Raises `UserError` if the table does not tell what it has."""
     memory_bytes = costs.hardware.get("memory_bytes")

@@ -11,9 +11,10 @@ A *pattern* of a config is what one replica runs in a step: numbers of slots (bu
 - First each config is bounded without whole slots: time goes to the buckets that pay best for it (a fractional
   knapsack), for every value of the largest slot where (pp - 1) max t matters. That bound is always proven.
 - Configs whose bound is above what is asked for get a dynamic programme over time in equal cells. Steps are chunks of
-  2^q like slots. With pp > 1 slots enter by increasing seconds, so one pass has the answer for every largest slot; (3)
-  is then not asked for. A `proven` pricer rounds each chunk's seconds down to cells, so that z_c is a bound; otherwise
-  to the nearest cell, which is what patterns are found with.
+  2^q like slots. With pp > 1 slots enter by increasing seconds, so one pass has the answer for every largest slot, and
+  a remainder is mostly what it adds to the next smaller one of its bucket (`STEEP`): (3) holds but for additions taken
+  alone. A `proven` pricer rounds each chunk's seconds down to cells, so that z_c is a bound; otherwise to the nearest
+  cell, which is what patterns are found with.
 """
 
 from __future__ import annotations
@@ -29,8 +30,18 @@ from planner.problem import PlanningProblem, UsableConfig
 NUM_CELLS = 2048
 """Cells of time with which patterns are found: a chunk of slots is off by up to 1/4096 of T."""
 
+NUM_COARSE_CELLS = 1024
+"""Cells where it is only asked about where T lies."""
+
 NUM_PROVEN_CELLS = 8192
 """Cells of a proven pricer: a chunk of slots is priced as if it were up to 1/8192 of T shorter."""
+
+STEEP = 0.9
+"""A remainder of a pipeline counts as an addition to the next smaller one if that costs this share of its own price of
+a row at the least: a cheaper addition, taken alone, would make the bound worse than two remainders side by side."""
+
+LONGER = 1.002
+"""A pipeline's pattern may take this many times as long as T: cells are no finer."""
 
 EDGE = 1e-9
 """Relative room given to every comparison of seconds, so that rounding never cuts a true pattern off."""
@@ -60,24 +71,28 @@ class Slot:
 class _Chunks:
     """Steps of the dynamic programme, arrays [I]: take `rows` sequences of `bucket` in `seconds`, or not.
 
-    `cells` are the seconds rounded down to cells. Of the `joined` neighbours of one bucket at most one is taken.
+    `cells` are the seconds in cells. Of the `joined` neighbours of one bucket at most one is taken. Where a chunk adds
+    to a smaller remainder, `slot_rows` and `slot_s` are of the whole slot, else those of the chunk; `is_remainder` says
+    which chunks build on one another.
     """
 
     bucket: np.ndarray
     rows: np.ndarray
     seconds: np.ndarray
+    slot_rows: np.ndarray
+    slot_s: np.ndarray
+    is_remainder: np.ndarray
     joined: np.ndarray
     cells: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Programme:
-    """The steps for one config at one T; each end is a largest slot: how many steps, cells for slots, its seconds."""
+    """The steps for one config at one T; each end is a largest slot: how many steps, cells for slots."""
 
     chunks: _Chunks
     ends_at: np.ndarray
     ends_cells: np.ndarray
-    ends_largest: np.ndarray
 
 
 def slots_of(usable: UsableConfig, counts: Sequence[int]) -> tuple[Slot, ...]:
@@ -99,20 +114,48 @@ def slots_of(usable: UsableConfig, counts: Sequence[int]) -> tuple[Slot, ...]:
     return tuple(out)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Lattice:
+    """A config's row options [J, O], ascending, the last being `full` [J], and their seconds; 1 row in no time where a
+    bucket does not fit."""
+
+    full: np.ndarray
+    options: np.ndarray
+    slot_s: np.ndarray
+
+
+def lattice_of(usable: UsableConfig) -> Lattice:
+    """Its row options as arrays; where a bucket has fewer than others, the first is repeated."""
+    width = max(len(options) for options in usable.rows)
+    padded = [(options or (1,), times or (0.0,)) for options, times in zip(usable.rows, usable.slot_s, strict=True)]
+    rows = np.array([(options[0],) * (width - len(options)) + options for options, _ in padded])
+    slot_s = np.array([(times[0],) * (width - len(times)) + times for _, times in padded])
+    return Lattice(full=rows[:, -1], options=rows, slot_s=slot_s)
+
+
 class Pricer:
     """Prices the patterns of a problem's configs within `replica_s` seconds (step overhead excluded).
 
-    `slots` are the `slots_of` each config; a config without any has no patterns.
+    `slots` are the `slots_of` each config, `lattices` the `lattice_of` each; a config without slots has no patterns.
     """
 
     def __init__(
-        self, problem: PlanningProblem, slots: Sequence[Sequence[Slot]], replica_s: float, *, proven: bool = False
+        self,
+        problem: PlanningProblem,
+        slots: Sequence[Sequence[Slot]],
+        lattices: Sequence[Lattice],
+        replica_s: float,
+        *,
+        num_cells: int = NUM_CELLS,
+        proven: bool = False,
     ) -> None:
         self.problem = problem
         self.replica_s = replica_s
-        self._num_cells = NUM_PROVEN_CELLS if proven else NUM_CELLS
+        self.proven = proven
+        self._num_cells = NUM_PROVEN_CELLS if proven else num_cells
         self._round_up = 0.0 if proven else 0.5
         self._slots = slots
+        self._lattices = lattices
         self._programmes: dict[int, _Programme] = {}
         self._classes(slots)
 
@@ -197,7 +240,13 @@ class Pricer:
             programme = self._programmes[config] = self._programme(config)
         chunks = programme.chunks
         worth = prices[chunks.bucket] * chunks.rows
-        useful = ((excess[:, None] - last[:, None] * chunks.seconds + worth > 0).any(axis=0)) & (worth > 0)
+        slot_worth = prices[chunks.bucket] * chunks.slot_rows
+        useful = ((excess[:, None] - last[:, None] * chunks.slot_s + slot_worth > 0).any(axis=0)) & (worth > 0)
+        if self.problem.configs[config].config.pp > 1:
+            largest = np.full(len(prices), -1)  # the last useful remainder of each bucket needs the smaller ones
+            at = np.flatnonzero(useful & chunks.is_remainder)
+            np.maximum.at(largest, chunks.bucket[at], at)
+            useful |= chunks.is_remainder & (np.arange(len(useful)) <= largest[chunks.bucket]) & (worth > 0)
         kept = np.flatnonzero(useful)
         table = np.empty((len(kept) + 1, self._num_cells + 1))
         table[0] = 0.0
@@ -217,10 +266,35 @@ class Pricer:
         ends = np.searchsorted(kept, programme.ends_at)
         worths = table[ends, programme.ends_cells]
         best = int(np.argmax(worths))
-        rows, seconds = self._traced(chunks, kept, table, follows, int(ends[best]), int(programme.ends_cells[best]))
-        usable = self.problem.configs[config]
-        seconds += usable.cost.fixed_s + (usable.config.pp - 1) * float(programme.ends_largest[best])
+        rows = self._traced(chunks, kept, table, follows, int(ends[best]), int(programme.ends_cells[best]))
+        seconds = self._seconds(config, rows)
+        if self.problem.configs[config].config.pp > 1 and not self.proven and seconds > self.replica_s * LONGER:
+            rows, seconds = self._without_loose(config, rows, prices)
         return float(worths[best]), Pattern(config=config, rows=rows, seconds=seconds)
+
+    def _seconds(self, config: int, rows: np.ndarray) -> float:
+        """`UsableConfig.replica_s` of rows [J], some of them."""
+        lattice = self._lattices[config]
+        num_full, rest = np.divmod(rows, lattice.full)
+        option = np.minimum((lattice.options < rest[:, None]).sum(axis=1), lattice.slot_s.shape[1] - 1)
+        rest_s = np.where(rest > 0, lattice.slot_s[np.arange(len(rows)), option], 0.0)
+        largest = max(float(lattice.slot_s[num_full > 0, -1].max(initial=0.0)), float(rest_s.max(initial=0.0)))
+        usable = self.problem.configs[config]
+        slots_s = float(num_full @ lattice.slot_s[:, -1] + rest_s.sum())
+        return usable.cost.fixed_s + slots_s + (usable.config.pp - 1) * largest
+
+    def _without_loose(self, config: int, rows: np.ndarray, prices: np.ndarray) -> tuple[np.ndarray, float]:
+        """Rows and seconds of a pattern of a pipeline that takes too long: an addition to a remainder was taken alone.
+
+        Remainders are cut to a row option; those worth least go until the pattern is within the time.
+        """
+        lattice = self._lattices[config]
+        rest = rows % lattice.full
+        rows = rows - rest
+        rest = np.where(lattice.options <= rest[:, None], lattice.options, 0).max(axis=1)
+        while (seconds := self._seconds(config, rows + rest)) > self.replica_s * LONGER and rest.any():
+            rest[np.where(rest > 0, rest * prices, np.inf).argmin()] = 0
+        return rows + rest, seconds
 
     def _programme(self, config: int) -> _Programme:
         usable = self.problem.configs[config]
@@ -230,37 +304,46 @@ class Pricer:
         cell_s = (left_s - bubbles * min(slot.seconds for slot in fitting)) / self._num_cells
         if bubbles:
             fitting.sort(key=lambda slot: slot.seconds)
-        chunks: list[tuple[int, int, float, bool]] = []
+        chunks: list[tuple[int, int, float, int, float, bool]] = []
         ends = []
+        smaller: dict[int, tuple[int, float]] = {}
         for slot in fitting:
             room_s = left_s - bubbles * slot.seconds
-            joined = slot.is_remainder and not bubbles
-            chunks += [
-                (slot.bucket, size * slot.rows, size * slot.seconds, joined) for size in _chunk_sizes(slot, room_s)
-            ]
-            ends.append((len(chunks), int(room_s / cell_s), slot.seconds))
+            if slot.is_remainder and bubbles:
+                rows, seconds = smaller.get(slot.bucket, (0, 0.0))
+                if slot.seconds - seconds < STEEP * (slot.rows - rows) * slot.seconds / slot.rows:
+                    rows, seconds = 0, 0.0
+                smaller[slot.bucket] = (slot.rows, slot.seconds)
+                chunks.append((slot.bucket, slot.rows - rows, slot.seconds - seconds, slot.rows, slot.seconds, True))
+            else:
+                chunks += [
+                    (slot.bucket, n * slot.rows, n * slot.seconds, n * slot.rows, n * slot.seconds, slot.is_remainder)
+                    for n in _chunk_sizes(slot, room_s)
+                ]
+            ends.append((len(chunks), int(room_s / cell_s)))
         if not bubbles:
             ends = ends[-1:]
-        bucket, rows, seconds, joined = (np.array(column) for column in zip(*chunks, strict=True))
+        bucket, rows, seconds, slot_rows, slot_s, is_remainder = (np.array(c) for c in zip(*chunks, strict=True))
         return _Programme(
             chunks=_Chunks(
                 bucket=bucket,
                 rows=rows,
                 seconds=seconds,
-                joined=joined,
+                slot_rows=slot_rows,
+                slot_s=slot_s,
+                is_remainder=is_remainder,
+                joined=is_remainder & (bubbles == 0),
                 cells=np.floor(seconds / cell_s + self._round_up).astype(np.int64),
             ),
             ends_at=np.array([end[0] for end in ends]),
             ends_cells=np.array([end[1] for end in ends]),
-            ends_largest=np.array([end[2] for end in ends]),
         )
 
     def _traced(
         self, chunks: _Chunks, kept: np.ndarray, table: np.ndarray, follows: np.ndarray, steps: int, cells: int
-    ) -> tuple[np.ndarray, float]:
-        """Rows [J] and seconds of the slots behind table[steps, cells]."""
+    ) -> np.ndarray:
+        """Rows [J] of the slots behind table[steps, cells]."""
         rows = np.zeros(len(self.problem.counts), dtype=np.int64)
-        seconds = 0.0
         step = steps
         while step > 0:
             chunk = kept[step - 1]
@@ -268,12 +351,11 @@ class Pricer:
                 step -= 1
                 continue
             rows[chunks.bucket[chunk]] += chunks.rows[chunk]
-            seconds += chunks.seconds[chunk]
             cells -= int(chunks.cells[chunk])
             step -= 1
             while step > 0 and follows[step]:
                 step -= 1
-        return rows, seconds
+        return rows
 
 
 def _chunk_sizes(slot: Slot, room_s: float) -> list[int]:

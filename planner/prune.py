@@ -5,7 +5,8 @@
 2. Each is bounded by the device-seconds of length-based dispatch (every bucket to the smallest capacity that fits),
    spread evenly over its devices. Balanced dispatch may do better: the bound is a guide and not a proof.
 3. Those within 15 % of the least bound stay, eight at the least, as in the original.
-4. Each one left gets a dispatch ILP (equal shares, `planner.equal_share`); the fastest wins.
+4. Each one left gets a dispatch ILP (equal shares, `planner.equal_share`); the fastest wins. Many have the same bound:
+   those of which the dispatch's own bound (`planner.prices`) is least come first, for when the time does not reach.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import heapq
 import time
 from collections.abc import Iterator, Sequence
 
+from planner import prices
 from planner.equal_share import EqualShare, best_homogeneous, solve_equal_share
 from planner.minlp import to_plan
 from planner.plan import Plan
@@ -35,8 +37,9 @@ def solve(problem: PlanningProblem) -> Plan:
     pool = propose(problem)
     deadline = start + problem.time_limit_s
     candidates = promising(problem, pool, deadline=start + ENUMERATION_SHARE * problem.time_limit_s)
+    candidates = _most_promising_first(problem, candidates, deadline=start + ENUMERATION_SHARE * problem.time_limit_s)
     best: EqualShare | None = None
-    for _, counts in candidates:
+    for counts in candidates:
         remaining_s = deadline - time.perf_counter()
         if best is not None and remaining_s <= 0:
             break
@@ -51,8 +54,26 @@ def solve(problem: PlanningProblem) -> Plan:
         if found is not None and (best is None or found.step_s < best.step_s):
             best = found
     return to_plan(
-        problem, best or best_homogeneous(problem, pool), planner="prune", solve_s=time.perf_counter() - start
+        problem,
+        best or best_homogeneous(problem, pool),
+        planner="prune",
+        solve_s=time.perf_counter() - start,
+        status="complete" if time.perf_counter() < deadline else "time limit",
     )
+
+
+def _most_promising_first(
+    problem: PlanningProblem, candidates: Sequence[tuple[float, tuple[int, ...]]], *, deadline: float
+) -> list[tuple[int, ...]]:
+    """Deployments by the bound of their dispatch; those not looked at by the deadline come last."""
+
+    def bound_s(counts: tuple[int, ...]) -> float:
+        if time.perf_counter() > deadline:
+            return float("inf")
+        kinds = [usable for usable, count in zip(problem.configs, counts, strict=True) if count]
+        return prices.relax(kinds, [count for count in counts if count], problem.counts).bound_s
+
+    return sorted((counts for _, counts in candidates), key=bound_s)
 
 
 def promising(problem: PlanningProblem, pool: Sequence[int], *, deadline: float) -> list[tuple[float, tuple[int, ...]]]:

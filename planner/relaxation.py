@@ -25,7 +25,7 @@ import numpy as np
 
 from planner import balance
 from planner.master import Master, MasterSolution
-from planner.pricing import Pattern, Pricer, slots_of
+from planner.pricing import NUM_CELLS, NUM_COARSE_CELLS, Pattern, Pricer, lattice_of, slots_of
 from planner.problem import PlanningProblem
 
 WORTHWHILE = 3e-4
@@ -37,11 +37,17 @@ SMOOTHING = 0.5
 SURPLUS = 0.002
 """Patterns that took up to this share longer than T elsewhere join a master too: cells of time are no finer."""
 
-PRICED_AT_ONCE = 12
+PRICED_AT_ONCE = 6
 """Configs that get the dynamic programme in one round of an unproven level."""
 
 BRACKET_RATIO = 1.003
 """The bracket ends when the attainable T is within this ratio of the unattainable one."""
+
+TRUST = 0.4
+"""The share that a T serves is between what is served so far and its bound; this is how far from the bound, in logs."""
+
+SMALL = 0.1
+"""Less served so far says nothing."""
 
 LARGEST_STEP = 2.0
 """Largest factor by which T grows at once."""
@@ -91,6 +97,7 @@ class Relaxation:
         self.lower = np.array(problem.pinned_counts)
         self.upper = problem.num_devices // self.devices
         self.slots = [slots_of(usable, problem.counts) for usable in problem.configs]
+        self.lattices = [lattice_of(usable) for usable in problem.configs]
         self.pool: list[Pattern] = []
         self.prices = self._first_prices()
         self.num_rounds = 0
@@ -120,18 +127,22 @@ class Relaxation:
         self.num_rounds += 1
         is_free = (self.lower == 0) & ~self.fits_longest
         enough = np.where(is_free, CHEAP * self.devices / self.problem.num_devices, 0.0)
-        worth, _ = Pricer(self.problem, self.slots, replica_s, proven=True).price(prices, enough)
+        worth, _ = Pricer(self.problem, self.slots, self.lattices, replica_s, proven=True).price(prices, enough)
         return self.most_served(worth) < 1 - STRICT
 
 
 class Level:
     """The relaxation at one T."""
 
-    def __init__(self, relaxation: Relaxation, replica_s: float, *, proven: bool = False) -> None:
+    def __init__(
+        self, relaxation: Relaxation, replica_s: float, *, num_cells: int = NUM_CELLS, proven: bool = False
+    ) -> None:
         self.relaxation = relaxation
         self.replica_s = replica_s
         self.proven = proven
-        self.pricer = Pricer(relaxation.problem, relaxation.slots, replica_s, proven=proven)
+        self.pricer = Pricer(
+            relaxation.problem, relaxation.slots, relaxation.lattices, replica_s, num_cells=num_cells, proven=proven
+        )
         self.master = Master(relaxation.problem, relaxation.lower, relaxation.upper)
         self.master.add([pattern for pattern in relaxation.pool if pattern.seconds <= replica_s * (1 + SURPLUS)])
         self.worths: list[np.ndarray] = []
@@ -217,13 +228,14 @@ def bracket(relaxation: Relaxation, deadline: float) -> tuple[float, np.ndarray,
     low_prices, high = relaxation.prices, math.inf
     trial, step = low * BRACKET_RATIO, FIRST_STEP
     while high / low > BRACKET_RATIO and time.perf_counter() < deadline:
-        answer = Level(relaxation, trial).solve(decide=True, deadline=deadline)
+        answer = Level(relaxation, trial, num_cells=NUM_COARSE_CELLS).solve(decide=True, deadline=deadline)
         if answer.bound < 1 - STRICT:
             low, low_prices = trial, answer.prices
             if answer.solution is None and answer.bound == 0.0:
                 trial, step = trial * step, step * step
             else:
-                trial = low * float(np.clip(1 / max(answer.bound, STRICT), BRACKET_RATIO, LARGEST_STEP))
+                served = max(answer.bound, STRICT) ** (1 - TRUST) * max(answer.scale, SMALL) ** TRUST
+                trial = low * float(np.clip(1 / served, BRACKET_RATIO, LARGEST_STEP))
         elif answer.scale >= 1 or time.perf_counter() < deadline:
             high = trial  # the share served is 1 or just below: no more patterns are worthwhile
             trial = 0.0

@@ -1,7 +1,7 @@
 """Plans that are good over many sampled batches, not only on the expected one; and whether a plan still is.
 
 The expected batch hides what a step waits for: how many of the longest sequences come together. So deployments are
-judged on sampled batches, by the mean of the step time or by its 95th percentile.
+judged on sampled batches, by the mean of the step time or by a percentile of it.
 
 1. Candidates: what a planner makes of the expected batch, of some sampled batches, and of a batch that holds of every
    bucket its upper quantile; then their neighbours, one replica replaced by others on its devices and the idle ones.
@@ -27,9 +27,12 @@ from planner.problem import PlanningProblem
 from planner.share_out import share_out
 from planner.simulate import batch
 
-OBJECTIVES = ("mean", "p95")
+MEAN = "mean"
+OBJECTIVES = "mean or a percentile p1 to p99"
 DEFAULT_SAMPLES = 64
-PERCENTILE = 0.95
+
+UPPER = 0.95
+"""Quantile of every bucket in the batch that stands for a hard one."""
 
 NUM_PLANNED_BATCHES = 4
 """Sampled batches that the planner plans for, one by one, beside the expected one."""
@@ -49,15 +52,26 @@ PLANNING_SHARE = 0.5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepTimes:
-    """Seconds of a step over sampled batches, the step's overhead included; `bound_s` is the mean of the bounds."""
+    """Seconds of a step over sampled batches, the step's overhead included.
+
+    `objective_s` is the mean or the percentile that was asked for, `bound_s` the mean of the bounds.
+    """
 
     mean_s: float
     p50_s: float
     p95_s: float
+    objective_s: float
     bound_s: float
 
-    def of(self, objective: str) -> float:
-        return self.mean_s if objective == "mean" else self.p95_s
+
+def percentile(objective: str) -> float | None:
+    """The quantile that an objective names, None for the mean; what is neither raises `UserError`."""
+    if objective == MEAN:
+        return None
+    number = objective.removeprefix("p")
+    if not objective.startswith("p") or not number.isdecimal() or not 1 <= int(number) <= 99:
+        raise UserError("bad value", key="robust", value=objective, expected=OBJECTIVES)
+    return int(number) / 100
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +80,7 @@ class Robust:
 
     Attributes:
       plan: the plan.
-      objective: one of OBJECTIVES.
+      objective: "mean" or a percentile, as `percentile` reads it.
       num_samples, seed: batches it was chosen on; as many others gave the times below.
       times: of the plan.
       mean_plan, mean_plan_times: the plan made for the expected batch alone, and its times.
@@ -85,7 +99,7 @@ class Robust:
     @property
     def regret(self) -> float:
         """By how much of the plan's objective the plan of the expected batch is worse."""
-        return self.mean_plan_times.of(self.objective) / self.times.of(self.objective) - 1
+        return self.mean_plan_times.objective_s / self.times.objective_s - 1
 
 
 def solve_robust(
@@ -97,20 +111,19 @@ def solve_robust(
     seed: int = 0,
 ) -> Robust:
     """The best candidate over `num_samples` batches; at the problem's time limit the best of those looked at."""
-    if objective not in OBJECTIVES:
-        raise UserError("bad value", key="robust", value=objective, expected=f"one of {', '.join(OBJECTIVES)}")
+    quantile = percentile(objective)
     started = time.perf_counter()
     samples = sampled_counts(problem, num_samples, seed)
     mean_plan = solve(_within(problem, problem.counts, PLANNING_SHARE / (NUM_PLANNED_BATCHES + 2)))
-    screened = _screen(problem, solve, mean_plan, samples, objective, started + problem.time_limit_s)
+    screened = _screen(problem, solve, mean_plan, samples, quantile, started + problem.time_limit_s)
     shortlist = sorted(screened, key=screened.__getitem__)[:NUM_JUDGED]
     mean_counts = replica_counts(problem, mean_plan)
     if mean_counts not in shortlist:
         shortlist.append(mean_counts)
-    judged = {counts: step_times(problem, counts, samples) for counts in shortlist}
-    best = min(judged, key=lambda counts: judged[counts].of(objective))
+    judged = {counts: step_times(problem, counts, samples, quantile) for counts in shortlist}
+    best = min(judged, key=lambda counts: judged[counts].objective_s)
     fresh = sampled_counts(problem, num_samples, seed, first=num_samples)
-    times = step_times(problem, best, fresh)
+    times = step_times(problem, best, fresh, quantile)
     return Robust(
         plan=_plan(problem, best, mean_plan, time.perf_counter() - started),
         objective=objective,
@@ -118,7 +131,7 @@ def solve_robust(
         seed=seed,
         times=times,
         mean_plan=mean_plan,
-        mean_plan_times=times if best == mean_counts else step_times(problem, mean_counts, fresh),
+        mean_plan_times=times if best == mean_counts else step_times(problem, mean_counts, fresh, quantile),
         num_candidates=len(screened),
     )
 
@@ -139,8 +152,10 @@ def replica_counts(problem: PlanningProblem, plan: Plan) -> tuple[int, ...]:
     return tuple(found.get(usable.config, 0) for usable in problem.configs)
 
 
-def step_times(problem: PlanningProblem, counts: Sequence[int], samples: np.ndarray) -> StepTimes:
-    """Times of a deployment over sampled batches [S, J], dispatched as in training."""
+def step_times(
+    problem: PlanningProblem, counts: Sequence[int], samples: np.ndarray, quantile: float | None = None
+) -> StepTimes:
+    """Times of a deployment over sampled batches [S, J], dispatched as in training; `quantile` None means the mean."""
     replicas = [usable for usable, count in zip(problem.configs, counts, strict=True) for _ in range(count)]
     seconds, bounds = [], []
     for row in samples.tolist():
@@ -151,7 +166,8 @@ def step_times(problem: PlanningProblem, counts: Sequence[int], samples: np.ndar
     return StepTimes(
         mean_s=float(np.mean(seconds)) + overhead_s,
         p50_s=float(np.quantile(seconds, 0.5)) + overhead_s,
-        p95_s=float(np.quantile(seconds, PERCENTILE)) + overhead_s,
+        p95_s=float(np.quantile(seconds, 0.95)) + overhead_s,
+        objective_s=_objective(seconds, quantile) + overhead_s,
         bound_s=float(np.mean(bounds)) + overhead_s,
     )
 
@@ -161,7 +177,7 @@ def _screen(
     solve: Callable[[PlanningProblem], Plan],
     mean_plan: Plan,
     samples: np.ndarray,
-    objective: str,
+    quantile: float | None,
     deadline: float,
 ) -> dict[tuple[int, ...], float]:
     """Deployment -> objective of its bounds over all samples, for the candidates and the best of their neighbours."""
@@ -170,11 +186,11 @@ def _screen(
 
     def look(counts: tuple[int, ...]) -> float:
         if counts not in quick:
-            quick[counts] = _bound_objective(problem, counts, few, objective)
+            quick[counts] = _bound_objective(problem, counts, few, quantile)
         return quick[counts]
 
     look(replica_counts(problem, mean_plan))
-    upper = np.quantile(samples, PERCENTILE, axis=0, method="higher").astype(np.int64)
+    upper = np.quantile(samples, UPPER, axis=0, method="higher").astype(np.int64)
     share = PLANNING_SHARE / (NUM_PLANNED_BATCHES + 2)
     for row in (upper, *samples[:NUM_PLANNED_BATCHES]):
         if time.perf_counter() < deadline:
@@ -188,7 +204,7 @@ def _screen(
         if min(quick, key=quick.__getitem__) == best:
             break
     kept = sorted(quick, key=quick.__getitem__)[: 2 * NUM_JUDGED]
-    return {counts: _bound_objective(problem, counts, samples, objective) for counts in kept} | {
+    return {counts: _bound_objective(problem, counts, samples, quantile) for counts in kept} | {
         counts: float("inf") for counts in quick if counts not in kept
     }
 
@@ -197,11 +213,17 @@ def _within(problem: PlanningProblem, counts: Sequence[int], share: float) -> Pl
     return dataclasses.replace(problem, counts=tuple(counts), time_limit_s=problem.time_limit_s * share)
 
 
-def _bound_objective(problem: PlanningProblem, counts: Sequence[int], samples: np.ndarray, objective: str) -> float:
+def _bound_objective(
+    problem: PlanningProblem, counts: Sequence[int], samples: np.ndarray, quantile: float | None
+) -> float:
     kinds = [usable for usable, count in zip(problem.configs, counts, strict=True) if count]
     multiplicity = [count for count in counts if count]
     bounds = [prices.relax(kinds, multiplicity, row).bound_s for row in samples.tolist()]
-    return float(np.mean(bounds) if objective == "mean" else np.quantile(bounds, PERCENTILE))
+    return _objective(bounds, quantile)
+
+
+def _objective(seconds: Sequence[float], quantile: float | None) -> float:
+    return float(np.mean(seconds) if quantile is None else np.quantile(seconds, quantile))
 
 
 def neighbours(problem: PlanningProblem, counts: Sequence[int]) -> Iterator[tuple[int, ...]]:

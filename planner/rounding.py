@@ -14,12 +14,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from planner import balance, balance_model
+from planner import balance, balance_model, prices
 from planner.balance import Share
 from planner.master import Master
-from planner.pricing import Pattern, Pricer, slots_of
-from planner.problem import PlanningProblem
+from planner.pricing import Lattice, Pattern, Pricer, lattice_of, slots_of
+from planner.problem import PlanningProblem, UsableConfig
 from planner.relaxation import STRICT, SURPLUS, WORTHWHILE
+from planner.repair import repair
 
 ROUNDS = 4
 """Rounds of pricing before each hand-out."""
@@ -61,26 +62,38 @@ class RoundedShare:
 
 def dive(
     problem: PlanningProblem,
-    replica_counts: Sequence[int],
     replica_s: float,
     patterns: Sequence[Pattern],
     *,
+    lower: Sequence[int],
+    upper: Sequence[int],
     deadline: float,
     improve_s: float,
 ) -> RoundedShare:
-    """Shares the counts out so that each replica ends by `replica_s` if it can.
+    """Chooses replicas and shares the counts out over them so that each ends by `replica_s` if it can.
 
     Args:
       patterns: of the problem at about this T, to start from.
+      lower, upper: [C] the least and most replicas of each config; equal where these are given. Within them replicas
+        are chosen one pattern after the other, so that the last ones suit what the first ones left.
       deadline: (of `time.perf_counter`) after which the rest is handed out greedily.
       improve_s: seconds of local search at the end.
     """
-    left, free = np.array(problem.counts), list(replica_counts)
-    pool = [p for p in patterns if free[p.config] and p.seconds <= replica_s * (1 + SURPLUS)]
+    devices = np.array([usable.num_devices for usable in problem.configs])
+    fits_longest = np.array([usable.fits(len(problem.counts) - 1) for usable in problem.configs])
+    left, used, num_left = np.array(problem.counts), np.zeros(len(devices), dtype=int), problem.num_devices
+    pool = [p for p in patterns if upper[p.config] and p.seconds <= replica_s * (1 + SURPLUS)]
+    lattices = [lattice_of(usable) for usable in problem.configs]
     replicas: list[int] = []
     loads: list[np.ndarray] = []
-    while any(free) and left.any() and time.perf_counter() < deadline:
-        handed_out = _hand_out(problem, free, left, replica_s, pool)
+    while left.any() and time.perf_counter() < deadline:
+        low = np.maximum(np.asarray(lower) - used, 0)
+        high = np.minimum(np.asarray(upper) - used, num_left // devices)
+        if not high.any():
+            break
+        rest = dataclasses.replace(problem, counts=tuple(left.tolist()), num_devices=num_left)
+        needs_longest = not (fits_longest & ((used > 0) | (low > 0))).any()
+        handed_out = _hand_out(rest, low, high, lattices, replica_s, pool, needs_longest=needs_longest)
         if not handed_out:
             break
         for pattern in handed_out:
@@ -88,30 +101,41 @@ def dive(
             replicas.append(pattern.config)
             loads.append(taken)
             left = left - taken
-            free[pattern.config] -= 1
-    for config, count in enumerate(free):
+            used[pattern.config] += 1
+            num_left -= int(devices[pattern.config])
+    idle = np.maximum(np.asarray(lower) - used, 0)
+    if not (fits_longest & (used + idle > 0)).any():
+        idle[problem.narrowest_for_longest] += 1
+    for config, count in enumerate(idle.tolist()):
         replicas += [config] * count
         loads += [np.zeros_like(left)] * count
-    return _finished(problem, replicas, np.array(loads), left, improve_s)
+    return _finished(problem, replicas, np.array(loads), left, replica_s, improve_s)
 
 
 def _hand_out(
-    problem: PlanningProblem, free: list[int], left: np.ndarray, replica_s: float, pool: list[Pattern]
+    problem: PlanningProblem,
+    lower: np.ndarray,
+    upper: np.ndarray,
+    lattices: Sequence[Lattice],
+    replica_s: float,
+    pool: list[Pattern],
+    *,
+    needs_longest: bool,
 ) -> list[Pattern]:
-    """Patterns for some of the free replicas. `pool` is cut to what is left and gains patterns."""
-    distinct = {(p.config, tuple(np.minimum(p.rows, left).tolist())): p.seconds for p in pool if free[p.config]}
+    """Patterns for some of a problem's replicas. `pool` is cut to what is left and gains patterns."""
+    left = np.array(problem.counts)
+    distinct = {(p.config, tuple(np.minimum(p.rows, left).tolist())): p.seconds for p in pool if upper[p.config]}
     pool[:] = [
         Pattern(config=config, rows=np.array(rows), seconds=seconds)
         for (config, rows), seconds in distinct.items()
         if any(rows)
     ]
-    rest = dataclasses.replace(problem, counts=tuple(left.tolist()))
-    slots = [slots_of(u, rest.counts) if n else () for u, n in zip(rest.configs, free, strict=True)]
-    pricer = Pricer(rest, slots, replica_s)
-    master = Master(rest, free, free, needs_longest=False, thrift=THRIFT)
+    slots = [slots_of(u, problem.counts) if n else () for u, n in zip(problem.configs, upper, strict=True)]
+    pricer = Pricer(problem, slots, lattices, replica_s)
+    master = Master(problem, lower, upper, needs_longest=needs_longest, thrift=THRIFT)
     master.add(pool)
     if not pool:
-        found = pricer.price(np.ones(len(left)), np.zeros(len(free)))[1]
+        found = pricer.price(np.ones(len(left)), np.zeros(len(upper)))[1]
         master.add(found)
     for _ in range(ROUNDS):
         if not master.patterns:
@@ -129,11 +153,13 @@ def _hand_out(
     if not whole.any():
         whole[_next(solution.uses, master.patterns)] = 1
     out = []
-    room = list(free)
+    room, num_left = upper.copy(), problem.num_devices
     for index in np.flatnonzero(whole).tolist():
         pattern = master.patterns[index]
-        times = min(int(whole[index]), room[pattern.config])
+        devices = problem.configs[pattern.config].num_devices
+        times = min(int(whole[index]), int(room[pattern.config]), num_left // devices)
         room[pattern.config] -= times
+        num_left -= times * devices
         out += [pattern] * times
     return out
 
@@ -145,7 +171,12 @@ def _next(uses: np.ndarray, patterns: Sequence[Pattern]) -> int:
 
 
 def _finished(
-    problem: PlanningProblem, replicas: Sequence[int], loads: np.ndarray, left: np.ndarray, improve_s: float
+    problem: PlanningProblem,
+    replicas: Sequence[int],
+    loads: np.ndarray,
+    left: np.ndarray,
+    replica_s: float,
+    improve_s: float,
 ) -> RoundedShare:
     """Adds what is left, longest first, each micro-batch to the replica that then ends first; and improves."""
     kinds = [problem.configs[config] for config in replicas]
@@ -162,7 +193,30 @@ def _finished(
             chosen = int(seconds.argmin())
             loads[chosen, bucket] += piece[chosen]
             left[bucket] -= piece[chosen]
-    return RoundedShare(replicas=tuple(replicas), share=balance.improve(table, loads, time_limit_s=improve_s))
+    share = balance.improve(table, loads, time_limit_s=improve_s, good_s=replica_s)
+    if share.max_s > replica_s:
+        share = _repaired(kinds, table, problem.counts, share, replica_s, improve_s)
+    return RoundedShare(replicas=tuple(replicas), share=share)
+
+
+def _repaired(
+    kinds: Sequence[UsableConfig],
+    table: balance.Tables,
+    counts: Sequence[int],
+    share: Share,
+    replica_s: float,
+    improve_s: float,
+) -> Share:
+    """The share-out with what is over `replica_s`, or over half as much too long, placed anew; never a slower one."""
+    members = [kinds[int(index)] for index in np.unique(table.kind, return_index=True)[1]]
+    relaxed = prices.relax(members, np.bincount(table.kind).tolist(), counts)
+    nothing = np.zeros(len(counts), dtype=np.int64)
+    best = share
+    for target_s in (replica_s, (replica_s + share.max_s) / 2):
+        loads = repair(table, best.loads, nothing, relaxed.prices, relaxed.kind_prices, target_s)
+        found = balance.improve(table, loads, time_limit_s=improve_s, good_s=replica_s)
+        best = min(best, found, key=lambda candidate: candidate.max_s)
+    return best
 
 
 def polished(

@@ -13,6 +13,7 @@ from planner.errors import UserError
 from planner.evaluate import evaluate
 from planner.packed_dispatch import METHOD, packed_dispatch
 from planner.plan import Plan
+from planner.timeline import Timeline, step_timeline
 from planner.workload import Workload
 
 DEFAULT_MAX_BUCKETS = 16
@@ -45,12 +46,13 @@ class SimulatedStep:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Simulation:
-    """Simulated steps of one plan under one dispatch method."""
+    """Simulated steps of one plan under one dispatch method; `timeline` is of the step nearest the median."""
 
     plan: Plan
     method: str
     seed: int
     steps: tuple[SimulatedStep, ...]
+    timeline: Timeline
 
     def quantile_s(self, quantile: float) -> float:
         """Quantile of the step time, seconds."""
@@ -144,7 +146,7 @@ def simulate(
     if num_steps < 1:
         raise UserError("bad value", key="steps", value=num_steps, expected="an integer >= 1")
     check_plan(plan, costs)
-    steps = []
+    steps, timelines = [], []
     for index in range(num_steps):
         task_ids, lengths = batch(workload, seed, index)
         if batching == "packed":
@@ -167,6 +169,14 @@ def simulate(
                 solve_s=dispatched.solve_s,
             )
         )
+        timelines.append(step_timeline(index, plan, costs, dispatched))
         if on_step is not None:
             on_step(steps[-1])
-    return Simulation(plan=plan, method=METHOD if batching == "packed" else method, seed=seed, steps=tuple(steps))
+    median_s = float(np.median([step.step_s for step in steps]))
+    return Simulation(
+        plan=plan,
+        method=METHOD if batching == "packed" else method,
+        seed=seed,
+        steps=tuple(steps),
+        timeline=min(timelines, key=lambda timeline: abs(timeline.step_s - median_s)),
+    )

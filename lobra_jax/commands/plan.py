@@ -277,13 +277,14 @@ def config_costs(config: RunConfig, path: Path | None, config_path: Path) -> Cos
 
 def check_quantization_of(costs: CostTable, config: RunConfig, path: Path) -> None:
     """Refuses a cost table whose times and capacities are of a base stored in another way than the config's."""
-    if costs.quantization != config.model.quantization:
+    measured, wanted = costs.quantization, config.model.quantization
+    if measured != wanted:
         raise UserError(
             "the cost table was measured with another model.quantization",
             file=path,
             key="provenance.quantization",
-            value=costs.quantization,
-            expected=f"{config.model.quantization}, as the config says: run lobra profile again",
+            value=measured,
+            expected=f"{wanted} as the config says, or --set model.quantization={measured}",
         )
 
 

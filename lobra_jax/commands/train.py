@@ -61,6 +61,7 @@ def train(
     from lobra_jax.data.load import load_tasks, workload_of
     from lobra_jax.devices import configure, run_devices
     from lobra_jax.feeder import check_lengths
+    from lobra_jax.models.hf import base_weights
 
     config = load_config(config_path, overrides)
     if tasks is not None:
@@ -70,6 +71,9 @@ def train(
     if plan_path is not None:
         _check_plan(plan_path, config)
     model = model_config(config)
+    # What is wrong with these files is said before anything is tokenised or measured.
+    base_weights(model, path=config.model.path, init_seed=config.model.init_seed)
+    adapters = _given_adapters(config, model)
     data = load_tasks(config)
     costs = _costs(config, model, config_path, out, plan_path, resume)
     workload = workload_of(data)
@@ -82,7 +86,6 @@ def train(
     from lobra_jax.train import train as run
 
     devices = run_devices(config.devices)
-    adapters = _given_adapters(config, model)
     if resume:
         _check_checkpoint(config, model, data, out, traced)
     _check_devices(plan, model, devices)

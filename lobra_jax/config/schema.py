@@ -87,11 +87,11 @@ class DataConfig(Section):
     """A tokenizer.json, or a SentencePiece tokenizer.model (`pip install "lobra-jax[sentencepiece]"`); a preset
     brings none."""
     bos_token: str | None = None
-    """Special tokens by text; found in tokenizer_config.json, special_tokens_map.json or by the usual names;
-    `bos_token: ""` for none."""
+    """The token that texts begin with, `""` for none; by default what transformers begins them with (`add_bos_token` of
+    tokenizer_config.json, else the post-processor of tokenizer.json), or a usual name where neither is there."""
     eos_token: str | None = None
-    """Special tokens by text; found in tokenizer_config.json, special_tokens_map.json or by the usual names;
-    `bos_token: ""` for none."""
+    """The token that ends completions and turns; by default that of tokenizer_config.json or special_tokens_map.json,
+    or a usual name."""
     chat_template: FilePath | None = None
     """A Jinja file for `template: chat_template`; found as chat_template.jinja or in tokenizer_config.json."""
     lengths: FilePath | None = None
@@ -206,7 +206,7 @@ class TaskConfig(Section):
     """DoRA: train a magnitude of each output feature beside the pair."""
 
     optimizer: Literal["adamw", "sgd", "adafactor", "lion"] = "adamw"
-    """Each task its own, all in one compiled step."""
+    """Each task its own, all in one compiled step. adafactor scales its steps by the size of the parameter."""
     lr: Positive = 2e-4
     """The peak of the schedule."""
     lora_plus_ratio: Positive = 1.0
@@ -343,8 +343,8 @@ class PlannerConfig(Section):
     """Minlp and prune draw replica shapes by LobRA's configuration proposal."""
     solve_time_limit_s: Positive = 60.0
     """For a plan."""
-    robust: Literal["off", "mean", "p95"] = "off"
-    """mean or p95: choose the plan by the step time over sampled batches."""
+    robust: str = Field(default="off", pattern=r"^(off|mean|p[1-9][0-9]?)$")
+    """mean, or a percentile from p1 to p99: choose the plan by that of the step time over sampled batches."""
     samples: Count = 64
     """Batches sampled for that."""
     dispatch: Literal["balance", "group", "uniform"] = "balance"

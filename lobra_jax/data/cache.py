@@ -31,7 +31,7 @@ from lobra_jax.data.templates import CHAT_TEMPLATE, Piece, RecordError, render, 
 from lobra_jax.data.tokenizer import TextTokenizer
 from planner.errors import UserError
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 RECORDS_PER_BATCH = 512
 NUM_ENCODERS = 2
 """Threads that encode while the next records are read and parsed; most of encoding runs outside Python's lock."""

@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lobra_jax.data.templates import RecordError
+from lobra_jax.data.templates import RecordError, in_our_words
 
 _BEGIN, _END = "\ufdd0", "\ufdd1"
 """Unicode noncharacters, which no text may hold, around what `{% generation %}` renders."""
@@ -51,17 +51,26 @@ class ChatTemplate:
         return _environment().from_string(self.source)
 
     def render(self, record: Mapping[str, Any]) -> SpannedText:
-        """The conversation of a record: its "messages" (and "tools"), or "prompt" and "completion" as two turns.
+        """The conversation of a record: its "messages" (and "tools"), or "prompt" and "completion".
+
+        These two are a turn each, or a list of messages each, of which the completion's are trained.
 
         Raises:
           RecordError: neither of them, no assistant's turn, or the template refuses or rewrites the messages.
         """
-        messages = _messages(record)
+        messages, given = _messages(record)
         tools = record.get("tools")
         if _HAS_MARKS.search(self.source):
             text, spans = _cut_marks(self._text(messages, tools))
         else:
             text, spans = self._by_prefixes(messages, tools)
+        spoken = [message[_ROLE] == _SPEAKER for message in messages]
+        if any(spoken[:given]):
+            if len(spans) != sum(spoken):
+                problem = f"the chat template of {self.file} marks {len(spans)} turns of {sum(spoken)}"
+                raise RecordError(problem, expected="a mark around each assistant's turn, or none in the prompt")
+            spans = spans[sum(spoken[:given]) :]
+        spans = [(start, end) for start, end in spans if start < end]
         if not spans:
             raise RecordError("no assistant's turn", expected='"messages" with an assistant\'s among them')
         return SpannedText(text=text, spans=tuple(spans))
@@ -95,22 +104,23 @@ class ChatTemplate:
                     expected="a template with {% generation %}, in data.chat_template",
                 )
             spans.append((len(before), len(after.rstrip())))
-        return whole, [(start, end) for start, end in spans if start < end]
+        return whole, spans
 
 
-def _messages(record: Any) -> list[Mapping[str, Any]]:
+def _messages(record: Any) -> tuple[list[Mapping[str, Any]], int]:
+    """(the messages of a record, how many of them are its prompt's and not trained)."""
     expected = '"messages", a non-empty list of objects with "role", or "prompt" and "completion"'
     if not isinstance(record, Mapping):
         raise RecordError("not a JSON object", expected=expected)
-    if "messages" not in record and isinstance(record.get("prompt"), str):
-        turns = (("user", record["prompt"]), (_SPEAKER, record.get("completion")))
-        messages: Any = [{_ROLE: role, "content": content} for role, content in turns]
-        if not isinstance(messages[1]["content"], str):
-            raise RecordError('"completion" is not a string', expected=expected)
+    given = 0
+    if "messages" in record or "prompt" not in record:
+        messages: Any = record.get("messages")
+        if not isinstance(messages, list) or not messages:
+            raise RecordError('"messages" is not a list of messages', expected=expected)
     else:
-        messages = record.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise RecordError('"messages" is not a list of messages', expected=expected)
+        prompt, completion = (_turns(record, key, role) for key, role in (("prompt", "user"), ("completion", _SPEAKER)))
+        messages, given = [*prompt, *completion], len(prompt)
+    messages = [in_our_words(message) for message in messages]
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get(_ROLE), str):
             raise RecordError(f"messages[{index}] has no role", expected=expected)
@@ -121,7 +131,17 @@ def _messages(record: Any) -> list[Mapping[str, Any]]:
         raise RecordError('"messages" holds half a surrogate pair', expected="Unicode text") from error
     if _MARK.search(text):
         raise RecordError('"messages" holds a Unicode noncharacter', expected="Unicode text")
-    return messages
+    return messages, given
+
+
+def _turns(record: Mapping[str, Any], key: str, role: str) -> list[Any]:
+    """A text as one turn, or a list of messages as it is."""
+    value = record.get(key)
+    if isinstance(value, str):
+        return [{_ROLE: role, "content": value}]
+    if not isinstance(value, list) or not value:
+        raise RecordError(f'"{key}" is not a string', expected="a string, or a list of messages")
+    return value
 
 
 def _cut_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
@@ -129,7 +149,7 @@ def _cut_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
     parts, spans = [], []
     length = 0
     for index, part in enumerate(re.split(_MARK, marked)):
-        if index % 2 and part:
+        if index % 2:
             spans.append((length, length + len(part)))
         parts.append(part)
         length += len(part)

@@ -170,6 +170,15 @@ def _prompt(record: Mapping[str, Any], template: str) -> str:
     return text.format_map({name: _string(record, name) for name in names})
 
 
+def in_our_words(message: Any) -> Any:
+    """A message of ShareGPT with "role" and "content"; any other as it is."""
+    if not isinstance(message, Mapping) or "from" not in message or "role" in message:
+        return message
+    speaker = message["from"]
+    role = SHAREGPT_ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker
+    return {"role": role, "content": message.get("value")}
+
+
 def _chat(messages: Any) -> tuple[Piece, ...]:
     """Turns as "<|role|>\\ncontent\\n"; what an assistant says, and the EOS after it, is trained."""
     expected = 'a non-empty list of {"role", "content"} with an assistant\'s among them'
@@ -177,9 +186,7 @@ def _chat(messages: Any) -> tuple[Piece, ...]:
         raise RecordError('"messages" is not a list of messages', expected=expected)
     pieces = []
     for index, message in enumerate(messages):
-        if isinstance(message, Mapping) and "from" in message:
-            role = SHAREGPT_ROLES.get(message["from"], message["from"])
-            message = {"role": role, "content": message.get("value")}
+        message = in_our_words(message)
         if not isinstance(message, Mapping) or "role" not in message:
             raise RecordError(f"messages[{index}] has no role", expected=expected)
         role = message["role"]

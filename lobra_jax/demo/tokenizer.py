@@ -22,7 +22,7 @@ def train_tokenizer(corpus_files: list[Path], out: str | Path, *, vocab_size: in
 
     The special tokens have ids 0 to 5 in the order of `SPECIAL_TOKENS`. Any text round-trips: the alphabet is bytes.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -40,6 +40,8 @@ def train_tokenizer(corpus_files: list[Path], out: str | Path, *, vocab_size: in
             value=tokenizer.get_vocab_size(),
             expected=f"{vocab_size} tokens",
         )
+    bos = tokenizer.token_to_id(BOS)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bos)])
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out))

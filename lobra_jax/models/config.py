@@ -73,10 +73,8 @@ class LlamaConfig:
         return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
 
     def supports_tp(self, tp: int) -> bool:
-        """Whether heads, key/value heads, feed-forward and vocabulary divide over `tp` devices."""
-        return all(
-            size % tp == 0 for size in (self.num_heads, self.num_kv_heads, self.intermediate_size, self.vocab_size)
-        )
+        """Whether heads, key/value heads and feed-forward divide over `tp` devices; the vocabulary need not."""
+        return all(size % tp == 0 for size in (self.num_heads, self.num_kv_heads, self.intermediate_size))
 
 
 def check_quantization(config: LlamaConfig, quantization: str) -> None:

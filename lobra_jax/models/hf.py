@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,13 @@ MAX_SHARD_BYTES = 5 * 1024**3
 
 ROWS_TRANSPOSED_AT_ONCE = 16
 """A cache line of 2-byte values."""
+ROWS_COMPARED_AT_ONCE = 4096
+"""Of a head with the embedding that it repeats."""
+
+_EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+_WITHOUT_EFFECT = re.compile(r"lm_head\.weight|model\.layers\.\d+\.self_attn\.rotary_emb\.\w+")
+"""Tensors that a checkpoint may have beside the model's: a tied head again, rotary tables of old files."""
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Tensor types that base weights may have: safetensors' name -> NumPy's."""
@@ -50,11 +59,11 @@ def module_name(target: str) -> str:
 def hf_name(name: str) -> str:
     """The tensor's name in a checkpoint of `transformers`: "layers.0.q" -> "model.layers.0.self_attn.q_proj.weight"."""
     if name == "embed":
-        return "model.embed_tokens.weight"
+        return _EMBED
     if name == "final_norm":
         return "model.norm.weight"
     if name == "head":
-        return "lm_head.weight"
+        return _HEAD
     _, layer, leaf = name.split(".")
     kind = "bias" if leaf.endswith("_bias") else "weight"
     return f"model.layers.{layer}.{_MODULES[leaf.removesuffix('_bias')]}.{kind}"
@@ -84,19 +93,57 @@ class HFWeights:
     def __init__(self, folder: str | Path, config: LlamaConfig) -> None:
         self.folder = Path(folder)
         self._files = _locate(self.folder)
+        self._embed = _EMBED
+        if config.tie_embeddings and _HEAD in self._files:
+            self._check_tied(config)
         self._check(config)
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        key = hf_name(name)
+        key = self._key(name)
         stored = index[::-1] if is_transposed(name) else index
         with _opened(self._files[key]) as file:
             array = file.get_slice(key)[stored]
         return transposed(array) if is_transposed(name) else np.ascontiguousarray(array)
 
+    def _key(self, name: str) -> str:
+        return self._embed if name == "embed" else hf_name(name)
+
+    def _check_tied(self, config: LlamaConfig) -> None:
+        """Takes the head for the embedding where only it is there: of two names of one tensor a writer chooses.
+
+        A head of its own under a config that ties it is refused: `transformers` would not tie them either.
+        """
+        if _EMBED not in self._files:
+            self._embed = _HEAD
+            return
+        for key in (_EMBED, _HEAD):
+            with _opened(self._files[key]) as file:
+                _check_tensor(file, self._files[key], key, (config.vocab_size, config.hidden_size))
+        for start in range(0, config.vocab_size, ROWS_COMPARED_AT_ONCE):
+            rows = slice(start, min(start + ROWS_COMPARED_AT_ONCE, config.vocab_size))
+            parts = []
+            for key in (_EMBED, _HEAD):
+                with _opened(self._files[key]) as file:
+                    parts.append(file.get_slice(key)[rows])
+            if not np.array_equal(*parts):
+                raise UserError(
+                    f"tensor {_HEAD!r} is not the embedding",
+                    file=self._files[_HEAD],
+                    expected="tie_word_embeddings false in config.json, or no such tensor",
+                )
+
     def _check(self, config: LlamaConfig) -> None:
         wanted: dict[Path, dict[str, tuple[int, ...]]] = {}
+        keys = {self._key(name) for name in weight_shapes(config)}
+        surplus = sorted(key for key in self._files if key not in keys and not _WITHOUT_EFFECT.fullmatch(key))
+        if surplus:
+            raise UserError(
+                f"tensor {surplus[0]!r} is none of the model that config.json describes",
+                file=self._files[surplus[0]],
+                expected="its weights alone: no other layers, norms or biases",
+            )
         for name, shape in weight_shapes(config).items():
-            key = hf_name(name)
+            key = self._key(name)
             if key not in self._files:
                 raise UserError(
                     f"tensor {key!r} is missing", file=self.folder, expected="the weights that config.json describes"
@@ -193,6 +240,7 @@ def save_hf(
             tensors[hf_name(name)] = transposed(array) if is_transposed(name) else np.ascontiguousarray(array)
             on_tensor()
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors lets nobody but the owner read
         weight_map.update(dict.fromkeys(tensors, file))
     if len(shards) > 1:
         total = target.itemsize * sum(int(np.prod(shape)) for shape in weight_shapes(config).values())

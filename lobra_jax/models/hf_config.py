@@ -17,6 +17,8 @@ _DEFAULT_ROPE_THETA = 10_000.0
 _DEFAULT_RMS_NORM_EPS = 1e-6
 _MISTRAL_DEFAULT_WINDOW = 4096
 _ROPE_TYPES = ("default", "llama3")
+_ROPE_KEYS = ("rope_theta", "partial_rotary_factor")
+"""May stand beside `rope_parameters` or in it, which goes first."""
 
 
 def load_llama_config(folder: str | Path) -> LlamaConfig:
@@ -127,9 +129,6 @@ def _refuse_what_we_lack(raw: Mapping[str, Any], file: Path, model_type: str) ->
             raise UserError("unsupported bias", file=file, key=key, value=raw[key], expected="false")
     if raw.get("quantization_config"):
         raise UserError("quantised weights are unsupported", file=file, key="quantization_config", expected="none")
-    if raw.get("partial_rotary_factor", 1.0) != 1.0:
-        value = raw["partial_rotary_factor"]
-        raise UserError("unsupported", file=file, key="partial_rotary_factor", value=value, expected="1.0")
     _refuse_sliding_window(raw, file, model_type)
     if set(raw.get("layer_types") or ()) - {"full_attention"}:
         value = sorted(set(raw["layer_types"]))
@@ -146,12 +145,28 @@ def _refuse_sliding_window(raw: Mapping[str, Any], file: Path, model_type: str) 
 
 
 def _rope_settings(raw: Mapping[str, Any], file: Path) -> Mapping[str, Any]:
-    """`rope_parameters` of transformers 5, or `rope_theta` beside `rope_scaling` as before."""
-    for key in ("rope_parameters", "rope_scaling"):
+    """`rope_parameters` of transformers 5, or `rope_theta` beside `rope_scaling` as before; both where they agree."""
+    beside = {key: raw[key] for key in _ROPE_KEYS if raw.get(key) is not None}
+    found = []
+    for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(raw.get(key) or {}, Mapping):
             raise UserError("bad value", file=file, key=key, value=raw[key], expected="a mapping or null")
-    theta = {"rope_theta": raw["rope_theta"]} if raw.get("rope_theta") is not None else {}
-    return {**theta, **(raw.get("rope_parameters") or raw.get("rope_scaling") or {})}
+        nested = [name for name, value in (raw.get(key) or {}).items() if isinstance(value, Mapping)]
+        if nested:
+            expected = "one rotary embedding for all layers"
+            raise UserError("unsupported", file=file, key=f"{key}.{nested[0]}", expected=expected)
+        if raw.get(key):
+            found.append({**beside, **raw[key]})
+    settings = found[-1] if found else beside
+    meanings = {(other.get("rope_theta"), _rope_scaling(other, file)) for other in found}
+    if len(meanings) > 1:
+        value = dict(raw["rope_scaling"])
+        expected = "the same as in rope_parameters, or one of them"
+        raise UserError("contradicts rope_parameters", file=file, key="rope_scaling", value=value, expected=expected)
+    if settings.get("partial_rotary_factor", 1.0) != 1.0:
+        value = settings["partial_rotary_factor"]
+        raise UserError("unsupported", file=file, key="partial_rotary_factor", value=value, expected="1.0")
+    return settings
 
 
 def _rope_scaling(rope: Mapping[str, Any], file: Path) -> RopeScaling | None:

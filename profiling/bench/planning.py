@@ -131,11 +131,11 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("devices", "planner", "wall s", "CPU s", "step s", "bound s", "gap", "gap to best bound", "nodes")
+    table = Table("devices", "planner", "wall s", "CPU s", "step s", "bound s", "gap", "gap to best bound", "ended")
     for row in rows:
         numbers = (f"{row['wall_s']:.2f}", f"{row['cpu_s']:.2f}", f"{row['step_s']:.4f}", f"{row['bound_s']:.4f}")
         gaps = (f"{row['gap']:.2%}", f"{row['gap_to_best_bound']:.2%}")
-        table.add_row(str(row["num_devices"]), row["planner"], *numbers, *gaps, str(row["num_nodes"] or ""))
+        table.add_row(str(row["num_devices"]), row["planner"], *numbers, *gaps, row["status"] or "")
     return table
 
 

@@ -49,6 +49,14 @@ def test_any_plan_trains_the_same_adapters(world, reference, name):
     np.testing.assert_allclose(found_losses, losses, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("tied", "config"), [(False, (4, 1, "dots")), (True, (2, 2, "full"))])
+def test_a_vocabulary_that_does_not_divide_is_no_hindrance(world, tied, config):
+    model = dataclasses.replace(world.model, vocab_size=67, tie_embeddings=tied)
+    tasks = [world.tasks["b"]]
+    alone, wide = (world.engine(world.plan(own), tasks, model) for own in ((1, 1, "none"), config))
+    assert world.difference(world.gradients(wide, tasks), world.gradients(alone, tasks)) < TOLERANCE
+
+
 def test_other_buckets_and_an_idle_replica_train_the_same_adapters(world, reference):
     _, adapters, _ = reference
     tasks = list(world.tasks.values())

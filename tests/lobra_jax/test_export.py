@@ -9,14 +9,14 @@ from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
 from lobra_jax.cli import main
-from lobra_jax.config import RunConfig, save_config
+from lobra_jax.config import RunConfig, load_config, save_config
 from lobra_jax.export import MergedWeights, new_folder
 from lobra_jax.lora import LoraSpec, init_adapters, task_adapter
 from lobra_jax.models.config import PRESETS, LlamaConfig
 from lobra_jax.models.hf import HFWeights, save_hf
 from lobra_jax.models.hf_config import load_llama_config
 from lobra_jax.models.weights import RandomWeights, weight_shapes, whole
-from lobra_jax.peft_folder import read_peft_adapter, write_peft_adapter
+from lobra_jax.peft_folder import check_fits, read_peft_adapter, write_peft_adapter
 from planner.errors import UserError
 
 CONFIG = LlamaConfig(
@@ -63,6 +63,8 @@ def run_folder(tmp_path: Path) -> Path:
     base = tmp_path / "base"
     save_hf(base, CONFIG, RandomWeights(CONFIG, seed=5), extra={"eos_token_id": 3})
     (base / "tokenizer.json").write_text("{}")
+    (base / "added_tokens.json").write_text("{}")
+    (base / "generation_config.json").write_text('{"temperature": 0.7}')
     run = tmp_path / "run"
     run.mkdir()
     tasks = [
@@ -131,7 +133,14 @@ def test_writing_an_adapter_again_replaces_it_and_leaves_nothing_else(tmp_path: 
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"bias": "all"}, "bias"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "target_modules"),
-        ({"target_modules": "all-linear"}, "target_modules"),
+        ({"target_modules": "all-linear"}, "k_proj.lora_A.weight' is missing"),
+        ({"target_modules": [".*_proj"]}, "target_modules"),
+        ({"target_modules": "(q_proj"}, "target_modules: not a regular expression"),
+        ({"target_modules": "q_proj"}, "target_modules"),
+        ({"exclude_modules": ["v_proj"]}, "unexpected tensor"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"use_something_new": True}, "use_something_new"),
         ({"r": 0}, "LoraSpec.rank = 0"),
         ({"r": 4}, "wrong rank"),
         ({"target_modules": ["q_proj", "v_proj"]}, "unexpected tensor"),
@@ -147,6 +156,20 @@ def test_an_adapter_that_is_not_plain_or_not_whole_is_refused(
     with pytest.raises(UserError, match=str(tmp_path)) as caught:
         read_peft_adapter(tmp_path)
     assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["k_proj.lora_A.weight", "up_proj.lora_magnitude_vector"])
+def test_an_adapters_tensor_of_another_shape_is_refused(tmp_path: Path, name: str) -> None:
+    write_peft_adapter(tmp_path, SPECS["titles"], make_adapters(CONFIG, SPECS)["titles"], "base")
+    weights = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    key = next(key for key in tensors if key.endswith(name))
+    save_file({**tensors, key: np.ones(5, np.float32)}, weights)
+    with pytest.raises(UserError, match="has the wrong shape"):
+        check_fits(tmp_path, read_peft_adapter(tmp_path)[1], CONFIG)
+    save_file({**tensors, key: np.full_like(tensors[key], np.nan)}, weights)
+    with pytest.raises(UserError, match=f"{name}' holds values that are not finite"):
+        read_peft_adapter(tmp_path)
 
 
 def test_half_a_pair_and_missing_files_are_refused(tmp_path: Path) -> None:
@@ -185,6 +208,7 @@ def test_export_writes_the_tasks_adapter(run_folder: Path, tmp_path: Path) -> No
     result = export(run_folder, "answers", tmp_path / "made" / "out")
     assert result.exit_code == 0, result.output
     spec, adapter = read_peft_adapter(tmp_path / "made" / "out")
+    assert len({file.stat().st_mode for file in (tmp_path / "made" / "out").iterdir()}) == 1, "servers read both"
     assert spec == SPECS["answers"]
     assert_same_adapter(adapter, make_adapters(CONFIG, SPECS)["answers"])
 
@@ -193,7 +217,9 @@ def test_export_merged_writes_a_whole_model_with_its_tokenizer(run_folder: Path,
     out = tmp_path / "merged"
     result = export(run_folder, "summaries", out, "--merged")
     assert result.exit_code == 0, result.output
-    assert (out / "tokenizer.json").exists()
+    assert (out / "added_tokens.json").exists() and (out / "generation_config.json").exists()
+    assert (out / "tokenizer.json").read_text() == "{}"
+    assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
     assert json.loads((out / "config.json").read_text())["eos_token_id"] == 3
     config = load_llama_config(out)
     assert config == dataclasses.replace(CONFIG, name="merged")
@@ -203,6 +229,19 @@ def test_export_merged_writes_a_whole_model_with_its_tokenizer(run_folder: Path,
     stored = HFWeights(out, config)
     for name, shape in weight_shapes(CONFIG).items():
         np.testing.assert_array_equal(stored.read(name, whole(shape)), expected.read(name, whole(shape)), err_msg=name)
+
+
+def test_a_tokenizer_from_elsewhere_comes_with_what_lies_beside_it(run_folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "elsewhere"
+    place.mkdir()
+    for name in ("mine.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "notes.txt"):
+        (place / name).write_text(f'"{name}"')
+    config = load_config(run_folder / "config.yaml", [f"data.tokenizer={place / 'mine.json'}"], check_files=False)
+    save_config(config, run_folder / "config.yaml")
+    assert export(run_folder, "answers", tmp_path / "merged", "--merged").exit_code == 0
+    copied = {file.name for file in (tmp_path / "merged").iterdir()} - {"config.json", "model.safetensors"}
+    assert copied == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
+    assert (tmp_path / "merged" / "tokenizer.json").read_text() == '"mine.json"'
 
 
 def test_export_merged_over_a_preset_uses_its_seed(tmp_path: Path) -> None:

@@ -155,6 +155,41 @@ def test_a_tensor_of_an_unsupported_dtype_is_named(tmp_path: Path) -> None:
         HFWeights(tmp_path, CONFIG)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.2.mlp.up_proj.weight",
+        "model.layers.0.self_attn.o_proj.bias",
+        "model.layers.0.self_attn.q_norm.weight",
+        "score.weight",
+    ],
+)
+def test_a_tensor_that_would_change_the_numbers_is_not_left_out(tmp_path: Path, name: str) -> None:
+    save_hf(tmp_path, CONFIG, RandomWeights(CONFIG, seed=1))
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)}, path)
+    HFWeights(tmp_path, CONFIG)
+    save_file({**tensors, name: np.ones(16, np.float32)}, path)
+    with pytest.raises(UserError, match=f"model.safetensors: tensor '{name}' is none of the model"):
+        HFWeights(tmp_path, CONFIG)
+
+
+def test_a_tied_head_may_stand_beside_or_for_the_embedding_but_not_differ(tmp_path: Path) -> None:
+    tied = dataclasses.replace(CONFIG, tie_embeddings=True)
+    save_hf(tmp_path, tied, RandomWeights(tied, seed=1))
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    embedding = tensors[hf_name("embed")]
+    for both in (True, False):
+        rest = tensors if both else {key: array for key, array in tensors.items() if key != hf_name("embed")}
+        save_file({**rest, hf_name("head"): embedding.copy()}, path)
+        np.testing.assert_array_equal(HFWeights(tmp_path, tied).read("embed", whole(embedding.shape)), embedding)
+    save_file({**tensors, hf_name("head"): embedding + 1}, path)
+    with pytest.raises(UserError, match=r"'lm_head.weight' is not the embedding; expected tie_word_embeddings false"):
+        HFWeights(tmp_path, tied)
+
+
 def test_a_shard_that_the_index_names_but_is_not_there_is_named(tmp_path: Path) -> None:
     save_hf(tmp_path, CONFIG, RandomWeights(CONFIG, seed=1), max_shard_bytes=4000)
     victim = sorted(tmp_path.glob("model-*.safetensors"))[1]
@@ -238,6 +273,13 @@ def test_mistral_without_a_window_is_read(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "rope_parameters.full_attention"),
+        ({"rope_scaling": LLAMA31_SCALING, "rope_parameters": {"rope_type": "default"}}, "rope_scaling: contradicts"),
+        (
+            {"rope_scaling": {"rope_type": "default", "rope_theta": 5.0}, "rope_parameters": {"rope_theta": 6.0}},
+            "rope_scaling: contradicts",
+        ),
         ({"hidden_size": ...}, "hidden_size"),
         ({"vocab_size": 0}, "vocab_size"),
         ({"num_key_value_heads": 3}, "num_kv_heads = 3"),

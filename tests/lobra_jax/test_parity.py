@@ -17,6 +17,7 @@ from lobra_jax.models.hf_config import load_llama_config
 from lobra_jax.models.llama import abstract_stage
 from lobra_jax.models.weights import ArrayWeights, RandomWeights, WeightSource, weight_shapes, whole
 from lobra_jax.peft_folder import read_peft_adapter, write_peft_adapter
+from planner.errors import UserError
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -267,3 +268,31 @@ def test_an_adapter_saved_by_peft_is_read(tmp_path: Path, rslora: bool, dora: bo
     np.testing.assert_allclose(spec.scale * (pair["a"] @ pair["b"]).T, delta, rtol=1e-5, atol=1e-6)
     if dora:
         np.testing.assert_array_equal(pair["m"], module.lora_magnitude_vector["default"].weight.detach().numpy())
+
+
+@pytest.mark.parametrize(
+    ("settings", "targets"),
+    [
+        ({"target_modules": r".*\.(q_proj|o_proj)"}, ("q", "o")),
+        ({"target_modules": ["self_attn.q_proj", *(f"model.layers.{i}.mlp.up_proj" for i in range(2))]}, ("q", "up")),
+        ({"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*v_proj"}, ("q",)),
+    ],
+    ids=["pattern", "ends and whole names", "excluded"],
+)
+def test_linears_named_as_peft_allows_are_found(tmp_path: Path, settings: dict, targets: tuple[str, ...]) -> None:
+    save_hf(tmp_path / "base", LLAMA, RandomWeights(LLAMA, seed=1))
+    model = peft.get_peft_model(load_model(tmp_path / "base"), peft.LoraConfig(r=2, lora_alpha=4, **settings))
+    model.save_pretrained(tmp_path / "adapter")
+    spec, adapter = read_peft_adapter(tmp_path / "adapter")
+    assert spec.targets == targets
+    assert list(adapter) == ["0", "1"]
+    assert all(set(pairs) == set(targets) for pairs in adapter.values())
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_of_a_base_that_peft_changed_is_refused(tmp_path: Path, start: str) -> None:
+    save_hf(tmp_path / "base", LLAMA, RandomWeights(LLAMA, seed=1))
+    settings = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], init_lora_weights=start)
+    peft.get_peft_model(load_model(tmp_path / "base"), settings).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="init_lora_weights: unsupported"):
+        read_peft_adapter(tmp_path / "adapter")

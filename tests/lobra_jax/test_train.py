@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -475,6 +476,16 @@ def test_an_adapter_of_another_model_is_refused(world, finished, tmp_path):
     write_peft_adapter(tmp_path / "narrow", spec, narrow, "base")
     done = go_on(world, tmp_path / "out", tmp_path / "narrow")
     assert "_proj has the wrong shape (got (15, " in done.output
+
+
+def test_what_is_wrong_with_the_base_is_said_before_anything_is_measured(world, tmp_path):
+    shutil.copytree(world / "base", tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"no weights")
+    arguments = ("--set", f"model.path={tmp_path / 'base'}", "--set", "planner.costs=null")
+    done = lobra("train", "--config", world / "config.yaml", "--out", tmp_path / "out", *arguments)
+    assert done.exit_code == 2
+    assert done.output.startswith(f"error: {tmp_path / 'base' / 'model.safetensors'}: not readable as safetensors")
+    assert not (tmp_path / "out").exists()
 
 
 NO_PROGRESS = (

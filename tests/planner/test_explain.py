@@ -124,7 +124,9 @@ def test_comparison_gives_bound_gap_and_runner_ups_in_order():
     assert set(changes) == set(progress)
     for expected in (BEST, ONE_CONFIG, "planner minlp", "without (tp2,pp1,none)", "without (tp1,pp1,none)"):
         assert expected in changes
-    assert changes[-2:] == ["one more device (5)", "more memory"]
+    assert changes[-2:] == ["one more device (5)", "memory for 25% more tokens (the costs tell no bytes)"]
+    roomier = explanation.alternatives[-1].plan
+    assert {group.capacity_tokens for group in roomier.replicas} <= {80, 320}
     times = [other.step_s for other in explanation.alternatives[:-2]]
     assert times == sorted(times)
     assert explanation.bound_s <= min(times) * (1 + 1e-9)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from planner.cost import ConfigCost, CostTable
 from planner.plan import ParallelConfig
-from planner.pricing import Pricer, slots_of
+from planner.pricing import Pricer, lattice_of, slots_of
 from planner.problem import build_problem
 from planner.relaxation import Level, Relaxation, bracket, least_conceivable_s
 from planner.workload import TaskLengths, Workload
@@ -48,12 +48,16 @@ def best_worth(problem, prices, seconds):
     return best
 
 
+def pricer_of(problem, seconds, **kind):
+    usable = problem.configs[0]
+    return Pricer(problem, [slots_of(usable, problem.counts)], [lattice_of(usable)], seconds, **kind)
+
+
 @settings(max_examples=60, deadline=None)
 @given(priced_configs())
 def test_proven_prices_bound_every_load_of_a_replica(instance):
     problem, prices, seconds = instance
-    slots = [slots_of(problem.configs[0], problem.counts)]
-    worth, _ = Pricer(problem, slots, seconds, proven=True).price(prices, np.zeros(1))
+    worth, _ = pricer_of(problem, seconds, proven=True).price(prices, np.zeros(1))
     assert worth[0] >= best_worth(problem, prices, seconds) * (1 - 1e-9)
 
 
@@ -62,8 +66,7 @@ def test_proven_prices_bound_every_load_of_a_replica(instance):
 def test_asking_for_less_never_prices_below_what_a_load_is_worth(instance, share):
     problem, prices, seconds = instance
     best = best_worth(problem, prices, seconds)
-    slots = [slots_of(problem.configs[0], problem.counts)]
-    worth, patterns = Pricer(problem, slots, seconds, proven=True).price(prices, np.array([best * share]))
+    worth, patterns = pricer_of(problem, seconds, proven=True).price(prices, np.array([best * share]))
     assert worth[0] >= best * (1 - 1e-9)
     for pattern in patterns:
         assert pattern.rows @ prices > best * share
@@ -73,10 +76,26 @@ def test_asking_for_less_never_prices_below_what_a_load_is_worth(instance, share
 @given(priced_configs())
 def test_patterns_take_about_the_time_they_are_found_for(instance):
     problem, prices, seconds = instance
-    slots = [slots_of(problem.configs[0], problem.counts)]
-    _, patterns = Pricer(problem, slots, seconds).price(prices, np.zeros(1))
+    _, patterns = pricer_of(problem, seconds).price(prices, np.zeros(1))
     for pattern in patterns:
+        assert pattern.seconds == pytest.approx(problem.configs[0].replica_s(pattern.rows.tolist()))
         assert pattern.seconds <= seconds * 1.01
+
+
+def test_two_remainders_of_a_pipelines_bucket_are_not_two_small_slots():
+    # Slots of 1, 2 or 4 rows of 16 tokens, 16 ms a row, on two stages. A remainder of 3 rows runs as a slot of 4, which
+    # takes 2 x 64 ms. In 80 ms 2 rows fit (32 and 32 ms), though a slot of 1 and one of 2 would (48 and 32 ms).
+    cost = ConfigCost(
+        config=ParallelConfig(tp=1, pp=2, remat="none"),
+        capacity_tokens=64,
+        coefficients=(0.0, 0.0, 1e-3, 0.0, 0.0, 0.0),
+    )
+    costs = CostTable(model="m", model_fingerprint="f", hardware={}, configs=(cost,))
+    workload = Workload(tasks=(TaskLengths(name="t", batch_size=8, lengths={16: 1.0}),))
+    problem = build_problem(workload, costs, 2, buckets=(16,))
+    for kind in ({}, {"proven": True}):
+        worth, patterns = pricer_of(problem, 0.081, **kind).price(np.ones(1), np.zeros(1))
+        assert worth[0] == pytest.approx(2.0) and [pattern.rows.tolist() for pattern in patterns] == [[2]]
 
 
 def many_replicas():

@@ -9,6 +9,7 @@ from planner.cost import ConfigCost, CostTable
 from planner.errors import UserError
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
 from planner.simulate import batch, check_plan, replica_names, simulate
+from planner.timeline import START, UPDATE, WAIT, WIDTH, Span, Timeline, timeline_lines
 from planner.workload import TaskLengths, Workload
 
 NARROW, WIDE = ParallelConfig(tp=1, pp=1, remat="none"), ParallelConfig(tp=2, pp=1, remat="none")
@@ -83,6 +84,34 @@ def test_balanced_dispatch_is_no_slower_than_length_based_and_idles_less():
     balanced, grouped = run(), run(method="group")
     assert balanced.mean_step_s < grouped.mean_step_s
     assert balanced.idle_share < grouped.idle_share
+
+
+def test_timeline_holds_every_micro_batch_of_the_median_step_without_gaps():
+    simulation = run(num_steps=5)
+    timeline = simulation.timeline
+    step = simulation.steps[timeline.step]
+    assert timeline.step_s == step.step_s == simulation.quantile_s(0.5)
+    assert [own[-1].end_s if own else 0.0 for own in timeline.spans] == pytest.approx(step.replica_s)
+    for own in timeline.spans:
+        assert [span.start_s for span in own[1:]] == [span.end_s for span in own[:-1]]
+    tokens = sum(span.rows * span.length for own in timeline.spans for span in own)
+    assert tokens == step.padded_tokens
+
+
+def test_timeline_lines_show_work_waiting_filling_and_the_update():
+    spans = (
+        (Span(start_s=0.0, end_s=1.0), Span(start_s=1.0, end_s=3.0, rows=1, length=64)),
+        (Span(start_s=0.0, end_s=1.0, rows=2, length=16),),
+    )
+    timeline = Timeline(step=0, spans=spans, work_s=3.0, step_s=4.0)
+    first, second, legend = timeline_lines(timeline, ("one", "other"), ("a", "b"))
+    quarter = WIDTH // 4
+    assert first == f"one   |{START * quarter}{'b' * 2 * quarter}{UPDATE * quarter}|"
+    assert second == f"other |{'a' * quarter}{WAIT * 2 * quarter}{UPDATE * quarter}|"
+    assert "a to 16, b to 64" in legend
+    many = Timeline(step=0, spans=spans[1:] * 29 + spans[:1], work_s=3.0, step_s=4.0)
+    drawn = timeline_lines(many, [str(n) for n in range(30)], ["k"] * 30)
+    assert [line.split()[0] for line in drawn[:2]] == ["0", "29"] and "of 30 replicas" in drawn[2]
 
 
 def test_every_step_is_reported_as_it_is_done():

@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, processors
 
 from lobra_jax.data.cache import cached_tokens
 from lobra_jax.data.dataset import whole
@@ -174,6 +175,30 @@ def test_byte_order_mark_and_windows_line_ends_are_taken(tmp_path, read):
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'\xef\xbb\xbf{"text": "the"}\r\n\r\n{"text": "fox"}')
     assert read(file)[1].num_records == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "processed", "bos_id"),
+    [
+        (None, False, 0),  # a bare file: a usual name
+        (None, True, 1),
+        ({"bos_token": "<s>"}, False, None),  # named, but nothing puts it there
+        ({"bos_token": "<s>"}, True, 1),
+        ({"bos_token": "<s>", "add_bos_token": True}, False, 0),
+        ({"bos_token": "<s>", "add_bos_token": False}, True, None),
+    ],
+)
+@pytest.mark.filterwarnings("default")
+def test_texts_begin_as_transformers_begins_them(tokenizer_file, tmp_path, settings, processed, bos_id):
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    if processed:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="</s> $A <s>", special_tokens=[("</s>", 1), ("<s>", 0)]
+        )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    if settings is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert load_tokenizer(tmp_path / "tokenizer.json").bos_id == bos_id
 
 
 def test_special_tokens_come_from_the_tokenizer_config(tokenizer_file, tmp_path):

@@ -67,6 +67,23 @@ def test_prompt_and_completion_are_two_turns():
     assert found.text[slice(*found.spans[0])] == "c<|im_end|>"
 
 
+@pytest.mark.parametrize("source", [CHATML, MARKED], ids=["unmarked", "marked"])
+def test_a_prompt_of_several_turns_is_not_trained(source):
+    whole = template(source).render({"messages": CONVERSATION})
+    found = template(source).render({"prompt": CONVERSATION[:3], "completion": CONVERSATION[3:]})
+    assert (found.text, found.spans) == (whole.text, whole.spans[1:])
+    empty = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]
+    found = template("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
+    with pytest.raises(RecordError, match="marks 4 turns of 2"):
+        found.render({"prompt": CONVERSATION[:2], "completion": CONVERSATION[2:]})
+    assert trained(source, [*empty, *CONVERSATION])[-1] == trained(source)[-1]
+
+
+def test_the_words_of_sharegpt_are_understood():
+    said = [{"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]} for m in CONVERSATION]
+    assert template(CHATML).render({"messages": said}) == template(CHATML).render({"messages": CONVERSATION})
+
+
 def test_a_template_sees_tools_and_no_clock():
     source = "{{ tools | tojson }}{{ strftime_now is defined }}" + CHATML
     assert (
@@ -93,6 +110,7 @@ def test_a_template_sees_tools_and_no_clock():
         (CHATML, {"messages": [{"role": "assistant", "content": "\ud800"}]}, "surrogate"),
         (CHATML, {"messages": [{"role": "assistant", "content": "\ufdd0"}]}, "noncharacter"),
         (CHATML, {"prompt": "p"}, '"completion" is not a string'),
+        (CHATML, {"prompt": [], "completion": "c"}, '"prompt" is not a string'),
         (CHATML, [], "not a JSON object"),
     ],
 )
@@ -157,15 +175,20 @@ def test_ids_and_masks_are_those_of_transformers(folder, write_jsonl):
         assert 0 < mask.sum() < len(mask)
 
 
-@pytest.fixture
-def sentencepiece_folder(tmp_path):
+def train_sentencepiece(folder, vocab_size, *, byte_fallback):
     library = pytest.importorskip("sentencepiece")
-    text = tmp_path / "text.txt"
+    text = folder / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\nwhat is it? nothing at all\n" * 20, encoding="utf-8")
     library.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=120, model_type="bpe",
-        hard_vocab_limit=False, byte_fallback=False, minloglevel=2,
+        input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=vocab_size, model_type="bpe",
+        hard_vocab_limit=False, byte_fallback=byte_fallback, minloglevel=2, normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
     )  # fmt: skip
+
+
+@pytest.fixture
+def sentencepiece_folder(tmp_path):
+    train_sentencepiece(tmp_path, 120, byte_fallback=False)
     settings = {"chat_template": MARKED, "added_tokens_decoder": {"900": {"content": "<a>"}, "0": {"content": "<unk>"}}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return tmp_path
@@ -178,10 +201,43 @@ def test_a_sentencepiece_model_gives_its_ids_and_knows_special_tokens(sentencepi
     text = "the lazy fox, what ä"
     assert tokenizer.encode([text, ""]) == [model.encode(text), []]
     assert (tokenizer.bos_id, tokenizer.eos_id) == (model.bos_id(), model.eos_id())
-    assert tokenizer.encode(["the</s><a>fox"]) == [[*model.encode("the"), model.eos_id(), 900, *model.encode("fox")]]
+    fingerprints = {tokenizer.fingerprint}
+    for legacy, last in ((False, [model.piece_to_id("fox")]), (True, model.encode("fox"))):
+        settings = {"legacy": legacy, "added_tokens_decoder": {"900": {"content": "<a>"}}}
+        (sentencepiece_folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        tokenizer = load_tokenizer(sentencepiece_folder / "tokenizer.model")
+        assert tokenizer.encode(["the</s><a>fox"]) == [[*model.encode("the"), model.eos_id(), 900, *last]]
+        fingerprints.add(tokenizer.fingerprint)
+    assert len(fingerprints) == 3
     ((ids, spans),) = tokenizer.encoder.encode_with_offsets(["ä the <s>dog"])
     assert "".join("ä the <s>dog"[start:end] for start, end in spans) == "ä the <s>dog"
     assert spans[ids.index(model.bos_id())] == (6, 9)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.filterwarnings("default")
+def test_ids_and_masks_of_a_sentencepiece_model_are_those_of_transformers(tmp_path, write_jsonl, legacy):
+    transformers = pytest.importorskip("transformers")
+    train_sentencepiece(tmp_path, 360, byte_fallback=True)
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "eos_token": "</s>", "bos_token": "<s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": MARKED}), encoding="utf-8")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = load_tokenizer(tmp_path / "tokenizer.model")
+    for text in ("the lazy fox", " the", "  quick  brown", "the</s>fox </s> dog", "what </s><s>the fox", "", "</s>"):
+        (ids, spans) = ours.encoder.encode_with_offsets([text])[0]
+        assert ids == theirs(text, add_special_tokens=False)["input_ids"], text
+        assert "".join(text[start:end] for start, end in spans) == text
+    emoji = [{"role": "user", "content": "ä \U0001f600 fox"}, {"role": "assistant", "content": "\U0001f600 ö dog ß"}]
+    file = write_jsonl("chat.jsonl", {"messages": CONVERSATION}, {"messages": emoji})
+    settings = {"task": "t", "split": "train", "template": "chat_template", "context_length": 500}
+    store, _ = cached_tokens([file], cache_dir=tmp_path / "cache", tokenizer=ours, **settings)
+    for row, messages in enumerate((CONVERSATION, emoji)):
+        ids, mask = whole("t", store).sequence(row)
+        expected = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        assert ids.tolist() == expected["input_ids"]
+        assert mask.astype(int).tolist() == expected["assistant_masks"]
 
 
 def test_chat_of_a_sentencepiece_model_trains_the_assistant(sentencepiece_folder, write_jsonl):
