@@ -161,7 +161,6 @@ class Engine:
         self._previous_ready: Future | None = None
         self._unsettled: IssuedStep | None = None
         self._before: AdapterState | None = None
-        self._zeros: list[list[Adapters]] | None = None
 
     def load(self, source: WeightSource) -> None:
         for replica in self.replicas:
@@ -243,7 +242,6 @@ class Engine:
             self.set_state(state)
         for run in runs:
             run.gradients.clear()
-        self._make_zeros_ahead()
         ends = tuple(
             tuple(
                 self._watchers.submit(_await_each, [i.done for i in run.issued if i.action.stage == stage])
@@ -264,22 +262,8 @@ class Engine:
         self._unsettled, self._before = issued, before
         return issued
 
-    def _make_zeros_ahead(self) -> None:
-        """Issues the next step's gradient sums behind this step's update, where those of this step were.
-
-        They are many small arrays: made when the next step is issued, they would keep the devices waiting for the host.
-        """
-        try:
-            self._zeros = [replica.zero_gradients() for replica in self.replicas]
-        except OutOfMemoryError:
-            self._zeros = None  # this step has been issued all the same; the next one asks again
-
-    def _take_zeros(self) -> list[list[Adapters]]:
-        zeros, self._zeros = self._zeros, None
-        return [replica.zero_gradients() for replica in self.replicas] if zeros is None else zeros
-
     def _issue_micro_batches(self, batches: ReplicaBatches) -> tuple[ReplicaRun, ...]:
-        runs = tuple(ReplicaRun(gradients=zeros) for zeros in self._take_zeros())
+        runs = tuple(ReplicaRun(gradients=replica.zero_gradients()) for replica in self.replicas)
         issuing = [
             replica.issue(run, micro_batches, self._spread[replica.index], self.tasks[replica.index])
             for replica, run, micro_batches in zip(self.replicas, runs, batches, strict=True)
@@ -366,11 +350,8 @@ class Engine:
         )
 
     def pause(self) -> None:
-        """Says that the host now does something else (evaluation, a checkpoint): the gap belongs to no step.
-
-        What was made ahead for the next step gives its memory back.
-        """
-        self._previous_ready = self._zeros = None
+        """Says that the host now does something else (evaluation, a checkpoint): the gap belongs to no step."""
+        self._previous_ready = None
         with jax.profiler.TraceAnnotation(PAUSE_MARK):
             pass
 
