@@ -44,6 +44,7 @@ from lobra_jax.out_of_memory import Failure, OutOfMemoryError, is_out_of_memory
 from lobra_jax.peft_folder import TaskAdapter, write_peft_adapter
 from lobra_jax.room import Room
 from lobra_jax.run_state import run_metadata, state_from_tree, state_to_tree
+from lobra_jax.standing import Standing, evaluates
 from lobra_jax.step_record import step_record
 from lobra_jax.tasks import adapter_seed, lora_spec, task_optimizer
 from lobra_jax.timeline import save_timeline, step_timeline
@@ -130,9 +131,7 @@ class Trainer:
         )
         self.num_steps = max(task.steps for task in self.task_configs)
         self.tracer = StepTracer(out, inputs.trace, self.engine.replicas, say)
-        self.stopped: dict[str, int] = {}
-        self.ended: dict[str, int] = {}
-        self.best: dict[str, BestSoFar] = {}
+        self.standing = Standing(tasks=self.task_configs)
         self._compiled = 0
         self._timeline: dict[str, Any] | None = None
         self._step = 0
@@ -192,16 +191,12 @@ class Trainer:
             self._metadata(),
         )
         self.engine.set_state(state_from_tree(tree, self.engine.state))
-        self.stopped = dict(position["stopped"])
-        self.ended = dict(position["ended"])
-        self.best = {name: BestSoFar(**best) for name, best in position["best"].items()}
+        self.standing.restore(position)
         self.say(f"resumed after step {done}")
         return done
 
     def _metadata(self) -> CheckpointMetadata:
-        best = {name: dataclasses.asdict(best) for name, best in self.best.items()}
-        position = {"stopped": dict(self.stopped), "ended": dict(self.ended), "best": best}
-        return run_metadata(self.config, self.inputs.model, self.inputs.tasks, position)
+        return run_metadata(self.config, self.inputs.model, self.inputs.tasks, self.standing.position())
 
     def run(self, feeder: Feeder, checkpoints: Checkpoints, metrics: MetricsWriter, *, done: int) -> None:
         """Trains from step `done` to the end.
@@ -219,16 +214,17 @@ class Trainer:
         if done == 0:
             self._evaluate(0, self.task_configs, feeder, metrics)
         with self.tracer, progress_bar(self.num_steps, done=done) as advance:
-            while self._pending is not None or not self._is_over(self._step):
+            while self._pending is not None or not self.standing.is_over(self._step):
                 try:
                     self._turn(feeder, checkpoints, metrics, advance)
                     continue
                 except OutOfMemoryError as error:
                     failures = error.failures
                 self._retry(failures, metrics, advance)
-        if self.stopped:
-            self._save(max(done, *self.stopped.values()), checkpoints)
-            stopped = ", ".join(f"task {name!r} at step {step}" for name, step in self.stopped.items())
+        if self.standing.stopped:
+            steps = self.standing.stopped
+            self._save(max(done, *steps.values()), checkpoints)
+            stopped = ", ".join(f"task {name!r} at step {step}" for name, step in steps.items())
             raise UserError(
                 f"the loss was not finite: {stopped}; the adapter before it is kept, other tasks are complete",
                 file=self.out,
@@ -244,9 +240,9 @@ class Trainer:
           OutOfMemoryError: of the one or the other, see `_retry`.
         """
         step = self._step
-        issued = None if self._is_over(step) else self._issue(step, self._task_steps(step), feeder)
-        if not self._is_over(step + 1):
-            feeder.prefetch(self._task_steps(step + 1))
+        issued = None if self.standing.is_over(step) else self._issue(step, self.standing.task_steps(step), feeder)
+        if not self.standing.is_over(step + 1):
+            feeder.prefetch(self.standing.task_steps(step + 1))
         if self._pending is not None:
             advance(self._record(self._pending, metrics))
         self._pending, self._step = issued, step + 1
@@ -267,18 +263,6 @@ class Trainer:
                 failures, self._step = error.failures, pending.step
         del pending
         self.room.lower(failures, f"step {self._step + 1}")
-
-    def _is_over(self, step: int) -> bool:
-        return all(k is None for k in self._task_steps(step).values())
-
-    def _task_steps(self, step: int) -> dict[str, int | None]:
-        return {
-            task.name: step if step < task.steps and not self._is_out(task.name) else None for task in self.task_configs
-        }
-
-    def _is_out(self, name: str) -> bool:
-        """Whether the task stopped before its last step."""
-        return name in self.stopped or name in self.ended
 
     def _issue(self, step: int, task_steps: dict[str, int | None], feeder: Feeder) -> _Pending:
         started = time.perf_counter()
@@ -307,7 +291,7 @@ class Trainer:
         batch = pending.prepared.batch
         counts = batch.num_sequences
         for index, (name, task_step) in enumerate(pending.prepared.task_steps.items()):
-            if task_step is None or self._is_out(name):
+            if task_step is None or self.standing.is_out(name):
                 continue
             metrics.write(
                 TaskRecord(
@@ -324,7 +308,7 @@ class Trainer:
             )
             if not result.alive[index]:
                 self._stop(name, done, metrics)
-        is_full = all(k is not None or self._is_out(name) for name, k in pending.prepared.task_steps.items())
+        is_full = all(k is not None or self.standing.is_out(name) for name, k in pending.prepared.task_steps.items())
         if is_full or self.tracer.wants(done):
             dispatch = pending.prepared.dispatch
             timeline = step_timeline(done, result, dispatch, self.engine.replicas, self.inputs.costs)
@@ -354,7 +338,7 @@ class Trainer:
         return self._compiled - before
 
     def _stop(self, name: str, done: int, metrics: MetricsWriter) -> None:
-        self.stopped[name] = done
+        self.standing.stopped[name] = done
         message = f"task {name!r}: the loss was not finite at step {done}; stopped, the adapter before it is kept"
         metrics.write(EventRecord(step=done, task=name, event="nan", message=message))
         self.say(message)
@@ -364,18 +348,18 @@ class Trainer:
         return (
             done == self.num_steps
             or done % interval == 0
-            or any(done == task.steps or _evaluates(task, done) for task in self.task_configs)
+            or any(done == task.steps or evaluates(task, done) for task in self.task_configs)
         )
 
     def _milestones(self, done: int, feeder: Feeder, checkpoints: Checkpoints, metrics: MetricsWriter) -> None:
         if self._timeline is not None:
             save_timeline(self._timeline, self.out / TIMELINE_FILE)
-        running = [task for task in self.task_configs if not self._is_out(task.name) and done <= task.steps]
-        self._evaluate(done, [task for task in running if _evaluates(task, done)], feeder, metrics)
+        running = self.standing.running(done)
+        self._evaluate(done, [task for task in running if evaluates(task, done)], feeder, metrics)
         for task in running:
             if done == task.steps:
                 metrics.write(EventRecord(step=done, task=task.name, event="finished"))
-        if self._is_over(done) or done % self.config.training.checkpoint_interval == 0:
+        if self.standing.is_over(done) or done % self.config.training.checkpoint_interval == 0:
             self._save(done, checkpoints)
             metrics.write(EventRecord(step=done, event="checkpoint"))
         self.engine.pause()
@@ -402,7 +386,8 @@ class Trainer:
         for index, task in enumerate(self.task_configs):
             if task.name in names:
                 loss = float(totals[index] / tokens[index])
-                best = self.best[task.name] = after_evaluation(self.best.get(task.name), loss=loss, step=done)
+                best = after_evaluation(self.standing.best.get(task.name), loss=loss, step=done)
+                self.standing.best[task.name] = best
                 record = EvalRecord(
                     step=done,
                     task=task.name,
@@ -430,7 +415,7 @@ class Trainer:
 
     def _end(self, task: TaskConfig, done: int, best: BestSoFar, metrics: MetricsWriter) -> None:
         """Ends a task whose held-out loss no longer falls; the others have the devices to themselves."""
-        self.ended[task.name] = done
+        self.standing.ended[task.name] = done
         message = (
             f"task {task.name!r}: ended after step {done}: held-out loss no lower than {best.loss:.4f} of step "
             f"{best.step} in {best.misses} evaluations; its best adapter is in {BEST_FOLDER}/{task.name}"
@@ -478,9 +463,3 @@ def train(inputs: Inputs, out: Path, *, resume: bool, say: Callable[[str], None]
             if resume:
                 metrics.write(EventRecord(step=done, event="resumed"))
             trainer.run(feeder, checkpoints, metrics, done=done)
-
-
-def _evaluates(task: TaskConfig, done: int) -> bool:
-    if not task.has_evaluation or done > task.steps:
-        return False
-    return done == task.steps or (task.eval_interval is not None and done % task.eval_interval == 0)
