@@ -64,7 +64,7 @@ CERTAIN = 1e-5
 PROMISING = 1.03
 """Share-outs within this ratio of what is wanted are polished."""
 
-MOST_SETTLED = 4
+MOST_SETTLED = 8
 """Replica counts that are settled before the search gives up proving more."""
 
 HOPELESS = 0.99
