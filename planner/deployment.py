@@ -52,7 +52,7 @@ counts are chosen first, as a whole, or while diving."""
 MORE_DIVES = tuple((factor, False) for factor in (0.999, 0.997, 1.001, 0.996, 1.002, 0.995, 1.003, 1.006, 1.008, 1.012))
 """The same where the last step leaves a gap."""
 
-RETREATS = (0.0, 1e-3, 2e-3, 4e-3, 8e-3, 0.016, 0.032, 0.064, 0.128, 0.256)
+RETREATS = (0.0, 1e-3, 2e-3, 3e-3, 4e-3, 6e-3, 8e-3, 0.016, 0.032, 0.064, 0.128, 0.256)
 """By how much less than the relaxation's T, which is only nearly a bound, a proof is tried."""
 
 CLOSING_SHARE = 0.95
@@ -64,7 +64,7 @@ CERTAIN = 1e-5
 PROMISING = 1.03
 """Share-outs within this ratio of what is wanted are polished."""
 
-MOST_SETTLED = 4
+MOST_SETTLED = 8
 """Replica counts that are settled before the search gives up proving more."""
 
 HOPELESS = 0.99
@@ -241,7 +241,9 @@ def _search(search: _Search, dives: Sequence[tuple[float, bool]]) -> None:
                 continue
             tried.append(counts)
             lower, upper = (counts, counts) if choose_first else (lower, np.where(np.array(counts) > 0, upper, 0))
-        _dive(search, lower, upper, replica_s)
+        found = _dive(search, lower, upper, replica_s)
+        if found.loads.size <= rounding.POLISH_CELLS:  # one small model
+            _polish(search)
 
 
 def _choose(search: _Search, replica_s: float) -> tuple[tuple[int, ...] | None, float]:

@@ -101,7 +101,8 @@ def _place(state: _State, bucket: int, left: np.ndarray, kind_worth: np.ndarray,
         added_s = state.added_s(bucket, number)
         fits = state.seconds + added_s <= target_s
         if fits.any():
-            cost = np.where(fits, added_s * kind_worth[state.table.kind] / np.maximum(number, 1), np.inf)
+            seconds = np.where(fits, added_s, 0.0)  # inf times a worth of 0 is no number
+            cost = np.where(fits, seconds * kind_worth[state.table.kind] / np.maximum(number, 1), np.inf)
             replica = int(cost.argmin())
             left[bucket] -= number[replica]
             state.add(replica, bucket, int(number[replica]))

@@ -46,8 +46,9 @@ MAX_ROUNDS = 4
 NUM_JUDGED = 4
 """Candidates that are dispatched on every sample."""
 
-PLANNING_SHARE = 0.5
-"""Share of the time limit for making candidates by the planner; neighbours stop at the end of the other."""
+PLANNING_SHARE = 0.4
+JUDGING_SHARE = 0.3
+"""Shares of the time limit for making candidates by the planner and for judging them; neighbours have the rest."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,17 +111,22 @@ def solve_robust(
     num_samples: int = DEFAULT_SAMPLES,
     seed: int = 0,
 ) -> Robust:
-    """The best candidate over `num_samples` batches; at the problem's time limit the best of those looked at."""
+    """The best candidate over `num_samples` batches; at the problem's time limit the best of those judged.
+
+    The plan of the expected batch and the most promising other are always judged, and so are their times afterwards.
+    """
     quantile = percentile(objective)
     started = time.perf_counter()
     samples = sampled_counts(problem, num_samples, seed)
     mean_plan = solve(_within(problem, problem.counts, PLANNING_SHARE / (NUM_PLANNED_BATCHES + 2)))
-    screened = _screen(problem, solve, mean_plan, samples, quantile, started + problem.time_limit_s)
-    shortlist = sorted(screened, key=screened.__getitem__)[:NUM_JUDGED]
+    deadline = started + problem.time_limit_s
+    screened = _screen(problem, solve, mean_plan, samples, quantile, deadline - JUDGING_SHARE * problem.time_limit_s)
     mean_counts = replica_counts(problem, mean_plan)
-    if mean_counts not in shortlist:
-        shortlist.append(mean_counts)
-    judged = {counts: step_times(problem, counts, samples, quantile) for counts in shortlist}
+    shortlist = [counts for counts in sorted(screened, key=screened.__getitem__)[:NUM_JUDGED] if counts != mean_counts]
+    judged = {mean_counts: step_times(problem, mean_counts, samples, quantile)}
+    for counts in shortlist:
+        if len(judged) == 1 or time.perf_counter() < deadline:
+            judged[counts] = step_times(problem, counts, samples, quantile)
     best = min(judged, key=lambda counts: judged[counts].objective_s)
     fresh = sampled_counts(problem, num_samples, seed, first=num_samples)
     times = step_times(problem, best, fresh, quantile)
@@ -203,7 +209,7 @@ def _screen(
             look(counts)
         if min(quick, key=quick.__getitem__) == best:
             break
-    kept = sorted(quick, key=quick.__getitem__)[: 2 * NUM_JUDGED]
+    kept = sorted(quick, key=quick.__getitem__)[: NUM_JUDGED + 1]
     return {counts: _bound_objective(problem, counts, samples, quantile) for counts in kept} | {
         counts: float("inf") for counts in quick if counts not in kept
     }

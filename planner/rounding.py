@@ -81,6 +81,8 @@ def dive(
     """
     devices = np.array([usable.num_devices for usable in problem.configs])
     fits_longest = np.array([usable.fits(len(problem.counts) - 1) for usable in problem.configs])
+    able = np.flatnonzero(fits_longest & (np.asarray(upper) > 0))
+    cover = int(able[devices[able].argmin()])
     left, used, num_left = np.array(problem.counts), np.zeros(len(devices), dtype=int), problem.num_devices
     pool = [p for p in patterns if upper[p.config] and p.seconds <= replica_s * (1 + SURPLUS)]
     lattices = [lattice_of(usable) for usable in problem.configs]
@@ -92,8 +94,8 @@ def dive(
         if not high.any():
             break
         rest = dataclasses.replace(problem, counts=tuple(left.tolist()), num_devices=num_left)
-        needs_longest = not (fits_longest & ((used > 0) | (low > 0))).any()
-        handed_out = _hand_out(rest, low, high, lattices, replica_s, pool, needs_longest=needs_longest)
+        covered = (fits_longest & ((used > 0) | (low > 0))).any()
+        handed_out = _hand_out(rest, low, high, lattices, replica_s, pool, cover=None if covered else cover)
         if not handed_out:
             break
         for pattern in handed_out:
@@ -105,7 +107,7 @@ def dive(
             num_left -= int(devices[pattern.config])
     idle = np.maximum(np.asarray(lower) - used, 0)
     if not (fits_longest & (used + idle > 0)).any():
-        idle[problem.narrowest_for_longest] += 1
+        idle[cover] += 1
     for config, count in enumerate(idle.tolist()):
         replicas += [config] * count
         loads += [np.zeros_like(left)] * count
@@ -120,9 +122,12 @@ def _hand_out(
     replica_s: float,
     pool: list[Pattern],
     *,
-    needs_longest: bool,
+    cover: int | None,
 ) -> list[Pattern]:
-    """Patterns for some of a problem's replicas. `pool` is cut to what is left and gains patterns."""
+    """Patterns for some of a problem's replicas. `pool` is cut to what is left and gains patterns.
+
+    Devices are kept for `lower`, and for one replica of config `cover`, if given, until one fits the longest bucket.
+    """
     left = np.array(problem.counts)
     distinct = {(p.config, tuple(np.minimum(p.rows, left).tolist())): p.seconds for p in pool if upper[p.config]}
     pool[:] = [
@@ -132,7 +137,7 @@ def _hand_out(
     ]
     slots = [slots_of(u, problem.counts) if n else () for u, n in zip(problem.configs, upper, strict=True)]
     pricer = Pricer(problem, slots, lattices, replica_s)
-    master = Master(problem, lower, upper, needs_longest=needs_longest, thrift=THRIFT)
+    master = Master(problem, lower, upper, needs_longest=cover is not None, thrift=THRIFT)
     master.add(pool)
     if not pool:
         found = pricer.price(np.ones(len(left)), np.zeros(len(upper)))[1]
@@ -152,15 +157,23 @@ def _hand_out(
     whole = np.floor(solution.uses + WHOLE).astype(int)
     if not whole.any():
         whole[_next(solution.uses, master.patterns)] = 1
-    out = []
-    room, num_left = upper.copy(), problem.num_devices
+    out: list[Pattern] = []
+    devices = np.array([usable.num_devices for usable in problem.configs])
+    needed, room, num_left = lower.copy(), upper.copy(), problem.num_devices
+    reserve = 0 if cover is None else int(devices[cover])
     for index in np.flatnonzero(whole).tolist():
         pattern = master.patterns[index]
-        devices = problem.configs[pattern.config].num_devices
-        times = min(int(whole[index]), int(room[pattern.config]), num_left // devices)
-        room[pattern.config] -= times
-        num_left -= times * devices
-        out += [pattern] * times
+        config = pattern.config
+        for _ in range(int(whole[index])):
+            fits = problem.configs[config].fits(len(left) - 1)
+            free = num_left - int(needed @ devices) - (0 if fits else reserve)
+            if room[config] == 0 or (needed[config] == 0 and free < devices[config]):
+                break
+            out.append(pattern)
+            room[config] -= 1
+            needed[config] = max(needed[config] - 1, 0)
+            num_left -= int(devices[config])
+            reserve = 0 if fits else reserve
     return out
 
 

@@ -114,7 +114,7 @@ def joined(served, alone):
     return out
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(instances(), st.data())
 def test_exact_equals_brute_force_with_pins_and_few_configs(instance, data):
     workload, table, devices, buckets, counts = instance

@@ -129,7 +129,7 @@ def add_replica(served, alone):
     return out
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(small_instances())
 def test_exact_equals_brute_force(instance):
     workload, table, num_devices, buckets, counts = instance
