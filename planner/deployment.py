@@ -70,6 +70,9 @@ MOST_SETTLED = 8
 HOPELESS = 0.99
 """Replica counts that serve less than this share of the counts, fractionally, are not dived for."""
 
+RISE = 0.25
+"""T is raised by this power of the share: what one replica more would serve, the T needs to rise little for."""
+
 SETTLE_LIMIT_S = 0.5
 LOCAL_SEARCH_LIMIT_S = 0.2
 CHOICE_LIMIT_S = 1.0
@@ -237,7 +240,7 @@ def _search(search: _Search, dives: Sequence[tuple[float, bool]]) -> None:
             if counts is None or counts in tried:
                 continue
             if served < HOPELESS:  # whole replicas need more time than fractional ones
-                goal_s = replica_s / max(served, STRICTLY)
+                goal_s = replica_s / max(served, STRICTLY) ** RISE
                 continue
             tried.append(counts)
             lower, upper = (counts, counts) if choose_first else (lower, np.where(np.array(counts) > 0, upper, 0))
