@@ -164,14 +164,14 @@ def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
     _prove(search, low_s, prices)
     if np.isfinite(high_s):
         _search(search, DIVES)
-        _polish(search)
     if search.best is None:
         fallback = settle(problem, homogeneous(problem), deadline=search.deadline)
         search.offer(fallback.replica_counts, fallback.max_s)
-    _close(search)
+    _close(search, most_settled=1)  # often quick; polishing many replicas is not
+    _polish(search)
+    _close(search, most_settled=MOST_SETTLED)
     if not search.is_done():
         _search(search, MORE_DIVES)
-        _polish(search)
     overhead_s = problem.costs.step_overhead_s
     return problem.make_plan(
         search.best.replica_counts,
@@ -299,8 +299,8 @@ def _prove(search: _Search, low_s: float, prices: np.ndarray) -> None:
             return
 
 
-def _close(search: _Search) -> None:
-    """Step 4."""
+def _close(search: _Search, *, most_settled: int) -> None:
+    """Step 4, until so many replica counts have been settled."""
     problem, relaxation = search.problem, search.relaxation
     settled: dict[tuple[int, ...], Settled] = {}
     level = None
@@ -317,7 +317,7 @@ def _close(search: _Search) -> None:
             least_s = min((known.bound_s for known in settled.values()), default=trial_s)
             search.bound_s = max(search.bound_s, min(trial_s, least_s))
             return
-        if chosen.replica_counts is None or len(settled) >= MOST_SETTLED:
+        if chosen.replica_counts is None or len(settled) >= most_settled:
             return
         served = level.solve(replica_counts=chosen.replica_counts, decide=True, deadline=search.deadline)
         if served.bound < 1 - CERTAIN:
