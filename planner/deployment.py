@@ -70,6 +70,9 @@ MOST_SETTLED = 8
 HOPELESS = 0.99
 """Replica counts that serve less than this share of the counts, fractionally, are not dived for."""
 
+RISE = 0.25
+"""T is raised by this power of the share: what one replica more would serve, the T needs to rise little for."""
+
 SETTLE_LIMIT_S = 0.5
 LOCAL_SEARCH_LIMIT_S = 0.2
 CHOICE_LIMIT_S = 1.0
@@ -161,14 +164,14 @@ def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
     _prove(search, low_s, prices)
     if np.isfinite(high_s):
         _search(search, DIVES)
-        _polish(search)
     if search.best is None:
         fallback = settle(problem, homogeneous(problem), deadline=search.deadline)
         search.offer(fallback.replica_counts, fallback.max_s)
-    _close(search)
+    _close(search, most_settled=1)  # often quick; polishing many replicas is not
+    _polish(search)
+    _close(search, most_settled=MOST_SETTLED)
     if not search.is_done():
         _search(search, MORE_DIVES)
-        _polish(search)
     overhead_s = problem.costs.step_overhead_s
     return problem.make_plan(
         search.best.replica_counts,
@@ -237,7 +240,7 @@ def _search(search: _Search, dives: Sequence[tuple[float, bool]]) -> None:
             if counts is None or counts in tried:
                 continue
             if served < HOPELESS:  # whole replicas need more time than fractional ones
-                goal_s = replica_s / max(served, STRICTLY)
+                goal_s = replica_s / max(served, STRICTLY) ** RISE
                 continue
             tried.append(counts)
             lower, upper = (counts, counts) if choose_first else (lower, np.where(np.array(counts) > 0, upper, 0))
@@ -296,8 +299,8 @@ def _prove(search: _Search, low_s: float, prices: np.ndarray) -> None:
             return
 
 
-def _close(search: _Search) -> None:
-    """Step 4."""
+def _close(search: _Search, *, most_settled: int) -> None:
+    """Step 4, until so many replica counts have been settled."""
     problem, relaxation = search.problem, search.relaxation
     settled: dict[tuple[int, ...], Settled] = {}
     level = None
@@ -314,7 +317,7 @@ def _close(search: _Search) -> None:
             least_s = min((known.bound_s for known in settled.values()), default=trial_s)
             search.bound_s = max(search.bound_s, min(trial_s, least_s))
             return
-        if chosen.replica_counts is None or len(settled) >= MOST_SETTLED:
+        if chosen.replica_counts is None or len(settled) >= most_settled:
             return
         served = level.solve(replica_counts=chosen.replica_counts, decide=True, deadline=search.deadline)
         if served.bound < 1 - CERTAIN:
