@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lobra_jax.checkpoint import CheckpointMetadata, Checkpoints
 from lobra_jax.compilation import CompilationCount
 from lobra_jax.config import RunConfig, TaskConfig
 from lobra_jax.data.batches import TaskData
-from lobra_jax.engine import Engine, IssuedStep, StepResult
 from lobra_jax.export import base_model_name
-from lobra_jax.feeder import Feeder, PreparedStep
+from lobra_jax.feeder import Feeder
 from lobra_jax.held_out import BestSoFar, after_evaluation, is_spent, perplexity
+from lobra_jax.joint_step import PendingStep, issue_step, make_engine, step_record
 from lobra_jax.lora import task_adapter
 from lobra_jax.metrics import (
     EvalRecord,
@@ -39,13 +38,11 @@ from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.hf import base_weights
 from lobra_jax.models.weight_cache import converted
 from lobra_jax.models.weights import WeightSource
-from lobra_jax.optim import step_inputs
 from lobra_jax.out_of_memory import Failure, OutOfMemoryError, is_out_of_memory
 from lobra_jax.peft_folder import TaskAdapter, write_peft_adapter
 from lobra_jax.room import Room
 from lobra_jax.run_state import run_metadata, state_from_tree, state_to_tree
 from lobra_jax.standing import Standing, evaluates
-from lobra_jax.step_record import step_record
 from lobra_jax.tasks import adapter_seed, lora_spec, task_optimizer
 from lobra_jax.timeline import save_timeline, step_timeline
 from lobra_jax.trace_steps import TracedSteps
@@ -81,17 +78,6 @@ class Inputs:
     """Steps to trace, within those that this run makes."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Pending:
-    """A step that was issued and not yet recorded."""
-
-    step: int
-    prepared: PreparedStep
-    issued: IssuedStep
-    wait_s: float
-    issue_s: float
-
-
 class Trainer:
     """One run: `prepare`, then `run`.
 
@@ -109,15 +95,12 @@ class Trainer:
         self.compilations = CompilationCount()
         self.task_configs: tuple[TaskConfig, ...] = self.config.tasks
         self.optimizers = [task_optimizer(task) for task in self.task_configs]
-        self.engine = Engine(
-            inputs.plan,
+        self.engine = make_engine(
+            self.config,
             inputs.model,
-            [lora_spec(task) for task in self.task_configs],
-            dtype=jnp.dtype(self.config.model.dtype),
-            quantization=self.config.model.quantization,
+            inputs.plan,
+            self.optimizers,
             devices=inputs.devices,
-            optimizers={optimizer.kind for optimizer in self.optimizers},
-            averages=any(optimizer.ema_decay is not None for optimizer in self.optimizers),
             packed=inputs.batching == "packed",
         )
         self.room = Room(
@@ -135,7 +118,7 @@ class Trainer:
         self._compiled = 0
         self._timeline: dict[str, Any] | None = None
         self._step = 0
-        self._pending: _Pending | None = None
+        self._pending: PendingStep | None = None
 
     def prepare(self, checkpoints: Checkpoints, *, resume: bool) -> StartRecord:
         """Weights, adapters and compiled programs onto the devices; the record's `step` is the steps already done."""
@@ -264,25 +247,21 @@ class Trainer:
         del pending
         self.room.lower(failures, f"step {self._step + 1}")
 
-    def _issue(self, step: int, task_steps: dict[str, int | None], feeder: Feeder) -> _Pending:
-        started = time.perf_counter()
-        prepared = feeder.take(task_steps)
-        taken = time.perf_counter()
-        hyper = step_inputs(self.optimizers, list(task_steps.values()))
-        self.tracer.before_issue(step + 1)
-        issued = self.engine.issue(prepared.arrays, hyper, step=step + 1)
-        return _Pending(
-            step=step,
-            prepared=prepared,
-            issued=issued,
-            wait_s=taken - started,
-            issue_s=time.perf_counter() - taken - issued.settle_s,
+    def _issue(self, step: int, task_steps: dict[str, int | None], feeder: Feeder) -> PendingStep:
+        return issue_step(
+            step,
+            task_steps,
+            feeder=feeder,
+            optimizers=self.optimizers,
+            engine=self.engine,
+            before_issue=self.tracer.before_issue,
         )
 
-    def _record(self, pending: _Pending, metrics: MetricsWriter) -> StepRecord:
+    def _record(self, pending: PendingStep, metrics: MetricsWriter) -> StepRecord:
         result = self.engine.finish(pending.issued)
         done = pending.step + 1
-        record = self._step_record(pending, result)
+        plan, costs = self.room.plan, self.inputs.costs
+        record = step_record(pending, result, plan=plan, costs=costs, compilations=self._newly_compiled())
         metrics.write(record)
         if pending.prepared.dispatch.stopped_early:
             limit = self.config.planner.dispatch_time_limit_s
@@ -319,18 +298,6 @@ class Trainer:
         if not sys.stderr.isatty() and done % self.config.training.log_interval == 0:
             self.say(_progress_line(record, self.num_steps))
         return record
-
-    def _step_record(self, pending: _Pending, result: StepResult) -> StepRecord:
-        return step_record(
-            pending.step + 1,
-            pending.prepared,
-            result,
-            plan=self.room.plan,
-            costs=self.inputs.costs,
-            wait_s=pending.wait_s,
-            issue_s=pending.issue_s,
-            compilations=self._newly_compiled(),
-        )
 
     def _newly_compiled(self) -> int:
         """Programs compiled since the last record, whatever for."""

@@ -15,19 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lobra_jax.compilation import CompilationCount
 from lobra_jax.config import RunConfig, model_config
 from lobra_jax.data.batches import GlobalBatch, TaskData
 from lobra_jax.devices import host_cores, peak_bytes
-from lobra_jax.engine import Engine, IssuedStep
-from lobra_jax.feeder import Feeder, PreparedStep
+from lobra_jax.engine import Engine
+from lobra_jax.feeder import Feeder
+from lobra_jax.joint_step import PendingStep, issue_step, make_engine, step_record
 from lobra_jax.metrics import StepRecord, compile_bar
-from lobra_jax.optim import TaskOptimizer, step_inputs
+from lobra_jax.optim import TaskOptimizer
 from lobra_jax.out_of_memory import OutOfMemoryError, is_out_of_memory
-from lobra_jax.step_record import step_record
-from lobra_jax.tasks import adapter_seed, lora_spec, task_optimizer
+from lobra_jax.tasks import adapter_seed, task_optimizer
 from lobra_jax.timeline import save_timeline, step_timeline
 from planner.cost import CostTable
 from planner.plan import Plan
@@ -69,15 +68,6 @@ class Scene:
             config=self.config.model_copy(update={"tasks": chosen}),
             tasks=tuple(task for task in self.tasks if task.name in names),
         )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Pending:
-    step: int
-    prepared: PreparedStep
-    issued: IssuedStep
-    wait_s: float
-    issue_s: float
 
 
 class Served:
@@ -123,7 +113,7 @@ def run_part(scene: Scene, plan: Plan, timeline: Path) -> dict[str, Any]:
 def _run(scene: Scene, plan: Plan, timeline: Path) -> dict[str, Any]:
     compilations = CompilationCount()
     optimizers = [task_optimizer(task) for task in scene.config.tasks]
-    engine = _engine(scene, plan, optimizers)
+    engine = make_engine(scene.config, model_config(scene.config), plan, optimizers, devices=scene.devices)
     started = time.perf_counter()
     num_programs = _compile(engine)
     compiled, from_cache = time.perf_counter(), compilations.from_cache
@@ -150,20 +140,6 @@ def _run(scene: Scene, plan: Plan, timeline: Path) -> dict[str, Any]:
         "served": {task.name: served.to_dict() for task, served in zip(scene.tasks, loop.served, strict=True)},
         "steps": [_step(record) for record in records],
     }
-
-
-def _engine(scene: Scene, plan: Plan, optimizers: Sequence[TaskOptimizer]) -> Engine:
-    model = scene.config.model
-    return Engine(
-        plan,
-        model_config(scene.config),
-        [lora_spec(task) for task in scene.config.tasks],
-        dtype=jnp.dtype(model.dtype),
-        quantization=model.quantization,
-        devices=scene.devices,
-        optimizers={optimizer.kind for optimizer in optimizers},
-        averages=any(optimizer.ema_decay is not None for optimizer in optimizers),
-    )
 
 
 def _compile(engine: Engine) -> int:
@@ -198,7 +174,7 @@ class _Loop:
     def run(self, timeline: Path) -> list[StepRecord]:
         """The records of the timed steps."""
         records: list[StepRecord] = []
-        pending: _Pending | None = None
+        pending: PendingStep | None = None
         last = NUM_WARM_UPS + self._scene.num_steps
         for step in range(last + 1):
             issued = self._issue(step) if step < last else None
@@ -214,16 +190,12 @@ class _Loop:
     def _task_steps(self, step: int) -> dict[str, int | None]:
         return {task.name: step for task in self._scene.tasks}
 
-    def _issue(self, step: int) -> _Pending:
-        started = time.perf_counter()
-        prepared = self._feeder.take(self._task_steps(step))
-        taken = time.perf_counter()
-        hyper = step_inputs(self._optimizers, [step] * len(self._optimizers))
-        issued = self._engine.issue(prepared.arrays, hyper, step=step + 1)
-        issue_s = time.perf_counter() - taken - issued.settle_s
-        return _Pending(step=step, prepared=prepared, issued=issued, wait_s=taken - started, issue_s=issue_s)
+    def _issue(self, step: int) -> PendingStep:
+        return issue_step(
+            step, self._task_steps(step), feeder=self._feeder, optimizers=self._optimizers, engine=self._engine
+        )
 
-    def _record(self, pending: _Pending, timeline: Path | None) -> StepRecord:
+    def _record(self, pending: PendingStep, timeline: Path | None) -> StepRecord:
         result = self._engine.finish(pending.issued)
         prepared, costs = pending.prepared, self._scene.costs
         before, self._compiled = self._compiled, self._compilations.total
@@ -234,14 +206,7 @@ class _Loop:
             replicas = self._engine.replicas
             save_timeline(step_timeline(pending.step + 1, result, prepared.dispatch, replicas, costs), timeline)
         return step_record(
-            pending.step + 1,
-            prepared,
-            result,
-            plan=self._engine.plan,
-            costs=costs,
-            wait_s=pending.wait_s,
-            issue_s=pending.issue_s,
-            compilations=self._compiled - before,
+            pending, result, plan=self._engine.plan, costs=costs, compilations=self._compiled - before
         )
 
 
