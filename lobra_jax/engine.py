@@ -1,7 +1,8 @@
 """The joint step: every replica's micro-batches, the gradient sum, one update, new adapters on every replica.
 
-One controller issues everything; nothing here waits for a device except `finish`, which the training loop calls for a
-step after it has issued the next one.
+One controller issues everything. The training loop waits for a step (`finish`) after it has issued the next one, whose
+micro-batches go to the devices while the step before still runs there, so that they never wait for the host: preparing
+a program's launch takes it tens of milliseconds.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from lobra_jax.lora import (
     set_task_adapter,
     task_inputs,
 )
+from lobra_jax.memory import has_room
 from lobra_jax.mesh import cut
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.weights import WeightSource
@@ -34,8 +36,8 @@ from lobra_jax.optim import OPTIMIZERS, HyperInputs, no_inputs
 from lobra_jax.out_of_memory import Failure, OutOfMemoryError, blaming, is_out_of_memory
 from lobra_jax.peft_folder import TaskAdapter
 from lobra_jax.reduce import AdapterState, GradientSum
-from lobra_jax.replica import Issued, Replica, ReplicaRun, Shape
-from lobra_jax.schedule import Action, dependency
+from lobra_jax.replica import Replica, ReplicaRun, Shape
+from lobra_jax.step_times import StepResult, action_times
 from lobra_jax.trace_steps import ISSUE_MARK, PAUSE_MARK, READY_MARK
 from planner.errors import UserError
 from planner.lattice import shapes as lattice_shapes
@@ -45,45 +47,6 @@ ReplicaBatches = Sequence[Sequence[MicroBatchArrays]]
 """[replica][micro-batch], each replica's most expensive first."""
 
 NOTHING_GIVEN: Mapping[int, TaskAdapter] = types.MappingProxyType({})
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ActionTime:
-    """When one stage worked on one micro-batch, seconds since the step's start."""
-
-    action: Action
-    shape: Shape
-    start_s: float
-    end_s: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """One finished step.
-
-    Attributes:
-      losses: float64 [T], mean loss over the task's target tokens; 0 for a task that took no part.
-      gradient_norms: [T], before clipping.
-      alive: [T] bool, false for good once a task's gradient was not finite.
-      replica_s: by replica, from the step's issue to the end of its last micro-batch; 0 without work.
-      busy_s: by replica, device-seconds in which its stages worked; pipeline bubbles do not count.
-      host_wait_s: the devices waited for the host (dispatch, data) before this step, after the one before it.
-      execute_s: from the step's start on the devices to the end of the slowest replica's last micro-batch.
-      sum_update_s: from there to the new adapters on every replica.
-      total_s: the step, host_wait_s + execute_s + sum_update_s.
-      actions: [replica][action], measured.
-    """
-
-    losses: np.ndarray
-    gradient_norms: np.ndarray
-    alive: np.ndarray
-    replica_s: tuple[float, ...]
-    busy_s: tuple[float, ...]
-    host_wait_s: float
-    execute_s: float
-    sum_update_s: float
-    total_s: float
-    actions: tuple[tuple[ActionTime, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +75,7 @@ class Engine:
       optimizers: names of those that the tasks use.
       averages: whether any task keeps a moving average of its adapter.
       packed: whether training micro-batches are packed rows.
+      memory_bytes: what may be used of each device; None for all that it offers.
     """
 
     def __init__(
@@ -126,8 +90,10 @@ class Engine:
         optimizers: Collection[str] = ("adamw",),
         averages: bool = False,
         packed: bool = False,
+        memory_bytes: int | None = None,
     ) -> None:
         self.plan = plan
+        self._memory_bytes = memory_bytes
         self.model = model
         self.specs = tuple(specs)
         self.replicas = tuple(
@@ -217,10 +183,10 @@ class Engine:
         self.pause()
 
     def issue(self, batches: ReplicaBatches, hyper: HyperInputs, *, step: int = 0) -> IssuedStep:
-        """Hands one step to the devices, all replicas interleaved, while the update of the one before it may still run.
+        """Hands one step to the devices, all replicas interleaved, while the one before it may still run.
 
-        The micro-batches of the step before must be done: until then the state before it is held, in case there was no
-        room for them, and there is no room for two states beside this step's micro-batches.
+        Until the micro-batches of the step before are done, the state before it is held, in case there was no room for
+        them. So this step's go first only where there is room for both states beside them; its update never does.
 
         `step` is the number that a trace has of it.
 
@@ -232,10 +198,13 @@ class Engine:
 
     def _issue(self, batches: ReplicaBatches, hyper: HyperInputs, step: int) -> IssuedStep:
         issued_at = time.perf_counter()
+        runs = None if self._unsettled is None else self._issue_ahead(batches)
+        settling_at = time.perf_counter()
         if self._unsettled is not None:
             self._await_micro_batches(self._unsettled)
-        settle_s = time.perf_counter() - issued_at
-        runs = self._issue_micro_batches(batches)
+        settle_s = time.perf_counter() - settling_at
+        if runs is None:
+            runs = self._issue_micro_batches(batches)
         before = self.state
         with blaming(), jax.profiler.TraceAnnotation("gradient sum and update"):
             state, norms = self.gradient_sum.step(before, [run.gradients for run in runs], hyper)
@@ -261,6 +230,17 @@ class Engine:
         )
         self._unsettled, self._before = issued, before
         return issued
+
+    def _issue_ahead(self, batches: ReplicaBatches) -> tuple[ReplicaRun, ...] | None:
+        """Issues micro-batches while those of the step before run; None where there is no room for that."""
+        work = [(replica, {b.tokens.shape for b in own}) for replica, own in zip(self.replicas, batches, strict=True)]
+        if not all(has_room(replica, shapes, self._memory_bytes) for replica, shapes in work if shapes):
+            return None
+        try:
+            return self._issue_micro_batches(batches)
+        except OutOfMemoryError:
+            # Room that is in pieces; or the step before had none, and its adapters cannot be read.
+            return None
 
     def _issue_micro_batches(self, batches: ReplicaBatches) -> tuple[ReplicaRun, ...]:
         runs = tuple(ReplicaRun(gradients=replica.zero_gradients()) for replica in self.replicas)
@@ -402,24 +382,3 @@ def _await_all(tree: Any, step: int) -> float:
     jax.block_until_ready(tree)
     with jax.profiler.TraceAnnotation(READY_MARK, step_num=step):
         return time.perf_counter()
-
-
-def action_times(
-    issued: Sequence[Issued], ends: Sequence[Sequence[float]], num_stages: int, start: float, ready: float
-) -> tuple[ActionTime, ...]:
-    """Each action began when its stage was free and its input was there, so far as ends tell.
-
-    The new adapters, there at `ready`, need every action: an end noted later was noted late, by a busy host.
-    """
-    remaining = [iter(stage_ends) for stage_ends in ends]
-    free = [start] * num_stages
-    end_of: dict[Action, float] = {}
-    times = []
-    for item in issued:
-        action = item.action
-        end = max(min(next(remaining[action.stage]), ready), free[action.stage])
-        needs = dependency(action, num_stages)
-        begin = max(free[action.stage], start if needs is None else end_of[needs])
-        times.append(ActionTime(action=action, shape=item.shape, start_s=min(begin, end) - start, end_s=end - start))
-        free[action.stage] = end_of[action] = end
-    return tuple(times)

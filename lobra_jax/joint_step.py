@@ -11,11 +11,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from lobra_jax.config import RunConfig
-from lobra_jax.engine import Engine, IssuedStep, StepResult
+from lobra_jax.engine import Engine, IssuedStep
 from lobra_jax.feeder import Feeder, PreparedStep
 from lobra_jax.metrics import PhaseSeconds, StepRecord
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.optim import TaskOptimizer, step_inputs
+from lobra_jax.step_times import StepResult
 from lobra_jax.tasks import lora_spec
 from planner.cost import CostTable
 from planner.plan import Plan
@@ -58,6 +59,7 @@ def make_engine(
         optimizers={optimizer.kind for optimizer in optimizers},
         averages=any(optimizer.ema_decay is not None for optimizer in optimizers),
         packed=packed,
+        memory_bytes=config.devices.memory_bytes,
     )
 
 

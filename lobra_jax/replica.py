@@ -325,34 +325,3 @@ def _norms(weight_IO: Array, scale: Array | None, quantization: str, dim: int, d
     if scale is not None:
         weight_IO = dequantized(weight_IO, scale, quantization, dim, dtype)
     return jnp.sqrt(jnp.sum(jnp.square(weight_IO.astype(jnp.float32)), axis=0))
-
-
-def memory_bytes(replica: Replica, shape: Shape) -> int:
-    """Bytes the fullest device of a replica needs at the peak of a step of such micro-batches, by XLA's analysis.
-
-    Weights, adapters, gradients and inputs (the arguments), outputs that alias none of them, temporaries, and the
-    residuals of every micro-batch that 1F1B keeps in flight on the stage.
-    """
-    num_stages = replica.parallel.pp
-    peaks = []
-    for stage, program in enumerate(replica.training_programs(shape)):
-        if program.fused is not None:
-            peaks.append(_program_bytes(program.fused))
-            continue
-        in_flight = num_stages - stage
-        residual_bytes = program.forward.memory_analysis().output_size_in_bytes
-        forward = _program_bytes(program.forward) + _gradient_bytes(replica, stage)
-        backward = _program_bytes(program.backward)
-        peaks.append(max(forward, backward) + (in_flight - 1) * residual_bytes)
-    return max(peaks)
-
-
-def _program_bytes(program: jax.stages.Compiled) -> int:
-    m = program.memory_analysis()
-    return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-
-
-def _gradient_bytes(replica: Replica, stage: int) -> int:
-    """Bytes on one device of a stage's gradient accumulators, which the forward does not take as an argument."""
-    leaves = jax.tree.leaves(replica.layouts[stage].adapters)
-    return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves)

@@ -269,6 +269,12 @@ class StageProgram:
     backward: jax.stages.Compiled | None = None
     fused: jax.stages.Compiled | None = None
 
+    @functools.cached_property
+    def memory(self) -> Mapping[str, Any]:
+        """XLA's memory analysis of each program there is; a large program takes long to tell it."""
+        programs = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: program.memory_analysis() for name, program in programs.items() if program is not None}
+
 
 def compile_training(layout: StageLayout, rows: int, length: int, *, packed: bool = False) -> StageProgram:
     """Compiles what training needs for a [rows, length] micro-batch. Thread-safe; XLA releases the interpreter."""

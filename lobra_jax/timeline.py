@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lobra_jax.engine import ActionTime, StepResult
 from lobra_jax.replica import Replica
 from lobra_jax.schedule import BACKWARD, FORWARD, one_f_one_b, simulate
+from lobra_jax.step_times import ActionTime, StepResult
 from planner.cost import CostTable
 from planner.dispatch import Dispatch
 

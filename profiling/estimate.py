@@ -24,6 +24,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 from lobra_jax.loss import MAX_CHUNK_TOKENS
+from lobra_jax.memory import leaf_bytes
 from lobra_jax.mesh import split_layers
 from lobra_jax.models.llama import MLP_CHUNK_TOKENS
 from planner.cost import ConfigCost, CostPoint
@@ -31,7 +32,7 @@ from planner.fit import MIN_POINTS_TO_HOLD_OUT, fit_coefficients, hold_out
 from planner.plan import ParallelConfig
 from profiling.device_specs import DeviceSpec, Efficiency
 from profiling.grid import Shape
-from profiling.measure import Setup, leaf_bytes, make_replica, reserve_bytes
+from profiling.measure import Setup, make_replica, reserve_bytes
 from profiling.memory import find_capacity
 from profiling.work import Product, Work, attention_flops, kept_bytes, traced_work
 

@@ -18,12 +18,13 @@ import numpy as np
 
 from lobra_jax.data.batches import MicroBatchArrays
 from lobra_jax.lora import Adapters, TaskInputs
+from lobra_jax.memory import leaf_bytes, memory_bytes
 from lobra_jax.mesh import make_submesh
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.weights import EMBEDDING_STD, WeightSource, weight_shapes
 from lobra_jax.optim import TaskOptimizer, init_state, step_inputs
 from lobra_jax.reduce import GradientSum
-from lobra_jax.replica import Replica, ReplicaRun, memory_bytes
+from lobra_jax.replica import Replica, ReplicaRun
 from planner.cost import ConfigCost, CostPoint
 from planner.fit import MIN_POINTS_TO_HOLD_OUT, fit_coefficients, hold_out
 from planner.plan import ParallelConfig
@@ -290,13 +291,6 @@ def time_config(setup: Setup, searched: Searched) -> ConfigCost:
         fixed_s=fixed * share.factor,
         points=tuple(points),
         fit_error=error,
-    )
-
-
-def leaf_bytes(leaves: Any) -> int:
-    """Bytes on one device of abstract arrays with shardings."""
-    return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(leaves)
     )
 
 

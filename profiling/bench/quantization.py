@@ -51,6 +51,7 @@ GIB = 2**30
 @click.option("--tasks", "num_tasks", type=click.IntRange(min=1), default=6, show_default=True, help="Adapters.")
 @click.option("--rank", type=click.IntRange(min=1), default=16, show_default=True, help="Of the adapters.")
 @click.option("--quantizations", default=",".join(QUANTIZATIONS), show_default=True, metavar="Q,...")
+@click.option("--micro-batches", type=click.IntRange(min=1), default=1, show_default=True, help="A timed step.")
 @click.option("--repeats", type=click.IntRange(min=1), default=8, show_default=True, help="Timed steps.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the result as JSON.")
 def main(path: Path | None, text: Path | None, out: Path | None, **options: Any) -> None:
@@ -88,7 +89,7 @@ def main(path: Path | None, text: Path | None, out: Path | None, **options: Any)
         num_threads=1,
     )
     record = {
-        "what": "forward and backward of one micro-batch, all layers on one device; seconds are medians",
+        "what": "forward and backward of equal micro-batches, all layers on one device; seconds are medians of steps",
         "command": command_line(
             "lobra bench quantization",
             {"path": path, "text": text, "tasks": options["num_tasks"], **options, "num_tasks": None},
@@ -101,7 +102,8 @@ def main(path: Path | None, text: Path | None, out: Path | None, **options: Any)
     source = _weights(model, path)
     batches = [_batch(setup, shape, path, text) for shape in shapes]
     # The unquantised base goes first, as the others are compared with it.
-    for row in _rows(setup, source, ["none", *(kind for kind in kinds if kind != "none")], batches, options["remat"]):
+    kinds = ["none", *(kind for kind in kinds if kind != "none")]
+    for row in _rows(setup, source, kinds, batches, options["remat"], options["micro_batches"]):
         record["rows"].append(row)
         click.echo(_line(row))
         if out is not None:
@@ -152,7 +154,12 @@ def _batch(setup: Setup, shape: Shape, path: Path | None, text: Path | None) -> 
 
 
 def _rows(
-    setup: Setup, source: WeightSource, kinds: list[str], batches: list[MicroBatchArrays], remat: str
+    setup: Setup,
+    source: WeightSource,
+    kinds: list[str],
+    batches: list[MicroBatchArrays],
+    remat: str,
+    micro_batches: int,
 ) -> Iterator[dict[str, Any]]:
     from profiling.measure import Bench
 
@@ -168,7 +175,7 @@ def _rows(
         bench.place(source)
         load_s = time.perf_counter() - started
         for shape, batch in zip(shapes, batches, strict=True):
-            row, loss, gradients = _measure(bench, batch)
+            row, loss, gradients = _measure(bench, batch, micro_batches)
             unquantised.setdefault(shape, (loss, gradients))
             yield {
                 "quantization": kind,
@@ -183,10 +190,10 @@ def _rows(
         gc.collect()
 
 
-def _measure(bench: Bench, batch: MicroBatchArrays) -> tuple[dict[str, Any], float, dict[str, Any]]:
+def _measure(bench: Bench, batch: MicroBatchArrays, micro_batches: int) -> tuple[dict[str, Any], float, dict[str, Any]]:
     import jax
 
-    from lobra_jax.replica import memory_bytes
+    from lobra_jax.memory import memory_bytes
 
     replica, shape = bench.replicas[0], batch.tokens.shape
     (run,), _ = bench.run([batch])
@@ -196,7 +203,7 @@ def _measure(bench: Bench, batch: MicroBatchArrays) -> tuple[dict[str, Any], flo
     wall, cpu = [], []
     for _ in range(bench.setup.repeats):
         started = time.process_time()
-        wall.append(bench.run_s([batch]))
+        wall.append(bench.run_s([batch] * micro_batches))
         cpu.append(time.process_time() - started)
     program = replica.training_programs(shape)[0].fused
     row = {
@@ -205,10 +212,11 @@ def _measure(bench: Bench, batch: MicroBatchArrays) -> tuple[dict[str, Any], flo
         "peak_bytes": memory_bytes(replica, shape),
         "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
         "fp8_matmuls": program.as_text().count(FP8_MATMUL),
+        "micro_batches": micro_batches,
         "step_s": statistics.median(wall),
         "step_s_least": min(wall),
         "step_cpu_s": statistics.median(cpu),
-        "tokens_per_s": shape[0] * shape[1] / statistics.median(wall),
+        "tokens_per_s": micro_batches * shape[0] * shape[1] / statistics.median(wall),
     }
     return row, loss, gradients
 

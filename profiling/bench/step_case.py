@@ -17,14 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from lobra_jax.devices import peak_bytes
-from lobra_jax.engine import Engine, ReplicaBatches, StepResult
+from lobra_jax.engine import Engine, ReplicaBatches
 from lobra_jax.lora_spec import LoraSpec
 from lobra_jax.loss import weighted_row_losses
+from lobra_jax.memory import memory_bytes
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.optim import HyperInputs, TaskOptimizer, step_inputs
 from lobra_jax.out_of_memory import OutOfMemoryError
-from lobra_jax.replica import Replica, memory_bytes
+from lobra_jax.replica import Replica
 from lobra_jax.stage import BatchInputs
+from lobra_jax.step_times import StepResult
 from lobra_jax.tracing import traced
 from planner.errors import UserError
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
@@ -234,15 +236,17 @@ class Bench:
         }
 
     def _base_s(self, case: Case, replica: Replica) -> float:
-        """Seconds of a micro-batch of the frozen base alone."""
+        """Seconds of a micro-batch of the frozen base alone, each issued while the one before runs, as steps are."""
         batch = replica.place_batch(made_up_batch(case.setup(self._devices), (case.rows, case.length)))[0]
         run = self._bases[case.base]
-        times = []
+        ends = []
+        before = run(self._params[0][0], batch)
         for _ in range(NUM_WARM_UPS + self._steps):
-            start = time.perf_counter()
-            jax.block_until_ready(run(self._params[0][0], batch))
-            times.append(time.perf_counter() - start)
-        return statistics.median(times[NUM_WARM_UPS:])
+            following = run(self._params[0][0], batch)
+            jax.block_until_ready(before)
+            ends.append(time.perf_counter())
+            before = following
+        return statistics.median(np.diff(ends)[NUM_WARM_UPS - 1 :])
 
 
 def run_case(case: Case, engine: Engine, params: Sequence[Any], *, steps: int) -> tuple[list[StepResult], float]:

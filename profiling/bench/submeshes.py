@@ -32,8 +32,9 @@ from profiling.bench.options import command_line, parse_names, parse_preset, par
 from profiling.bench.provenance import provenance
 
 if TYPE_CHECKING:
-    from lobra_jax.engine import Engine, StepResult
+    from lobra_jax.engine import Engine
     from lobra_jax.models.config import LlamaConfig
+    from lobra_jax.step_times import StepResult
     from profiling.bench.step_case import Case
 
 GIB = 2**30

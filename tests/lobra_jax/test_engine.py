@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lobra_jax.engine import Engine, IssuedStep, action_times
+from lobra_jax.engine import Engine, IssuedStep
 from lobra_jax.replica import Issued, ReplicaRun
 from lobra_jax.schedule import dependency, issue_order, one_f_one_b
+from lobra_jax.step_times import action_times
 
 
 @given(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 
 import jax
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lobra_jax import reduce, replica
+from lobra_jax import engine as engine_module
+from lobra_jax import memory, reduce, replica
 from lobra_jax.config import RunConfig
 from lobra_jax.data.batches import global_batch
 from lobra_jax.engine import Engine
@@ -52,17 +54,25 @@ def run_out_later(outputs):
 class Once:
     """Wraps a function so that one of its calls fails, after `calls` good ones."""
 
+    LAST = -1
+
     def __init__(self, function, fail, *, calls: int = 0):
         self.function, self.fail, self.left = function, fail, calls
 
     def __call__(self, *arguments, **options):
         self.left -= 1
-        if self.left == -1:
+        if self.LAST <= self.left < 0:
             return self.fail(lambda: self.function(*arguments, **options))
         return self.function(*arguments, **options)
 
     def __getattr__(self, name):
         return getattr(self.function, name)
+
+
+class Always(Once):
+    """Wraps a function so that all of its calls fail."""
+
+    LAST = -(10**9)
 
 
 def now(_):
@@ -74,10 +84,10 @@ def later(call):
 
 
 def fail_in(engine: Engine, index: int, stage: int, phase: str, fail) -> None:
-    """The next call of one program of a replica fails."""
+    """From now on one program of a replica fails."""
     programs = engine.replicas[index]._training
     for shape, stages in programs.items():
-        spoiled = dataclasses.replace(stages[stage], **{phase: Once(getattr(stages[stage], phase), fail)})
+        spoiled = dataclasses.replace(stages[stage], **{phase: Always(getattr(stages[stage], phase), fail)})
         programs[shape] = tuple(spoiled if i == stage else p for i, p in enumerate(stages))
 
 
@@ -277,3 +287,54 @@ def test_a_run_without_room_goes_on_with_smaller_capacities(world, tmp_path, mon
     (lowest,) = Plan.load(tmp_path / "tight" / "plan.yaml").replicas
     assert lowest.capacity_tokens == 24
     assert world.difference(adapter(tmp_path / "tight"), whole) < 1e-5
+
+
+def test_micro_batches_go_ahead_of_the_step_before_only_where_there_is_room_beside_what_devices_hold(
+    ready, monkeypatch
+):
+    engine, start, steps, states = ready
+    batches = steps[1][0]
+    for replica_, own in zip(engine.replicas, batches, strict=True):
+        shapes = {batch.tokens.shape for batch in own}
+        peaks = [memory.memory_bytes(replica_, shape) for shape in shapes]
+        for free, expected in ((max(peaks), True), (0, False), (-math.inf, False)):
+            with monkeypatch.context() as patch:
+                patch.setattr(memory, "free_bytes", lambda device, limit, free=free: free)
+                assert memory.has_room(replica_, shapes) == expected
+
+    order: list[str] = []
+
+    def noted(name):
+        method = getattr(engine, name)
+        return lambda *arguments: (order.append(name), method(*arguments))[1]
+
+    issuing, awaiting = "_issue_micro_batches", "_await_micro_batches"
+    for has_room, expected_order in ((True, [issuing, awaiting]), (False, [awaiting, issuing])):
+        engine.set_state(start)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine_module, "has_room", lambda *_, has_room=has_room: has_room)
+            first = engine.issue(*steps[0])
+            order.clear()
+            for name in (issuing, awaiting):
+                patch.setattr(engine, name, noted(name))
+            second = engine.issue(*steps[1])
+        assert order == expected_order
+        engine.finish(first)
+        engine.finish(second)
+        assert_same(engine.state, states[1])
+
+
+def test_a_step_that_finds_no_room_ahead_waits_for_the_one_before(ready, monkeypatch):
+    engine, start, steps, states = ready
+    engine.set_state(start)
+    first = engine.issue(*steps[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_issue_micro_batches", Once(engine._issue_micro_batches, no_room))
+        second = engine.issue(*steps[1])
+    engine.finish(first)
+    engine.finish(second)
+    assert_same(engine.state, states[1])
+
+
+def no_room(_):
+    raise OutOfMemoryError([])

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from lobra_jax.cli import main
 from lobra_jax.config import load_config, model_config
-from lobra_jax.replica import memory_bytes
+from lobra_jax.memory import memory_bytes
 from planner.cost import CostTable
 from planner.plan import ParallelConfig
 from profiling.measure import Bench, Setup, reserve_bytes

@@ -1,0 +1,78 @@
+"""Bytes of devices: what a replica's programs need of one, and whether there is room for more of them now."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import jax
+
+from lobra_jax.replica import Replica, Shape
+from lobra_jax.schedule import BACKWARD, FORWARD, FUSED
+
+
+def leaf_bytes(leaves: Any) -> int:
+    """Bytes on one device of arrays with shardings, abstract or not."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(leaves)
+    )
+
+
+def memory_bytes(replica: Replica, shape: Shape) -> int:
+    """Bytes the fullest device of a replica needs at the peak of a step of such micro-batches, by XLA's analysis."""
+    return max(_stage_bytes(replica, shape))
+
+
+def _stage_bytes(replica: Replica, shape: Shape) -> list[int]:
+    """Of a device of each stage.
+
+    Weights, adapters, gradients and inputs (the arguments), outputs that alias none of them, temporaries, and the
+    residuals of every micro-batch that 1F1B keeps in flight on the stage.
+    """
+    num_stages = replica.parallel.pp
+    peaks = []
+    for stage, program in enumerate(replica.training_programs(shape)):
+        sizes = {name: _program_bytes(memory) for name, memory in program.memory.items()}
+        if program.fused is not None:
+            peaks.append(sizes[FUSED])
+            continue
+        in_flight = num_stages - stage
+        residual_bytes = program.memory[FORWARD].output_size_in_bytes
+        # The forward does not take the gradient sums as an argument, and they are there all the same.
+        forward = sizes[FORWARD] + leaf_bytes(replica.layouts[stage].adapters)
+        peaks.append(max(forward, sizes[BACKWARD]) + (in_flight - 1) * residual_bytes)
+    return peaks
+
+
+def _program_bytes(m: Any) -> int:
+    return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+
+
+def has_room(replica: Replica, shapes: Collection[Shape], limit_bytes: int | None = None) -> bool:
+    """Whether every device of a replica has room for a step of such micro-batches beside all that it holds now.
+
+    Args:
+      shapes: of the micro-batches, compiled.
+      limit_bytes: what may be used of a device; None for all that it offers.
+
+    Returns:
+      True also where devices do not tell what they hold, as CPUs do not.
+    """
+    free = [
+        min(free_bytes(device, limit_bytes) for device in stage.mesh.devices.flat) for stage in replica.submesh.stages
+    ]
+    if math.inf in free:
+        return True
+    peaks = zip(*(_stage_bytes(replica, shape) for shape in shapes), strict=True)
+    held = [leaf_bytes(layout.params) + leaf_bytes(layout.adapters) for layout in replica.layouts]
+    return all(max(own) - there <= room for own, there, room in zip(peaks, held, free, strict=True))
+
+
+def free_bytes(device: Any, limit_bytes: int | None = None) -> float:
+    """What `limit_bytes` and the device leave beside what it holds now; infinite where it does not tell."""
+    stats = device.memory_stats()
+    if stats is None:
+        return math.inf
+    offered = stats["bytes_limit"]
+    return (offered if limit_bytes is None else min(offered, limit_bytes)) - stats["bytes_in_use"]

@@ -1,0 +1,71 @@
+"""What a joint step was measured to be: losses, and when each stage worked on what."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from lobra_jax.replica import Issued, Shape
+from lobra_jax.schedule import Action, dependency
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActionTime:
+    """When one stage worked on one micro-batch, seconds since the step's start."""
+
+    action: Action
+    shape: Shape
+    start_s: float
+    end_s: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """One finished step.
+
+    Attributes:
+      losses: float64 [T], mean loss over the task's target tokens; 0 for a task that took no part.
+      gradient_norms: [T], before clipping.
+      alive: [T] bool, false for good once a task's gradient was not finite.
+      replica_s: by replica, from the step's issue to the end of its last micro-batch; 0 without work.
+      busy_s: by replica, device-seconds in which its stages worked; pipeline bubbles do not count.
+      host_wait_s: the devices waited for the host (dispatch, data) before this step, after the one before it.
+      execute_s: from the step's start on the devices to the end of the slowest replica's last micro-batch.
+      sum_update_s: from there to the new adapters on every replica.
+      total_s: the step, host_wait_s + execute_s + sum_update_s.
+      actions: [replica][action], measured.
+    """
+
+    losses: np.ndarray
+    gradient_norms: np.ndarray
+    alive: np.ndarray
+    replica_s: tuple[float, ...]
+    busy_s: tuple[float, ...]
+    host_wait_s: float
+    execute_s: float
+    sum_update_s: float
+    total_s: float
+    actions: tuple[tuple[ActionTime, ...], ...]
+
+
+def action_times(
+    issued: Sequence[Issued], ends: Sequence[Sequence[float]], num_stages: int, start: float, ready: float
+) -> tuple[ActionTime, ...]:
+    """Each action began when its stage was free and its input was there, so far as ends tell.
+
+    The new adapters, there at `ready`, need every action: an end noted later was noted late, by a busy host.
+    """
+    remaining = [iter(stage_ends) for stage_ends in ends]
+    free = [start] * num_stages
+    end_of: dict[Action, float] = {}
+    times = []
+    for item in issued:
+        action = item.action
+        end = max(min(next(remaining[action.stage]), ready), free[action.stage])
+        needs = dependency(action, num_stages)
+        begin = max(free[action.stage], start if needs is None else end_of[needs])
+        times.append(ActionTime(action=action, shape=item.shape, start_s=min(begin, end) - start, end_s=end - start))
+        free[action.stage] = end_of[action] = end
+    return tuple(times)
