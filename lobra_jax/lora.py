@@ -1,13 +1,14 @@
 """Stacked LoRA adapters: many tasks' low-rank pairs in one array per linear, each batch row using its own task's.
 
-Adapters are a plain pytree, `adapters[layer][target] = {"a": [task, in, rank], "b": [task, rank, out]}` in fp32, handed
-to the model as an argument and to `grad` as the differentiated part. Where any task uses DoRA there is a magnitude
-`"m": [task, out]` as well. Knows neither optimiser nor mesh.
+Adapters are a plain pytree, `adapters[layer][target] = {"a": [task, rank, in], "b": [task, rank, out]}` in fp32, handed
+to the model as an argument and to `grad` as the differentiated part. Both have the rank before the feature, as rows of
+16 numbers are slow to gather and to put together. Where any task uses DoRA there is a magnitude `"m": [task, out]` as
+well. Knows neither optimiser nor mesh.
 
 Shape letters: T task, B row, L position, I in features, O out features, R padded rank.
 
 A task of lower rank, or one that does not adapt a linear, holds exact zeros there. Both factors being zero, their
-gradients are exactly zero too (d/da = x^T (dy b^T), d/db = (x a)^T dy), so padding never reaches a norm or an export.
+gradients are exactly zero too (d/da = (dy b^T)^T x, d/db = (x a^T)^T dy), so padding never reaches a norm or an export.
 The same holds for the magnitudes of a task that has none, which are masked.
 """
 
@@ -103,14 +104,14 @@ def init_adapters(config: LlamaConfig, specs: Sequence[LoraSpec], seeds: Sequenc
         adapters[str(layer)] = {}
         for target in adapted_targets(specs):
             fan_in, fan_out = config.target_shapes[target]
-            a = np.zeros((len(specs), fan_in, max_rank), np.float32)
+            a = np.zeros((len(specs), max_rank, fan_in), np.float32)
             b = np.zeros((len(specs), max_rank, fan_out), np.float32)
             for task, (spec, seed) in enumerate(zip(specs, seeds, strict=True)):
                 if target in spec.targets:
                     name = zlib.crc32(f"layers.{layer}.{target}".encode())
                     rng = np.random.Generator(np.random.Philox(key=[seed, name]))
                     bound = 1 / math.sqrt(fan_in)
-                    a[task, :, : spec.rank] = rng.uniform(-bound, bound, (fan_in, spec.rank))
+                    a[task, : spec.rank] = rng.uniform(-bound, bound, (fan_in, spec.rank)).T
             adapters[str(layer)][target] = {"a": a, "b": b}
             if any(spec.dora for spec in specs):
                 adapters[str(layer)][target]["m"] = np.zeros((len(specs), fan_out), np.float32)
@@ -135,7 +136,7 @@ def set_task_adapter(adapters: Adapters, task: int, given: TaskAdapter) -> None:
     for layer, targets in given.items():
         for target, pair in targets.items():
             rank = pair["a"].shape[1]
-            adapters[layer][target]["a"][task, :, :rank] = pair["a"]
+            adapters[layer][target]["a"][task, :rank] = pair["a"].T
             adapters[layer][target]["b"][task, :rank] = pair["b"]
             if "m" in pair:
                 adapters[layer][target]["m"][task] = pair["m"]
@@ -146,7 +147,7 @@ def task_adapter(adapters: Adapters, task: int, spec: LoraSpec) -> Adapters:
     return {
         layer: {
             target: {
-                "a": np.asarray(pair["a"])[task, :, : spec.rank],
+                "a": np.asarray(pair["a"])[task, : spec.rank].T,
                 "b": np.asarray(pair["b"])[task, : spec.rank],
                 **({"m": np.asarray(pair["m"])[task]} if spec.dora else {}),
             }
@@ -187,12 +188,12 @@ def drop(x_BLI: Array, rows: RowInputs, layer: Array | int, site: int) -> Array:
 def low_rank_deltas(
     x_BLI: Array, pairs: Mapping[str, dict[str, Array]], targets: Sequence[str], rows: RowInputs
 ) -> list[Array]:
-    """scale * x a_t b_t for linears that read the same `x`, one [B, L, O] each; one input matmul for all."""
-    a_TIR = jnp.concatenate([pairs[t]["a"] for t in targets], axis=-1)
+    """scale * x a_t^T b_t for linears that read the same `x`, one [B, L, O] each; one input matmul for all."""
+    a_TRI = jnp.concatenate([pairs[t]["a"] for t in targets], axis=1)
     task_ids_BK = rows.task_ids[:, None]
-    h_BLKR = into_ranks(x_BLI, a_TIR, task_ids_BK, False) * rows.scales[:, None, None, None]
+    h_BLKR = into_ranks(x_BLI, a_TRI, task_ids_BK, False) * rows.scales[:, None, None, None]
     h_BLKR = h_BLKR.astype(x_BLI.dtype)  # alpha / rank is not rounded to bf16
-    ranks = np.cumsum([pairs[t]["a"].shape[-1] for t in targets])[:-1].tolist()
+    ranks = np.cumsum([pairs[t]["a"].shape[1] for t in targets])[:-1].tolist()
     return [
         out_of_ranks(checkpoint_name(h, "low_rank"), pairs[t]["b"], task_ids_BK, False)
         for t, h in zip(targets, jnp.split(h_BLKR, ranks, axis=-1), strict=True)
@@ -200,16 +201,16 @@ def low_rank_deltas(
 
 
 def column_norms(weight_IO: Array, pair: Mapping[str, Array], scales_T: Array) -> Array:
-    """[T, O] float32: each task's ||W + scale a b|| by output feature, without ever making W + scale a b.
+    """[T, O] float32: each task's ||W + scale a^T b|| by output feature, without ever making W + scale a^T b.
 
     With w, a, b for columns: ||w + s a b||^2 = w.w + 2 s (w a).b + s^2 b (a a) b; all but w.w is of the rank's size.
     """
-    a_TIR = pair["a"]
+    a_TRI = pair["a"]
     b_TRO = pair["b"] * scales_T[:, None, None]
     weight_square_O = jnp.sum(jnp.square(weight_IO.astype(jnp.float32)), axis=0)
-    a_low = a_TIR.astype(weight_IO.dtype)
-    cross_TRO = jnp.einsum("io,tir->tro", weight_IO, a_low, preferred_element_type=jnp.float32)
-    gram_TRQ = jnp.einsum("tir,tiq->trq", a_TIR, a_TIR)
+    a_low = a_TRI.astype(weight_IO.dtype)
+    cross_TRO = jnp.einsum("io,tri->tro", weight_IO, a_low, preferred_element_type=jnp.float32)
+    gram_TRQ = jnp.einsum("tri,tqi->trq", a_TRI, a_TRI)
     low_rank_TRO = 2 * cross_TRO + jnp.einsum("trq,tqo->tro", gram_TRQ, b_TRO)
     return jnp.sqrt(jnp.maximum(weight_square_O[None] + jnp.sum(b_TRO * low_rank_TRO, axis=1), TINY_NORM))
 
@@ -220,7 +221,7 @@ def magnitude_ratios(weight_IO: Array, pair: Mapping[str, Array], target: str, r
 
 
 def task_ratios(weight_IO: Array, pair: Mapping[str, Array], target: str, tasks: TaskInputs) -> Array:
-    """[T, O] float32: DoRA's m / ||W + scale a b|| of each task; 1 for a task that has no magnitude here.
+    """[T, O] float32: DoRA's m / ||W + scale a^T b|| of each task; 1 for a task that has no magnitude here.
 
     The norm counts as a constant of the gradient (DoRA, section 4.3), as in PEFT.
     """

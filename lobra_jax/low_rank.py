@@ -34,28 +34,27 @@ def _by_task(d_factors_BK: Array, task_ids_BK: Array, num_tasks: int) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def into_ranks(x_BLI: Array, a_TIR: Array, task_ids_BK: Array, shared: bool) -> Array:
-    """x a for every slot of the row: [B, L, K, R] fp32.
+def into_ranks(x_BLI: Array, a_TRI: Array, task_ids_BK: Array, shared: bool) -> Array:
+    """x a^T for every slot of the row: [B, L, K, R] fp32.
 
     With `shared` rows, tokens of several tasks meet in the gradient's sum: what is not finite there is left out, as
     0 x inf is not 0. Its own task sees it all the same, in its cotangents.
     """
-    a_BKIR = _own(a_TIR, task_ids_BK, x_BLI.dtype)
-    return jnp.einsum("bli,bkir->blkr", x_BLI, a_BKIR, preferred_element_type=jnp.float32)
+    a_BKRI = _own(a_TRI, task_ids_BK, x_BLI.dtype)
+    return jnp.einsum("bli,bkri->blkr", x_BLI, a_BKRI, preferred_element_type=jnp.float32)
 
 
-def _into_fwd(x_BLI: Array, a_TIR: Array, task_ids_BK: Array, shared: bool) -> tuple[Array, tuple[Array, ...]]:
-    return into_ranks(x_BLI, a_TIR, task_ids_BK, shared), (x_BLI, a_TIR, task_ids_BK)
+def _into_fwd(x_BLI: Array, a_TRI: Array, task_ids_BK: Array, shared: bool) -> tuple[Array, tuple[Array, ...]]:
+    return into_ranks(x_BLI, a_TRI, task_ids_BK, shared), (x_BLI, a_TRI, task_ids_BK)
 
 
 def _into_bwd(shared: bool, saved: tuple[Array, ...], d_h_BLKR: Array) -> tuple[Array, Array, None]:
-    x_BLI, a_TIR, task_ids_BK = saved
+    x_BLI, a_TRI, task_ids_BK = saved
     d_h = d_h_BLKR.astype(x_BLI.dtype)  # zero in all slots but the token's own
-    d_x = jnp.einsum("blkr,bkir->bli", d_h, _own(a_TIR, task_ids_BK, x_BLI.dtype))
+    d_x = jnp.einsum("blkr,bkri->bli", d_h, _own(a_TRI, task_ids_BK, x_BLI.dtype))
     x_BLI = bounded(x_BLI) if shared else x_BLI
     d_a_BKRI = jnp.einsum("blkr,bli->bkri", d_h, x_BLI, preferred_element_type=jnp.float32)
-    d_a_TRI = _by_task(d_a_BKRI, task_ids_BK, a_TIR.shape[0])
-    return d_x, jnp.swapaxes(d_a_TRI, 1, 2), None
+    return d_x, _by_task(d_a_BKRI, task_ids_BK, a_TRI.shape[0]), None
 
 
 into_ranks.defvjp(_into_fwd, _into_bwd)

@@ -119,12 +119,12 @@ def uniform_at(words_BL2: Array, positions_BL: Array, features: int) -> Array:
 def packed_deltas(
     x_BLI: Array, pairs: Mapping[str, dict[str, Array]], targets: Sequence[str], rows: PackedRows
 ) -> list[Array]:
-    """`lora.low_rank_deltas` on packed rows: scale * x a_t b_t with each token's own t, one [B, L, O] each."""
-    a_TIR = jnp.concatenate([pairs[t]["a"] for t in targets], axis=-1)
-    h_BLKR = into_ranks(x_BLI, a_TIR, rows.task_ids, True) * rows.scales[..., None, None]
+    """`lora.low_rank_deltas` on packed rows: scale * x a_t^T b_t with each token's own t, one [B, L, O] each."""
+    a_TRI = jnp.concatenate([pairs[t]["a"] for t in targets], axis=1)
+    h_BLKR = into_ranks(x_BLI, a_TRI, rows.task_ids, True) * rows.scales[..., None, None]
     own = rows.slots[..., None] == jnp.arange(rows.task_ids.shape[1], dtype=jnp.int32)[None, None]
     h_BLKR = jnp.where(own[..., None], h_BLKR, 0.0).astype(x_BLI.dtype)
-    ranks = np.cumsum([pairs[t]["a"].shape[-1] for t in targets])[:-1].tolist()
+    ranks = np.cumsum([pairs[t]["a"].shape[1] for t in targets])[:-1].tolist()
     return [
         out_of_ranks(h, pairs[t]["b"], rows.task_ids, True)
         for t, h in zip(targets, jnp.split(h_BLKR, ranks, axis=-1), strict=True)

@@ -22,6 +22,10 @@ NOT_COMPARED = (
 """Keys of a task that a resumed run may change, and those that its adapter spec compares already."""
 
 
+LAYOUT = 2
+"""Of the stacked adapters: 2 has the rank before the feature in both factors, 1 had it behind in `a`."""
+
+
 def run_metadata(
     config: RunConfig, model: LlamaConfig, tasks: Sequence[TaskData], position: Mapping[str, Any]
 ) -> CheckpointMetadata:
@@ -29,7 +33,11 @@ def run_metadata(
 
     A longer `steps`, other evaluation and other paths to the same data are no other run.
     """
-    settings: dict[str, Any] = {"training.seed": config.training.seed, "model.dtype": config.model.dtype}
+    settings: dict[str, Any] = {
+        "training.seed": config.training.seed,
+        "model.dtype": config.model.dtype,
+        "layout of adapters": LAYOUT,
+    }
     if config.model.quantization != "none":
         settings["model.quantization"] = config.model.quantization
     if config.model.preset is not None:

@@ -44,7 +44,7 @@ TARGET_AXES: dict[str, tuple[str, str]] = {
     "up": ("hidden", "mlp"),
     "down": ("mlp", "hidden"),
 }
-"""Logical (in, out) axes of each linear; its adapters follow them: a (task, in, rank), b (task, rank, out),
+"""Logical (in, out) axes of each linear; its adapters follow them: a (task, rank, in), b (task, rank, out),
 m (task, out)."""
 
 
@@ -95,7 +95,7 @@ class StageSharding:
         """Shardings of the adapters (and of their gradients) of these layers and linears; `dora`: with magnitudes."""
         pair = {
             target: {
-                "a": self.named(("task", fan_in, "rank")),
+                "a": self.named(("task", "rank", fan_in)),
                 "b": self.named(("task", "rank", fan_out)),
                 **({"m": self.named(("task", fan_out))} if dora else {}),
             }

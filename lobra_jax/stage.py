@@ -234,7 +234,7 @@ def stage_layout(functions: StageFunctions, max_rank: int, targets: Sequence[str
     }
     shapes = {
         target: {
-            "a": (functions.num_tasks, fan_in, max_rank),
+            "a": (functions.num_tasks, max_rank, fan_in),
             "b": (functions.num_tasks, max_rank, fan_out),
             "m": (functions.num_tasks, fan_out),
         }

@@ -50,10 +50,10 @@ def random_adapters(replica: Replica, specs: Sequence[LoraSpec]) -> Adapters:
                     _normal(number + i, pair[name].shape, pair[name].dtype, WEIGHT_STD, everywhere)
                     for i, name in enumerate("ab")
                 )
-                kept = jnp.arange(a.shape[-1])[None] < jnp.asarray([spec.rank for spec in specs])[:, None]
+                kept = jnp.arange(a.shape[1])[None] < jnp.asarray([spec.rank for spec in specs])[:, None]
                 adapters[layer][target] = {
-                    "a": jnp.where(kept[:, None], a, jnp.zeros_like(a)),
-                    "b": jnp.where(kept[:, :, None], b, jnp.zeros_like(b)),
+                    name: jnp.where(kept[:, :, None], factor, jnp.zeros_like(factor))
+                    for name, factor in (("a", a), ("b", b))
                 }
                 number += 2
     return adapters

@@ -42,7 +42,7 @@ def make_adapters(config: LlamaConfig, specs: dict[str, LoraSpec]) -> dict[str, 
     rng = np.random.default_rng(0)
     for targets in stacked.values():
         for pair in targets.values():
-            pair["b"] = rng.standard_normal(pair["b"].shape, np.float32) * pair["a"].any(axis=1)[:, :, None]
+            pair["b"] = rng.standard_normal(pair["b"].shape, np.float32) * pair["a"].any(axis=2)[:, :, None]
             if "m" in pair:
                 pair["m"] = rng.uniform(1, 2, pair["m"].shape).astype(np.float32)
     return {name: task_adapter(stacked, index, spec) for index, (name, spec) in enumerate(specs.items())}

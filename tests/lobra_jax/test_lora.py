@@ -45,7 +45,7 @@ def test_each_row_gets_its_own_tasks_delta(world):
     for target, delta in zip(("q", "k", "v"), deltas, strict=True):
         for row, task in enumerate(task_ids):
             a, b = adapters[target]["a"][task], adapters[target]["b"][task]
-            np.testing.assert_allclose(delta[row], specs[task].scale * (x[row] @ a @ b), rtol=2e-5, atol=1e-5)
+            np.testing.assert_allclose(delta[row], specs[task].scale * (x[row] @ a.T @ b), rtol=2e-5, atol=1e-5)
     assert not np.asarray(deltas[1][2]).any()  # task 1 does not adapt k
 
 

@@ -102,7 +102,7 @@ def random_adapters(engine):
     for pairs in adapters.values():
         for pair in pairs.values():
             # As in training: what a task does not adapt or does not fill is zero in both factors.
-            pair["b"][:] = rng.normal(0, 0.05, pair["b"].shape) * pair["a"].any(axis=1)[:, :, None]
+            pair["b"][:] = rng.normal(0, 0.05, pair["b"].shape) * pair["a"].any(axis=2)[:, :, None]
     return adapters
 
 

@@ -60,7 +60,7 @@ def trained_adapters(config: LlamaConfig) -> Any:
     rng = np.random.default_rng(1)
     for targets in stacked.values():
         for pair in targets.values():
-            pair["b"] = rng.standard_normal(pair["b"].shape, np.float32) * pair["a"].any(axis=1)[:, :, None]
+            pair["b"] = rng.standard_normal(pair["b"].shape, np.float32) * pair["a"].any(axis=2)[:, :, None]
             pair["m"] = rng.uniform(1, 2, pair["m"].shape).astype(np.float32)
     return stacked
 
