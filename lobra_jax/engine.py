@@ -8,6 +8,7 @@ a program's launch takes it tens of milliseconds.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from lobra_jax.at_once import at_once
 from lobra_jax.data.batches import MicroBatchArrays
 from lobra_jax.lora import (
     Adapters,
@@ -123,6 +125,7 @@ class Engine:
         self.state: AdapterState
         self._spread: list[list[Adapters]]
         num_stages = sum(replica.parallel.pp for replica in self.replicas)
+        self._issuers = ThreadPoolExecutor(len(self.replicas), thread_name_prefix="issue")
         self._watchers = ThreadPoolExecutor(2 * (num_stages + 1), thread_name_prefix="watch")
         self._previous_ready: Future | None = None
         self._unsettled: IssuedStep | None = None
@@ -183,7 +186,7 @@ class Engine:
         self.pause()
 
     def issue(self, batches: ReplicaBatches, hyper: HyperInputs, *, step: int = 0) -> IssuedStep:
-        """Hands one step to the devices, all replicas interleaved, while the one before it may still run.
+        """Hands one step to the devices, all replicas at once, while the one before it may still run.
 
         Until the micro-batches of the step before are done, the state before it is held, in case there was no room for
         them. So this step's go first only where there is room for both states beside them; its update never does.
@@ -244,13 +247,12 @@ class Engine:
 
     def _issue_micro_batches(self, batches: ReplicaBatches) -> tuple[ReplicaRun, ...]:
         runs = tuple(ReplicaRun(gradients=replica.zero_gradients()) for replica in self.replicas)
-        issuing = [
-            replica.issue(run, micro_batches, self._spread[replica.index], self.tasks[replica.index])
+        calls = [
+            functools.partial(replica.issue, run, micro_batches, self._spread[replica.index], self.tasks[replica.index])
             for replica, run, micro_batches in zip(self.replicas, runs, batches, strict=True)
         ]
         try:
-            while issuing:
-                issuing = [actions for actions in issuing if next(actions, StopIteration) is not StopIteration]
+            at_once(self._issuers, calls)
         except OutOfMemoryError as error:
             # What could not be issued may have lacked the results of an earlier micro-batch that had no room.
             raise OutOfMemoryError(_failures(runs) or error.failures) from error
@@ -344,15 +346,21 @@ class Engine:
           OutOfMemoryError: a device had no room for a micro-batch.
         """
         spread = self.gradient_sum.spread(self.state.tasks.averaged) if self.gradient_sum.averages else self._spread
-        work = [(replica, arrays) for replica, own in zip(self.replicas, batches, strict=True) for arrays in own]
-        results = []
-        for replica, arrays in work:
-            with blaming(replica.index, arrays.tokens.shape):
-                results.append(replica.evaluate(arrays, spread[replica.index], self.tasks[replica.index]))
+
+        def issue(replica: Replica, own: Sequence[MicroBatchArrays]) -> list[Array]:
+            results = []
+            for arrays in own:
+                with blaming(replica.index, arrays.tokens.shape):
+                    results.append(replica.evaluate(arrays, spread[replica.index], self.tasks[replica.index]))
+            return results
+
+        work = list(zip(self.replicas, batches, strict=True))
+        issued = at_once(self._issuers, [functools.partial(issue, *one) for one in work])
         total = np.zeros(len(self.specs))
-        for (replica, arrays), result in zip(work, results, strict=True):
-            with blaming(replica.index, arrays.tokens.shape):
-                total += np.asarray(result, np.float64)
+        for (replica, own), results in zip(work, issued, strict=True):
+            for arrays, result in zip(own, results, strict=True):
+                with blaming(replica.index, arrays.tokens.shape):
+                    total += np.asarray(result, np.float64)
         return total
 
 

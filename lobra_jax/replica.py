@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -247,8 +247,8 @@ class Replica:
         micro_batches: Sequence[MicroBatchArrays],
         adapters: Sequence[Adapters],
         tasks: Sequence[TaskInputs],
-    ) -> Iterator[None]:
-        """Issues one step in 1F1B order, yielding after each action so that the caller can turn to other replicas.
+    ) -> None:
+        """Issues one step in 1F1B order.
 
         Args:
           run: receives gradients (added to what is there), losses and the issued actions.
@@ -292,7 +292,6 @@ class Replica:
                 run.issued.append(Issued(action=action, shape=shape, done=done))
                 if stage == 0 and action.phase != FORWARD:
                     del batches[m]
-            yield
 
     def _send_back(self, cotangents: dict, stage: int, micro_batch: int, shape: Shape, dx: Array | None) -> None:
         if stage > 0:

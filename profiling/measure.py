@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lobra_jax.at_once import at_once
 from lobra_jax.data.batches import MicroBatchArrays
 from lobra_jax.lora import Adapters, TaskInputs
 from lobra_jax.memory import leaf_bytes, memory_bytes
@@ -122,6 +123,7 @@ class Bench:
         ]
         self._adapters: list[list[Adapters]] = []
         self._tasks: list[list[TaskInputs]] = []
+        self._issuers = ThreadPoolExecutor(copies, thread_name_prefix="issue")
 
     def place(self, source: WeightSource | None = None) -> None:
         """Puts weights (made-up ones without a source) and adapters onto the devices; needed before `step_s`, not for
@@ -169,12 +171,11 @@ class Bench:
         runs = [ReplicaRun(gradients=replica.zero_gradients()) for replica in self.replicas]
         jax.block_until_ready([run.gradients for run in runs])
         start = time.perf_counter()
-        issuing = [
-            replica.issue(run, batches, adapters, tasks)
-            for replica, run, adapters, tasks in zip(self.replicas, runs, self._adapters, self._tasks, strict=True)
-        ]
-        while issuing:
-            issuing = [actions for actions in issuing if next(actions, StopIteration) is not StopIteration]
+        work = zip(self.replicas, runs, self._adapters, self._tasks, strict=True)
+        at_once(
+            self._issuers,
+            [functools.partial(replica.issue, run, batches, *placed) for replica, run, *placed in work],
+        )
         jax.block_until_ready([(run.gradients, run.losses) for run in runs])
         return runs, time.perf_counter() - start
 
@@ -306,17 +307,18 @@ def reserve_bytes(setup: Setup, replica: Replica) -> int:
     round the devices). On one device alone the master adapters are those that its programs take. Else gradients and
     new adapters travel while programs run, as much as the fullest stage's.
     """
-    kept = _kept_bytes(setup, replica)
+    kept = kept_bytes(setup, replica)
     stage_bytes = max(leaf_bytes(layout.adapters) for layout in replica.layouts)
     return kept - stage_bytes if len(setup.devices) == 1 else kept + 2 * stage_bytes
 
 
 def update_bytes(setup: Setup, replica: Replica) -> int:
     """Bytes of a device at the update: weights, gradients, and what training keeps, before and after."""
-    return fixed_bytes(replica) + 2 * _kept_bytes(setup, replica)
+    return fixed_bytes(replica) + 2 * kept_bytes(setup, replica)
 
 
-def _kept_bytes(setup: Setup, replica: Replica) -> int:
+def kept_bytes(setup: Setup, replica: Replica) -> int:
+    """A device's share of what training keeps, once."""
     adapters = {layer: pairs for layout in replica.layouts for layer, pairs in layout.adapters.items()}
     layer_bytes = max(_state_bytes(setup, pairs) for pairs in adapters.values())
     return -(-len(adapters) // min(len(setup.devices), len(adapters))) * layer_bytes

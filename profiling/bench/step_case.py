@@ -33,7 +33,7 @@ from planner.plan import ParallelConfig, Plan, ReplicaGroup
 from profiling.bench.ceiling import floor_flops, matmul_rate
 from profiling.bench.step_check import check
 from profiling.made_up import random_adapters, random_params
-from profiling.measure import Setup, made_up_batch, reserve_bytes, update_bytes
+from profiling.measure import Setup, kept_bytes, made_up_batch, reserve_bytes, update_bytes
 from profiling.trace.summary import summarise
 
 NUM_WARM_UPS = 2
@@ -305,10 +305,15 @@ def _traced(case: Case, engine: Engine, folder: Path) -> dict[str, Any]:
 
 
 def predicted_bytes(case: Case, engine: Engine, devices: Sequence[Any]) -> int:
-    """Bytes on the fullest device by the compiled programs' analysis; `devices` are those of the run."""
+    """Bytes on the fullest device by the compiled programs' analysis; `devices` are those of the run.
+
+    The state before is held as well where there is room, so that steps go ahead (`Engine.issue`).
+    """
     setup, replica = case.setup(devices), engine.replicas[0]
     peak = memory_bytes(replica, (case.rows, case.length)) + reserve_bytes(setup, replica)
-    return max(peak, update_bytes(setup, replica))
+    ahead = peak + kept_bytes(setup, replica)
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit", ahead)
+    return max(ahead if ahead <= limit else peak, update_bytes(setup, replica))
 
 
 def _base_loss_and_gradient(replica: Replica, params: Any, batch: BatchInputs) -> tuple[Any, Any]:

@@ -94,8 +94,7 @@ def _one_step(case: Case, replica: Replica) -> tuple[np.ndarray, Adapters]:
         for layout in replica.layouts
     ]
     run = ReplicaRun(gradients=replica.zero_gradients())
-    for _ in replica.issue(run, [batch], placed, replica.place_tasks(task_inputs(case.specs))):
-        pass
+    replica.issue(run, [batch], placed, replica.place_tasks(task_inputs(case.specs)))
     gradients = {layer: pairs for stage in run.gradients for layer, pairs in stage.items()}
     found = np.asarray(run.losses[0]), jax.tree.map(np.asarray, gradients)
     replica.params = []

@@ -183,8 +183,7 @@ def step_gradients(engine: Any, tasks: Sequence[Task], *, seed: int = 0) -> dict
     for replica in engine.replicas:
         run = ReplicaRun(gradients=replica.zero_gradients())
         spread = engine.gradient_sum.spread(engine.state.adapters)[replica.index]
-        for _ in replica.issue(run, arrays[replica.index], spread, engine.tasks[replica.index]):
-            pass
+        replica.issue(run, arrays[replica.index], spread, engine.tasks[replica.index])
         own = {layer: jax.tree.map(np.asarray, pairs) for stage in run.gradients for layer, pairs in stage.items()}
         total = own if total is None else jax.tree.map(np.add, total, own)
     return {"stacked": total} | {task.data.name: task_adapter(total, i, task.spec) for i, task in enumerate(tasks)}

@@ -108,8 +108,7 @@ def gradients(configs, dtype, as_packed=False, quantization="none"):
         run = ReplicaRun(gradients=replica.zero_gradients())
         mine = [micro_batch(seed) for seed in range(4) if seed % len(groups) == replica.index]
         mine = [packed(arrays) for arrays in mine] if as_packed else mine
-        for _ in replica.issue(run, mine, spread[replica.index], engine.tasks[replica.index]):
-            pass
+        replica.issue(run, mine, spread[replica.index], engine.tasks[replica.index])
         losses += sum(np.asarray(x, np.float64) for x in run.losses)
         own = {layer: jax.tree.map(np.asarray, pairs) for stage in run.gradients for layer, pairs in stage.items()}
         total = own if total is None else jax.tree.map(np.add, total, own)

@@ -113,8 +113,7 @@ def losses_and_gradients(engine, adapters, arrays):
     spread = engine.gradient_sum.spread(engine.state.adapters)
     (replica,) = engine.replicas
     run = ReplicaRun(gradients=replica.zero_gradients())
-    for _ in replica.issue(run, [arrays], spread[0], engine.tasks[0]):
-        pass
+    replica.issue(run, [arrays], spread[0], engine.tasks[0])
     return np.asarray(run.losses[0]), jax.tree.map(np.asarray, run.gradients[0])
 
 
