@@ -30,18 +30,24 @@ from lobra_jax.lora import (
     set_task_adapter,
     task_inputs,
 )
-from lobra_jax.memory import has_room
+from lobra_jax.memory import bytes_by_device, has_room
 from lobra_jax.mesh import cut
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.weights import WeightSource
 from lobra_jax.optim import OPTIMIZERS, HyperInputs, no_inputs
-from lobra_jax.out_of_memory import Failure, OutOfMemoryError, blaming, is_out_of_memory
+from lobra_jax.out_of_memory import (
+    OutOfMemoryError,
+    await_gradients,
+    blaming,
+    failures,
+    is_out_of_memory,
+    no_room_for_update,
+)
 from lobra_jax.peft_folder import TaskAdapter
 from lobra_jax.reduce import AdapterState, GradientSum
 from lobra_jax.replica import Replica, ReplicaRun, Shape
 from lobra_jax.step_times import StepResult, action_times
 from lobra_jax.trace_steps import ISSUE_MARK, PAUSE_MARK, READY_MARK
-from planner.errors import UserError
 from planner.lattice import shapes as lattice_shapes
 from planner.plan import Plan
 
@@ -188,30 +194,30 @@ class Engine:
     def issue(self, batches: ReplicaBatches, hyper: HyperInputs, *, step: int = 0) -> IssuedStep:
         """Hands one step to the devices, all replicas at once, while the one before it may still run.
 
-        Until the micro-batches of the step before are done, the state before it is held, in case there was no room for
-        them. So this step's go first only where there is room for both states beside them; its update never does.
+        Until the micro-batches of a step are done, the state before it is held, in case there was no room for them.
+        Where devices have no room for two states beside micro-batches, the host waits for them instead and the update
+        is made in place: a new state elsewhere would besides cut up the room that they need.
 
         `step` is the number that a trace has of it.
 
         Raises:
           OutOfMemoryError: nothing of this step has happened; or of the one before, which `finish` then says again.
+          UserError: there was room for the micro-batches but not for an update in place.
         """
         with jax.profiler.StepTraceAnnotation(ISSUE_MARK, step_num=step):
             return self._issue(batches, hyper, step)
 
     def _issue(self, batches: ReplicaBatches, hyper: HyperInputs, step: int) -> IssuedStep:
-        issued_at = time.perf_counter()
-        runs = None if self._unsettled is None else self._issue_ahead(batches)
-        settling_at = time.perf_counter()
+        issued_at, settle_s = time.perf_counter(), 0.0
+        runs = None if self._before is None else self._issue_ahead(batches)
         if self._unsettled is not None:
-            self._await_micro_batches(self._unsettled)
-        settle_s = time.perf_counter() - settling_at
+            settle_s += _seconds(functools.partial(self._await_micro_batches, self._unsettled))
         if runs is None:
             runs = self._issue_micro_batches(batches)
-        before = self.state
-        with blaming(), jax.profiler.TraceAnnotation("gradient sum and update"):
-            state, norms = self.gradient_sum.step(before, [run.gradients for run in runs], hyper)
-            self.set_state(state)
+        before = self.state if self._has_room_for_two_states() else None
+        if before is None:
+            settle_s += _seconds(functools.partial(await_gradients, runs))
+        state, norms = self._update(runs, hyper, in_place=before is None)
         for run in runs:
             run.gradients.clear()
         ends = tuple(
@@ -234,11 +240,33 @@ class Engine:
         self._unsettled, self._before = issued, before
         return issued
 
+    def _has_room_for_two_states(self) -> bool:
+        """Beside the micro-batches of any compiled shape, whose gradient sums are there."""
+        return all(
+            has_room(replica, replica.training_shapes, beside=self._state_bytes, limit_bytes=self._memory_bytes)
+            for replica in self.replicas
+        )
+
+    @functools.cached_property
+    def _state_bytes(self) -> dict[Any, int]:
+        """By device; the same after every step."""
+        return bytes_by_device((self.state.tasks, self.state.alive))
+
+    def _update(self, runs: Sequence[ReplicaRun], hyper: HyperInputs, *, in_place: bool) -> tuple[AdapterState, Array]:
+        """Issues gradient sum, update and new adapters; the new state, and gradient norms [T]."""
+        gradients = [run.gradients for run in runs]
+        try:
+            with blaming(), jax.profiler.TraceAnnotation("gradient sum and update"):
+                state, norms = self.gradient_sum.step(self.state, gradients, hyper, in_place=in_place)
+                self.set_state(state)
+        except OutOfMemoryError as error:
+            if in_place:
+                raise no_room_for_update() from error
+            raise
+        return state, norms
+
     def _issue_ahead(self, batches: ReplicaBatches) -> tuple[ReplicaRun, ...] | None:
-        """Issues micro-batches while those of the step before run; None where there is no room for that."""
-        work = [(replica, {b.tokens.shape for b in own}) for replica, own in zip(self.replicas, batches, strict=True)]
-        if not all(has_room(replica, shapes, self._memory_bytes) for replica, shapes in work if shapes):
-            return None
+        """Issues micro-batches while those of the step before run; None where there was no room for that."""
         try:
             return self._issue_micro_batches(batches)
         except OutOfMemoryError:
@@ -255,7 +283,7 @@ class Engine:
             at_once(self._issuers, calls)
         except OutOfMemoryError as error:
             # What could not be issued may have lacked the results of an earlier micro-batch that had no room.
-            raise OutOfMemoryError(_failures(runs) or error.failures) from error
+            raise OutOfMemoryError(failures(runs) or error.failures) from error
         return runs
 
     def _await_micro_batches(self, step: IssuedStep) -> None:
@@ -283,12 +311,8 @@ class Engine:
             self.set_state(before)
             self.pause()
         elif is_last or self._unsettled is not None:
-            raise UserError(
-                "out of device memory at the update of adapters",
-                key="tasks",
-                expected="fewer tasks or lower ranks at a time; --resume goes on from the last checkpoint",
-            ) from error
-        raise OutOfMemoryError(_failures(step.runs)) from error
+            raise no_room_for_update() from error
+        raise OutOfMemoryError(failures(step.runs)) from error
 
     def finish(self, step: IssuedStep) -> StepResult:
         """Waits for a step; losses, norms and times.
@@ -364,17 +388,11 @@ class Engine:
         return total
 
 
-def _failures(runs: Sequence[ReplicaRun]) -> list[Failure]:
-    """Each replica's first action that had no room; what it issued afterwards failed for want of that one's results."""
-    failures = []
-    for index, run in enumerate(runs):
-        for item in run.issued:
-            try:
-                item.done.block_until_ready()
-            except jax.errors.JaxRuntimeError:
-                failures.append(Failure(replica=index, shape=item.shape))
-                break
-    return failures
+def _seconds(wait: Callable[[], None]) -> float:
+    """What it takes."""
+    start = time.perf_counter()
+    wait()
+    return time.perf_counter() - start
 
 
 def _await_each(done: list[Array]) -> list[float]:

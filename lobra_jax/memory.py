@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -21,10 +21,10 @@ def leaf_bytes(leaves: Any) -> int:
 
 def memory_bytes(replica: Replica, shape: Shape) -> int:
     """Bytes the fullest device of a replica needs at the peak of a step of such micro-batches, by XLA's analysis."""
-    return max(_stage_bytes(replica, shape))
+    return max(stage_bytes(replica, shape))
 
 
-def _stage_bytes(replica: Replica, shape: Shape) -> list[int]:
+def stage_bytes(replica: Replica, shape: Shape) -> list[int]:
     """Of a device of each stage.
 
     Weights, adapters, gradients and inputs (the arguments), outputs that alias none of them, temporaries, and the
@@ -49,24 +49,39 @@ def _program_bytes(m: Any) -> int:
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
 
-def has_room(replica: Replica, shapes: Collection[Shape], limit_bytes: int | None = None) -> bool:
+def has_room(
+    replica: Replica,
+    shapes: Collection[Shape],
+    *,
+    beside: Mapping[Any, int],
+    limit_bytes: int | None = None,
+) -> bool:
     """Whether every device of a replica has room for a step of such micro-batches beside all that it holds now.
 
     Args:
-      shapes: of the micro-batches, compiled.
+      shapes: of the micro-batches, compiled; the replica's gradient sums are there already.
+      beside: bytes by device of what there has to be room for as well.
       limit_bytes: what may be used of a device; None for all that it offers.
 
     Returns:
       True also where devices do not tell what they hold, as CPUs do not.
     """
-    free = [
-        min(free_bytes(device, limit_bytes) for device in stage.mesh.devices.flat) for stage in replica.submesh.stages
-    ]
+    stages = [list(stage.mesh.devices.flat) for stage in replica.submesh.stages]
+    free = [min(free_bytes(d, limit_bytes) - beside.get(d, 0) for d in devices) for devices in stages]
     if math.inf in free:
         return True
-    peaks = zip(*(_stage_bytes(replica, shape) for shape in shapes), strict=True)
-    held = [leaf_bytes(layout.params) + leaf_bytes(layout.adapters) for layout in replica.layouts]
+    peaks = zip(*(stage_bytes(replica, shape) for shape in shapes), strict=True)
+    held = [leaf_bytes(layout.params) + 2 * leaf_bytes(layout.adapters) for layout in replica.layouts]
     return all(max(own) - there <= room for own, there, room in zip(peaks, held, free, strict=True))
+
+
+def bytes_by_device(tree: Any) -> dict[Any, int]:
+    """What the arrays of a tree take of each device."""
+    total: dict[Any, int] = {}
+    for leaf in jax.tree.leaves(tree):
+        for shard in leaf.addressable_shards:
+            total[shard.device] = total.get(shard.device, 0) + shard.data.nbytes
+    return total
 
 
 def free_bytes(device: Any, limit_bytes: int | None = None) -> float:

@@ -124,6 +124,7 @@ _sum_packed = jax.jit(named(_sum_home, GRADIENT_SUM, "home"), static_argnums=2)
 _add_up = jax.jit(named(_add, GRADIENT_SUM, "add_norms"))
 _squared_norms = jax.jit(named(optim.squared_norms, GRADIENT_SUM, "norms"))
 _update = jax.jit(named(optim.update, UPDATE, "home"))
+_update_in_place = jax.jit(named(optim.update, UPDATE, "home"), donate_argnums=0)
 _pack_some = jax.jit(named(pack, UPDATE, "pack"), static_argnums=1)
 _init_moments = jax.jit(optim.init_state, static_argnums=(1, 2))
 
@@ -187,8 +188,15 @@ class GradientSum:
         return self.homes[int(layer) % len(self.homes)]
 
     def init(self, adapters: Adapters) -> AdapterState:
-        """Places fresh adapters (NumPy or arrays) on their homes, with zero moments."""
-        placed = {layer: jax.device_put(pairs, self.home_of(layer).sharding) for layer, pairs in adapters.items()}
+        """Places fresh adapters (NumPy or arrays) on their homes, with zero moments; no two parts share an array."""
+
+        def place() -> Adapters:
+            return {
+                layer: jax.device_put(pairs, self.home_of(layer).sharding, may_alias=False)
+                for layer, pairs in adapters.items()
+            }
+
+        placed = place()
         # Zeros depend on no argument's values, so XLA would leave them on the default device.
         moments = {
             layer: jax.device_put(_init_moments(pairs, self.num_tasks, self.optimizers), self.home_of(layer).sharding)
@@ -197,9 +205,9 @@ class GradientSum:
         return AdapterState(
             tasks=TaskState(
                 adapters=placed,
-                last_good=placed,
+                last_good=place(),
                 moments=moments,
-                averages=placed if self.averages else {layer: {} for layer in placed},
+                averages=place() if self.averages else {layer: {} for layer in placed},
             ),
             alive=jax.device_put(np.ones(self.num_tasks, bool), self.homes[0].sharding),
         )
@@ -226,9 +234,18 @@ class GradientSum:
         return own | route.distribute([jax.device_put(packed[layers], route.whole) for layers in route.layers])
 
     def step(
-        self, state: AdapterState, gradients: Sequence[Sequence[Adapters]], hyper: HyperInputs
+        self,
+        state: AdapterState,
+        gradients: Sequence[Sequence[Adapters]],
+        hyper: HyperInputs,
+        *,
+        in_place: bool = False,
     ) -> tuple[AdapterState, Array]:
-        """Sums [replica][stage] gradients and updates; returns the new state and gradient norms [T]."""
+        """Sums [replica][stage] gradients and updates; returns the new state and gradient norms [T].
+
+        With `in_place` the new state takes the arrays of the old, which is gone.
+        """
+        update = _update_in_place if in_place else _update
         arrived: dict[Home, list[tuple[Layers, Array | Adapters]]] = {home: [] for home in self.homes}
         for replica, stages in zip(self.replicas, gradients, strict=True):
             for stage, tree in enumerate(stages):
@@ -255,7 +272,7 @@ class GradientSum:
                 }
             )
             inputs = jax.device_put((hyper, squared_norm, state.alive), home.sharding)
-            part, norm, still_alive = _update(own, total, *inputs)
+            part, norm, still_alive = update(own, total, *inputs)
             parts.append(part)
             if home is self.homes[0]:
                 alive, first_norm = still_alive, norm

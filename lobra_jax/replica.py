@@ -211,6 +211,11 @@ class Replica:
         with self._lock:
             self._evaluation[shape] = programs
 
+    @property
+    def training_shapes(self) -> list[Shape]:
+        """Those that are compiled."""
+        return list(self._training)
+
     def training_programs(self, shape: Shape) -> tuple[StageProgram, ...]:
         """The compiled programs of a shape, by stage; KeyError unless compiled."""
         return self._training[shape]

@@ -243,8 +243,9 @@ def search_capacity(setup: Setup, config: ParallelConfig) -> Searched:
     bench = Bench(setup, config, copies=setup.share(config).copies)
     replica = bench.replicas[0]
     reserve = reserve_bytes(setup, replica)
-    if update_bytes(setup, replica) > setup.limit_bytes:
-        raise DoesNotFitError(f"the update alone needs {update_bytes(setup, replica):,} bytes of {setup.limit_bytes:,}")
+    if fixed_bytes(replica) + reserve > setup.limit_bytes:
+        needed = fixed_bytes(replica) + reserve
+        raise DoesNotFitError(f"weights, adapters and their state need {needed:,} bytes of {setup.limit_bytes:,}")
     capacity = find_capacity(
         bench.bytes,
         limit_bytes=setup.limit_bytes - reserve,
@@ -310,11 +311,6 @@ def reserve_bytes(setup: Setup, replica: Replica) -> int:
     kept = kept_bytes(setup, replica)
     stage_bytes = max(leaf_bytes(layout.adapters) for layout in replica.layouts)
     return kept - stage_bytes if len(setup.devices) == 1 else kept + 2 * stage_bytes
-
-
-def update_bytes(setup: Setup, replica: Replica) -> int:
-    """Bytes of a device at the update: weights, gradients, and what training keeps, before and after."""
-    return fixed_bytes(replica) + 2 * kept_bytes(setup, replica)
 
 
 def kept_bytes(setup: Setup, replica: Replica) -> int:

@@ -33,7 +33,7 @@ from planner.plan import ParallelConfig, Plan, ReplicaGroup
 from profiling.bench.ceiling import floor_flops, matmul_rate
 from profiling.bench.step_check import check
 from profiling.made_up import random_adapters, random_params
-from profiling.measure import Setup, kept_bytes, made_up_batch, reserve_bytes, update_bytes
+from profiling.measure import Setup, kept_bytes, made_up_batch, reserve_bytes
 from profiling.trace.summary import summarise
 
 NUM_WARM_UPS = 2
@@ -313,7 +313,7 @@ def predicted_bytes(case: Case, engine: Engine, devices: Sequence[Any]) -> int:
     peak = memory_bytes(replica, (case.rows, case.length)) + reserve_bytes(setup, replica)
     ahead = peak + kept_bytes(setup, replica)
     limit = (devices[0].memory_stats() or {}).get("bytes_limit", ahead)
-    return max(ahead if ahead <= limit else peak, update_bytes(setup, replica))
+    return ahead if ahead <= limit else peak
 
 
 def _base_loss_and_gradient(replica: Replica, params: Any, batch: BatchInputs) -> tuple[Any, Any]:

@@ -289,39 +289,84 @@ def test_a_run_without_room_goes_on_with_smaller_capacities(world, tmp_path, mon
     assert world.difference(adapter(tmp_path / "tight"), whole) < 1e-5
 
 
-def test_micro_batches_go_ahead_of_the_step_before_only_where_there_is_room_beside_what_devices_hold(
-    ready, monkeypatch
-):
-    engine, start, steps, states = ready
-    batches = steps[1][0]
-    for replica_, own in zip(engine.replicas, batches, strict=True):
-        shapes = {batch.tokens.shape for batch in own}
-        peaks = [memory.memory_bytes(replica_, shape) for shape in shapes]
-        for free, expected in ((max(peaks), True), (0, False), (-math.inf, False)):
+def test_there_is_room_where_a_step_fits_beside_what_devices_hold_and_shall_hold(ready, monkeypatch):
+    engine = ready[0]
+    for replica_ in engine.replicas:
+        shapes = replica_.training_shapes
+        stages = [list(stage.mesh.devices.flat) for stage in replica_.submesh.stages]
+        enough = max(memory.memory_bytes(replica_, shape) for shape in shapes)
+        needed = [
+            max(memory.stage_bytes(replica_, shape)[stage] for shape in shapes)
+            - memory.leaf_bytes(layout.params)
+            - 2 * memory.leaf_bytes(layout.adapters)
+            for stage, layout in enumerate(replica_.layouts)
+        ]
+        for free, beside, expected in (
+            (lambda stage, enough=enough: enough, 0, True),
+            (lambda stage, needed=needed: needed[stage], 0, True),
+            (lambda stage, needed=needed: needed[stage], 1, False),
+            (lambda stage, needed=needed: needed[stage] - (stage == 0), 0, False),
+            (lambda stage: math.inf, 10**18, True),
+        ):
+            by_device = {device: free(stage) for stage, devices in enumerate(stages) for device in devices}
             with monkeypatch.context() as patch:
-                patch.setattr(memory, "free_bytes", lambda device, limit, free=free: free)
-                assert memory.has_room(replica_, shapes) == expected
+                patch.setattr(memory, "free_bytes", lambda device, limit, by_device=by_device: by_device[device])
+                assert memory.has_room(replica_, shapes, beside=dict.fromkeys(by_device, beside)) == expected
+    held = memory.bytes_by_device(engine.state.tasks)
+    assert sum(held.values()) == sum(leaf.nbytes for leaf in jax.tree.leaves(engine.state.tasks))
 
+
+def test_micro_batches_go_ahead_of_the_step_before_where_there_is_room_for_both_states(ready, monkeypatch):
+    """Elsewhere a step waits for its own micro-batches, updates in place, and gives the same."""
+    engine, start, steps, states = ready
     order: list[str] = []
 
     def noted(name):
         method = getattr(engine, name)
-        return lambda *arguments: (order.append(name), method(*arguments))[1]
+        return lambda *arguments, **options: (order.append(name), method(*arguments, **options))[1]
 
-    issuing, awaiting = "_issue_micro_batches", "_await_micro_batches"
-    for has_room, expected_order in ((True, [issuing, awaiting]), (False, [awaiting, issuing])):
-        engine.set_state(start)
+    names = issuing, awaiting, updating = "_issue_micro_batches", "_await_micro_batches", "_update"
+    for has_room in (True, False):
+        engine.set_state(copy_of(start))
+        before = engine.state
         with monkeypatch.context() as patch:
-            patch.setattr(engine_module, "has_room", lambda *_, has_room=has_room: has_room)
+            patch.setattr(engine_module, "has_room", lambda *_, has_room=has_room, **__: has_room)
             first = engine.issue(*steps[0])
+            assert all(leaf.is_deleted() != has_room for leaf in jax.tree.leaves(before.tasks))
             order.clear()
-            for name in (issuing, awaiting):
+            for name in names:
                 patch.setattr(engine, name, noted(name))
             second = engine.issue(*steps[1])
-        assert order == expected_order
+        assert order == ([issuing, awaiting, updating] if has_room else [awaiting, issuing, updating])
         engine.finish(first)
         engine.finish(second)
         assert_same(engine.state, states[1])
+
+
+def test_a_step_without_room_leaves_the_engine_as_it_was_where_updates_are_in_place(ready, monkeypatch):
+    engine, start, steps, states = ready
+    engine.set_state(copy_of(start))
+    monkeypatch.setattr(engine_module, "has_room", lambda *_, **__: False)
+    first = engine.issue(*steps[0])
+    programs = dict(engine.replicas[0]._training)
+    fail_in(engine, 0, 0, "fused", later)
+    with pytest.raises(OutOfMemoryError) as raised:
+        engine.issue(*steps[1])
+    assert [failure.replica for failure in raised.value.failures] == [0]
+    engine.replicas[0]._training = programs
+    engine.finish(first)
+    assert_same(engine.state, states[0])
+    engine.finish(engine.issue(*steps[1]))
+    with monkeypatch.context() as patch:
+        patch.setattr(reduce, "_update_in_place", Once(reduce._update_in_place, now))
+        with pytest.raises(UserError, match="out of device memory at the update of adapters"):
+            engine.issue(*steps[2])
+
+
+def copy_of(state):
+    """Whose arrays may be given up: `start` is used by other tests."""
+    copies = jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding, may_alias=False), state.tasks)
+    return dataclasses.replace(state, tasks=copies)
 
 
 def test_a_step_that_finds_no_room_ahead_waits_for_the_one_before(ready, monkeypatch):

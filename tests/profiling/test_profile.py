@@ -162,7 +162,10 @@ def test_user_mistakes_are_one_line(config_file, tmp_path):
     good = ("--config", config_file, "--out", tmp_path / "costs.json", *SHAPES)
     for args, words in [
         ((*good, "--set", "devices.memory_bytes=null"), ["devices.memory_bytes", "4GiB"]),
-        ((*good, "--set", "devices.memory_bytes=1KiB"), ["devices.memory_bytes", "the update alone needs"]),
+        (
+            (*good, "--set", "devices.memory_bytes=1KiB"),
+            ["devices.memory_bytes", "and their state need"],
+        ),
         ((*good, "--set", "devices.simulated=3"), ["devices.simulated", "8 cpu devices"]),
         ((*good, "--set", "devices.simulated=null", "--set", "devices.num_devices=9"), ["num_devices", "at most 8"]),
         ((*good, "--configs", "4x1"), ["--configs", "4x1", "1x1"]),
