@@ -253,20 +253,16 @@ def run_case(case: Case, engine: Engine, params: Sequence[Any], *, steps: int) -
     """Places `params`, by replica, and random adapters; warms up and times.
 
     Returns:
-      (timed steps, seconds to issue one with idle devices).
+      (timed steps, median seconds that the host took to issue one).
     """
     for replica, own in zip(engine.replicas, params, strict=True):
         replica.params = own
     engine.set_state(engine.gradient_sum.init(random_adapters(engine.replicas[0], case.specs)))
     engine.warm_up()
     batches, hyper = case_inputs(case)
-    issue_s = []
     for _ in range(NUM_WARM_UPS):
-        start = time.perf_counter()
-        issued = engine.issue(batches, hyper)
-        issue_s.append(time.perf_counter() - start)
-        engine.finish(issued)
-    return _steps_of(engine, batches, hyper, steps), issue_s[-1]
+        engine.finish(engine.issue(batches, hyper))
+    return _steps_of(engine, batches, hyper, steps)
 
 
 def case_inputs(case: Case, micro_batches: int | None = None) -> tuple[ReplicaBatches, HyperInputs]:
@@ -284,15 +280,22 @@ def case_inputs(case: Case, micro_batches: int | None = None) -> tuple[ReplicaBa
     return [[batch] * (micro_batches or case.micro_batches)] * case.replicas, hyper
 
 
-def _steps_of(engine: Engine, batches: ReplicaBatches, hyper: HyperInputs, count: int) -> list[StepResult]:
-    """As a training loop runs them: a step is issued before the one before it is waited for."""
-    results, pending = [], engine.issue(batches, hyper, step=1)
-    for number in range(2, count + 1):
+def _steps_of(
+    engine: Engine, batches: ReplicaBatches, hyper: HyperInputs, count: int
+) -> tuple[list[StepResult], float]:
+    """As a training loop runs them: a step is issued before the one before it is waited for. As `run_case`."""
+    results, issue_s = [], []
+    pending = None
+    for number in range(1, count + 1):
+        start = time.perf_counter()
         following = engine.issue(batches, hyper, step=number)
-        results.append(engine.finish(pending))
+        issue_s.append(time.perf_counter() - start - following.settle_s)
+        if pending is not None:
+            results.append(engine.finish(pending))
         pending = following
+    assert pending is not None, "no step"
     results.append(engine.finish(pending))
-    return results
+    return results, statistics.median(issue_s)
 
 
 def _traced(case: Case, engine: Engine, folder: Path) -> dict[str, Any]:
