@@ -91,7 +91,8 @@ def run_profile(
 ) -> CostTable:
     """Measures, saves to `out` and prints; devices have been configured. Raises `UserError`."""
     from profiling.ahead import Searches
-    from profiling.measure import measure_step_overhead, search_capacity
+    from profiling.measure import search_capacity
+    from profiling.overhead import measure_step_overhead
     from profiling.table import load_partial, measure_all, partial_path
 
     started = time.perf_counter()

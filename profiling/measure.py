@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +22,7 @@ from lobra_jax.memory import leaf_bytes, memory_bytes
 from lobra_jax.mesh import make_submesh
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.weights import EMBEDDING_STD, WeightSource, weight_shapes
-from lobra_jax.optim import TaskOptimizer, init_state, step_inputs
-from lobra_jax.reduce import GradientSum
+from lobra_jax.optim import init_state
 from lobra_jax.replica import Replica, ReplicaRun
 from planner.cost import ConfigCost, CostPoint
 from planner.fit import MIN_POINTS_TO_HOLD_OUT, fit_coefficients, hold_out
@@ -36,8 +34,6 @@ from profiling.timing import slots, time_steps
 
 FILLER_SIZE = 65_521
 """Random numbers that made-up arrays repeat; a prime, so that rows of a matrix differ."""
-NUM_WARM_UPS = 2
-"""Updates before the timed ones: the first runs on the state as it was made, the second as updates leave it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -326,43 +322,3 @@ def _state_bytes(setup: Setup, pairs: Any) -> int:
     moments = jax.eval_shape(lambda pairs: init_state(pairs, setup.num_tasks, setup.optimizers), leaves)
     kept = [leaves, leaves, moments, leaves if setup.averages else {}]
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
-
-
-def measure_step_overhead(setup: Setup, config: ParallelConfig) -> float:
-    """Median seconds of gradient sum, update and new adapters, with replicas of `config` on all devices."""
-    g = config.num_devices
-    replicas = [
-        make_replica(setup, config, index, setup.devices[index * g : (index + 1) * g])
-        for index in range(len(setup.devices) // g)
-    ]
-    gradient_sum = GradientSum(
-        replicas, setup.model.num_layers, setup.num_tasks, setup.optimizers, averages=setup.averages
-    )
-    adapters: Adapters = {}
-    for replica in replicas[:1]:
-        for layout in replica.layouts:
-            adapters.update(jax.tree.map(lambda leaf: np.full(leaf.shape, 0.01, np.float32), layout.adapters))
-    state = gradient_sum.init(adapters)
-    tasks = [
-        TaskOptimizer(
-            learning_rates=np.full(1, 1e-4, np.float32),
-            weight_decay=0.0,
-            beta1=0.9,
-            beta2=0.999,
-            epsilon=1e-8,
-            clip_norm=1.0,
-            kind=setup.optimizers[task % len(setup.optimizers)],
-            rank=setup.rank,
-        )
-        for task in range(setup.num_tasks)
-    ]
-    hyper = step_inputs(tasks, [0] * setup.num_tasks)
-    gradients = [replica.zero_gradients() for replica in replicas]
-    jax.block_until_ready((gradients, gradient_sum.spread(state.adapters)))
-    readings: list[float] = []
-    for _ in range(NUM_WARM_UPS + setup.repeats):
-        start = time.perf_counter()
-        state, norms = gradient_sum.step(state, gradients, hyper)
-        jax.block_until_ready((norms, gradient_sum.spread(state.adapters)))
-        readings.append(time.perf_counter() - start)
-    return statistics.median(readings[NUM_WARM_UPS:])
