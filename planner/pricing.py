@@ -24,8 +24,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from planner.lattice import rows_for
-from planner.problem import PlanningProblem, UsableConfig
+from planner.cuts import Cut, SlotWorths
+from planner.patterns import Lattice, Pattern, Slots
+from planner.problem import PlanningProblem
 
 NUM_CELLS = 2048
 """Cells of time with which patterns are found: a chunk of slots is off by up to 1/4096 of T."""
@@ -48,38 +49,19 @@ EDGE = 1e-9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Pattern:
-    """What a replica of configs[config] may run: `rows` [J] sequences of each bucket at most, in `seconds`."""
-
-    config: int
-    rows: np.ndarray
-    seconds: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Slot:
-    """A kind of slot: `rows` sequences of `bucket` in `seconds`, at most `most` times; a remainder has `most` = 1."""
-
-    bucket: int
-    rows: int
-    seconds: float
-    most: int
-    is_remainder: bool
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Chunks:
-    """Steps of the dynamic programme, arrays [I]: take `rows` sequences of `bucket` in `seconds`, or not.
+    """Steps of the dynamic programme, arrays [I]: take `rows` sequences of `bucket` for `cells` of time, or not.
 
-    `cells` are the seconds in cells. Of the `joined` neighbours of one bucket at most one is taken. Where a chunk adds
-    to a smaller remainder, `slot_rows` and `slot_s` are of the whole slot, else those of the chunk; `is_remainder` says
-    which chunks build on one another.
+    A chunk is slot number `slot`, `times` times, less the smaller remainder `base` that it adds to (-1: none); `slot_s`
+    are its seconds with that. `is_remainder` says which chunks may build on one another. Of the `joined` neighbours of
+    one bucket at most one is taken.
     """
 
     bucket: np.ndarray
     rows: np.ndarray
-    seconds: np.ndarray
-    slot_rows: np.ndarray
+    slot: np.ndarray
+    times: np.ndarray
+    base: np.ndarray
     slot_s: np.ndarray
     is_remainder: np.ndarray
     joined: np.ndarray
@@ -95,44 +77,6 @@ class _Programme:
     ends_cells: np.ndarray
 
 
-def slots_of(usable: UsableConfig, counts: Sequence[int]) -> tuple[Slot, ...]:
-    """Every kind of slot that can serve part of the counts, buckets ascending."""
-    out = []
-    for bucket, count in enumerate(counts):
-        if count == 0 or not usable.fits(bucket):
-            continue
-        options, times = usable.rows[bucket], usable.slot_s[bucket]
-        num_full, rest = divmod(count, options[-1])
-        if num_full:
-            out.append(Slot(bucket=bucket, rows=options[-1], seconds=times[-1], most=num_full, is_remainder=False))
-        largest_rest = rest if num_full == 0 else options[-1] - 1
-        last = rows_for(largest_rest, options) if largest_rest else 0
-        for rows, seconds in zip(options, times, strict=True):
-            most_rows = min(rows, rest if rows == options[-1] else largest_rest)
-            if rows <= last and most_rows:
-                out.append(Slot(bucket=bucket, rows=most_rows, seconds=seconds, most=1, is_remainder=True))
-    return tuple(out)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Lattice:
-    """A config's row options [J, O], ascending, the last being `full` [J], and their seconds; 1 row in no time where a
-    bucket does not fit."""
-
-    full: np.ndarray
-    options: np.ndarray
-    slot_s: np.ndarray
-
-
-def lattice_of(usable: UsableConfig) -> Lattice:
-    """Its row options as arrays; where a bucket has fewer than others, the first is repeated."""
-    width = max(len(options) for options in usable.rows)
-    padded = [(options or (1,), times or (0.0,)) for options, times in zip(usable.rows, usable.slot_s, strict=True)]
-    rows = np.array([(options[0],) * (width - len(options)) + options for options, _ in padded])
-    slot_s = np.array([(times[0],) * (width - len(times)) + times for _, times in padded])
-    return Lattice(full=rows[:, -1], options=rows, slot_s=slot_s)
-
-
 class Pricer:
     """Prices the patterns of a problem's configs within `replica_s` seconds (step overhead excluded).
 
@@ -142,12 +86,13 @@ class Pricer:
     def __init__(
         self,
         problem: PlanningProblem,
-        slots: Sequence[Sequence[Slot]],
+        slots: Sequence[Slots],
         lattices: Sequence[Lattice],
         replica_s: float,
         *,
         num_cells: int = NUM_CELLS,
         proven: bool = False,
+        cuts: Sequence[Cut] = (),
     ) -> None:
         self.problem = problem
         self.replica_s = replica_s
@@ -157,46 +102,60 @@ class Pricer:
         self._slots = slots
         self._lattices = lattices
         self._programmes: dict[int, _Programme] = {}
+        self._cuts = list(cuts)
+        self._slot_worths: SlotWorths | None = None
         self._classes(slots)
 
-    def _classes(self, slots: Sequence[Sequence[Slot]]) -> None:
+    def _classes(self, slots: Sequence[Slots]) -> None:
         """Fills the arrays of the fractional bound over classes (config, largest slot) q.
 
-        `_class_config` [Q], `_room` [Q] seconds for slots, `_rate` [Q, J] most sequences a second, `_all_s` [Q, J]
-        seconds for all N_j.
+        `_class_config` [Q], `_class_end` [Q] position of the largest slot in its config's `order`, `_room` [Q] seconds
+        for slots, `_rate` [Q, J] most sequences a second, `_all_s` [Q, J] seconds for all N_j.
         """
-        configs, rooms, per_row = [], [], []
         num_buckets = len(self.problem.counts)
+        configs, ends, rooms, per_row = [], [], [np.zeros(0)], [np.zeros((0, num_buckets))]
         for index, mine in enumerate(slots):
-            usable = self.problem.configs[index]
-            bubbles = usable.config.pp - 1
-            left_s = (self.replica_s - usable.cost.fixed_s) * (1 + EDGE)
-            fitting = sorted((s for s in mine if s.seconds * (1 + bubbles) <= left_s), key=lambda s: s.seconds)
-            best = np.full(num_buckets, np.inf)
-            for position, slot in enumerate(fitting):
-                best[slot.bucket] = min(best[slot.bucket], slot.seconds / slot.rows)
-                is_last = position + 1 == len(fitting)
-                if is_last or (bubbles and fitting[position + 1].seconds > slot.seconds):
-                    configs.append(index)
-                    rooms.append(left_s - bubbles * slot.seconds if bubbles else left_s)
-                    per_row.append(best.copy())
-        self._class_config = np.array(configs, dtype=np.int64)
-        self._room = np.array(rooms)
-        per_row_s = np.array(per_row).reshape(-1, num_buckets)
+            bubbles = self.problem.configs[index].config.pp - 1
+            left_s = self._left_s(index)
+            seconds = mine.seconds[mine.order]
+            fitting = int(np.searchsorted(seconds * (1 + bubbles), left_s, side="right"))
+            if not fitting:
+                continue
+            largest = np.array([fitting - 1])
+            if bubbles:
+                largest = np.flatnonzero(np.append(seconds[1:fitting] > seconds[: fitting - 1], True))
+            configs += [index] * len(largest)
+            ends += largest.tolist()
+            rooms.append(left_s - bubbles * seconds[largest])
+            per_row.append(mine.per_row_s[largest])
+        self._class_config, self._class_end = np.array(configs, dtype=np.int64), np.array(ends, dtype=np.int64)
+        self._room = np.concatenate(rooms)
+        per_row_s = np.concatenate(per_row)
         self._rate = 1 / per_row_s  # 0 where the bucket does not fit
         self._all_s = np.where(np.isfinite(per_row_s), per_row_s, 0.0) * np.array(self.problem.counts)
+
+    def _left_s(self, config: int) -> float:
+        return (self.replica_s - self.problem.configs[config].cost.fixed_s) * (1 + EDGE)
+
+    def add(self, cuts: Sequence[Cut]) -> None:
+        """Prices are of these cuts too from now on."""
+        self._cuts += cuts
+        if self._slot_worths is not None:
+            self._slot_worths.add(cuts)
 
     @property
     def can_serve(self) -> np.ndarray:
         """[J] whether some replica can serve a sequence of each bucket within the time."""
         return (self._rate > 0).any(axis=0)
 
-    def fractional(self, prices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """([Q] bound of each class without whole slots, [Q] worth of its last second)."""
-        ratio = prices * self._rate
+    def _fractional(self, ratio: np.ndarray, all_s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """([Q] bound of each class without whole slots, [Q] worth of its last second).
+
+        `ratio` [Q, J] is the most that a second on each bucket is worth, `all_s` [Q, J] for how many seconds.
+        """
         order = np.argsort(-ratio, axis=1)
         ratio = np.take_along_axis(ratio, order, axis=1)
-        seconds = np.take_along_axis(self._all_s, order, axis=1)
+        seconds = np.take_along_axis(all_s, order, axis=1)
         used = np.minimum(np.cumsum(seconds, axis=1), self._room[:, None])
         taken = np.diff(used, axis=1, prepend=0.0)
         full = used[:, -1] >= self._room * (1 - EDGE)
@@ -209,11 +168,20 @@ class Pricer:
         """(z [C], patterns worth more than enough[c]).
 
         Args:
-          prices: [J] pi >= 0.
+          prices: [J] pi >= 0, and after them those of cuts, of the first ones at least.
           enough: [C] where the worth is at most this, z may be this.
           most: run the dynamic programme for so many configs only, those whose bound promises most for a device.
         """
-        bound, last = self.fractional(prices)
+        num_buckets = len(self.problem.counts)
+        worths = None
+        if prices[num_buckets:].any():
+            if self._slot_worths is None:
+                self._slot_worths = SlotWorths(self._slots, num_buckets)
+                self._slot_worths.add(self._cuts)
+            worths = self._slot_worths.at(prices)
+            bound, last = self._fractional(*self._slot_worths.seconds(worths, self._class_config, self._class_end))
+        else:
+            bound, last = self._fractional(prices[:num_buckets] * self._rate, self._all_s)
         z = np.zeros(len(self.problem.configs))
         np.maximum.at(z, self._class_config, bound)
         found = []
@@ -223,27 +191,31 @@ class Pricer:
             chosen = chosen[np.argsort(-promise)[:most]]
         for config in chosen.tolist():
             mine = np.flatnonzero((self._class_config == config) & (bound > enough[config]))
-            worth, pattern = self._solve(config, prices, bound[mine] - enough[config], last[mine])
+            slots = self._slots[config]
+            own = prices[slots.bucket] * slots.rows if worths is None else worths[config, : len(slots)]
+            worth, pattern = self._solve(config, prices, own, bound[mine] - enough[config], last[mine])
             z[config] = min(z[config], max(worth, enough[config]))
             if worth > enough[config]:
                 found.append(pattern)
         return z, found
 
-    def _solve(self, config: int, prices: np.ndarray, excess: np.ndarray, last: np.ndarray) -> tuple[float, Pattern]:
+    def _solve(
+        self, config: int, prices: np.ndarray, slot_worth: np.ndarray, excess: np.ndarray, last: np.ndarray
+    ) -> tuple[float, Pattern]:
         """The best pattern by the dynamic programme, without chunks that no pattern of worth over `enough` uses.
 
         A chunk of worth v and t seconds in a class whose last second is worth r loses r t - v against the fractional
-        bound, which is `excess` above what is enough.
+        bound, which is `excess` above what is enough. `slot_worth` [S] is what each of the config's slots is worth.
         """
         programme = self._programmes.get(config)
         if programme is None:
             programme = self._programmes[config] = self._programme(config)
         chunks = programme.chunks
-        worth = prices[chunks.bucket] * chunks.rows
-        slot_worth = prices[chunks.bucket] * chunks.slot_rows
-        useful = ((excess[:, None] - last[:, None] * chunks.slot_s + slot_worth > 0).any(axis=0)) & (worth > 0)
+        own = chunks.times * slot_worth[chunks.slot]
+        worth = own - np.append(slot_worth, 0.0)[chunks.base]
+        useful = ((excess[:, None] - last[:, None] * chunks.slot_s + own > 0).any(axis=0)) & (worth > 0)
         if self.problem.configs[config].config.pp > 1:
-            largest = np.full(len(prices), -1)  # the last useful remainder of each bucket needs the smaller ones
+            largest = np.full(len(self.problem.counts), -1)  # the last useful remainder needs the smaller ones
             at = np.flatnonzero(useful & chunks.is_remainder)
             np.maximum.at(largest, chunks.bucket[at], at)
             useful |= chunks.is_remainder & (np.arange(len(useful)) <= largest[chunks.bucket]) & (worth > 0)
@@ -269,7 +241,7 @@ class Pricer:
         rows = self._traced(chunks, kept, table, follows, int(ends[best]), int(programme.ends_cells[best]))
         seconds = self._seconds(config, rows)
         if self.problem.configs[config].config.pp > 1 and not self.proven and seconds > self.replica_s * LONGER:
-            rows, seconds = self._without_loose(config, rows, prices)
+            rows, seconds = self._without_loose(config, rows, prices[: len(rows)])
         return float(worths[best]), Pattern(config=config, rows=rows, seconds=seconds)
 
     def _seconds(self, config: int, rows: np.ndarray) -> float:
@@ -297,43 +269,46 @@ class Pricer:
         return rows + rest, seconds
 
     def _programme(self, config: int) -> _Programme:
-        usable = self.problem.configs[config]
-        bubbles = usable.config.pp - 1
-        left_s = (self.replica_s - usable.cost.fixed_s) * (1 + EDGE)
-        fitting = [slot for slot in self._slots[config] if slot.seconds * (1 + bubbles) <= left_s]
-        cell_s = (left_s - bubbles * min(slot.seconds for slot in fitting)) / self._num_cells
-        if bubbles:
-            fitting.sort(key=lambda slot: slot.seconds)
-        chunks: list[tuple[int, int, float, int, float, bool]] = []
+        bubbles = self.problem.configs[config].config.pp - 1
+        left_s, slots = self._left_s(config), self._slots[config]
+        fits = slots.seconds * (1 + bubbles) <= left_s
+        cell_s = (left_s - bubbles * float(slots.seconds[fits].min())) / self._num_cells
+        order = slots.order[fits[slots.order]] if bubbles else np.flatnonzero(fits)
+        chunks: list[tuple[int, int, int, float, float]] = []
         ends = []
-        smaller: dict[int, tuple[int, float]] = {}
-        for slot in fitting:
-            room_s = left_s - bubbles * slot.seconds
-            if slot.is_remainder and bubbles:
-                rows, seconds = smaller.get(slot.bucket, (0, 0.0))
-                if slot.seconds - seconds < STEEP * (slot.rows - rows) * slot.seconds / slot.rows:
-                    rows, seconds = 0, 0.0
-                smaller[slot.bucket] = (slot.rows, slot.seconds)
-                chunks.append((slot.bucket, slot.rows - rows, slot.seconds - seconds, slot.rows, slot.seconds, True))
+        smaller: dict[int, int] = {}
+        bucket, rows, seconds, most = (x.tolist() for x in (slots.bucket, slots.rows, slots.seconds, slots.most))
+        for slot in order.tolist():
+            room_s = left_s - bubbles * seconds[slot]
+            if slots.is_remainder[slot] and bubbles:
+                base = smaller.get(bucket[slot], -1)
+                added_s, added = seconds[slot], rows[slot]
+                if base >= 0:
+                    added_s, added = added_s - seconds[base], added - rows[base]
+                if base >= 0 and added_s < STEEP * added * seconds[slot] / rows[slot]:
+                    base, added_s = -1, seconds[slot]
+                smaller[bucket[slot]] = slot
+                chunks.append((slot, 1, base, added_s, seconds[slot]))
             else:
                 chunks += [
-                    (slot.bucket, n * slot.rows, n * slot.seconds, n * slot.rows, n * slot.seconds, slot.is_remainder)
-                    for n in _chunk_sizes(slot, room_s)
+                    (slot, n, -1, n * seconds[slot], n * seconds[slot])
+                    for n in _chunk_sizes(min(most[slot], int(room_s / seconds[slot])))
                 ]
             ends.append((len(chunks), int(room_s / cell_s)))
         if not bubbles:
             ends = ends[-1:]
-        bucket, rows, seconds, slot_rows, slot_s, is_remainder = (np.array(c) for c in zip(*chunks, strict=True))
+        which, times, base, chunk_s, slot_s = (np.array(c) for c in zip(*chunks, strict=True))
         return _Programme(
             chunks=_Chunks(
-                bucket=bucket,
-                rows=rows,
-                seconds=seconds,
-                slot_rows=slot_rows,
+                bucket=slots.bucket[which],
+                rows=times * slots.rows[which] - np.append(slots.rows, 0)[base],
+                slot=which,
+                times=times,
+                base=base,
                 slot_s=slot_s,
-                is_remainder=is_remainder,
-                joined=is_remainder & (bubbles == 0),
-                cells=np.floor(seconds / cell_s + self._round_up).astype(np.int64),
+                is_remainder=slots.is_remainder[which],
+                joined=slots.is_remainder[which] & (bubbles == 0),
+                cells=np.floor(chunk_s / cell_s + self._round_up).astype(np.int64),
             ),
             ends_at=np.array([end[0] for end in ends]),
             ends_cells=np.array([end[1] for end in ends]),
@@ -358,11 +333,10 @@ class Pricer:
         return rows
 
 
-def _chunk_sizes(slot: Slot, room_s: float) -> list[int]:
-    """1, 2, 4, ... and a rest that add up to as many of a slot as there may be in `room_s`."""
+def _chunk_sizes(most: int) -> list[int]:
+    """1, 2, 4, ... and a rest that add up to `most`."""
     out = []
-    left = min(slot.most, int(room_s / slot.seconds))
-    while left > 0:
-        out.append(min(2 ** len(out), left))
-        left -= out[-1]
+    while most > 0:
+        out.append(min(2 ** len(out), most))
+        most -= out[-1]
     return out

@@ -24,8 +24,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from planner import balance
+from planner.cuts import Cut, violated
 from planner.master import Master, MasterSolution
-from planner.pricing import NUM_CELLS, NUM_COARSE_CELLS, Pattern, Pricer, lattice_of, slots_of
+from planner.patterns import Pattern, lattice_of, slots_of
+from planner.pricing import NUM_CELLS, NUM_COARSE_CELLS, Pricer
 from planner.problem import PlanningProblem
 
 WORTHWHILE = 3e-4
@@ -99,6 +101,7 @@ class Relaxation:
         self.slots = [slots_of(usable, problem.counts) for usable in problem.configs]
         self.lattices = [lattice_of(usable) for usable in problem.configs]
         self.pool: list[Pattern] = []
+        self.cuts: list[Cut] = []
         self.prices = self._first_prices()
         self.num_rounds = 0
 
@@ -127,8 +130,16 @@ class Relaxation:
         self.num_rounds += 1
         is_free = (self.lower == 0) & ~self.fits_longest
         enough = np.where(is_free, CHEAP * self.devices / self.problem.num_devices, 0.0)
-        worth, _ = Pricer(self.problem, self.slots, self.lattices, replica_s, proven=True).price(prices, enough)
+        pricer = Pricer(self.problem, self.slots, self.lattices, replica_s, proven=True, cuts=self.cuts)
+        worth, _ = pricer.price(prices, enough)
         return self.most_served(worth) < 1 - STRICT
+
+    def worth(self, pattern: Pattern, prices: np.ndarray) -> float:
+        """What a pattern is worth at prices [J + K] of sequences and the first K cuts."""
+        num_buckets, full = len(pattern.rows), self.lattices[pattern.config].full
+        of_cuts = zip(self.cuts, prices[num_buckets:].tolist(), strict=False)
+        adds = sum(price * cut.of_pattern(pattern.rows, full) for cut, price in of_cuts if price > 0)
+        return float(pattern.rows @ prices[:num_buckets]) + adds
 
 
 class Level:
@@ -141,9 +152,15 @@ class Level:
         self.replica_s = replica_s
         self.proven = proven
         self.pricer = Pricer(
-            relaxation.problem, relaxation.slots, relaxation.lattices, replica_s, num_cells=num_cells, proven=proven
+            relaxation.problem,
+            relaxation.slots,
+            relaxation.lattices,
+            replica_s,
+            num_cells=num_cells,
+            proven=proven,
         )
-        self.master = Master(relaxation.problem, relaxation.lower, relaxation.upper)
+        self.master = Master(relaxation.problem, relaxation.lower, relaxation.upper, relaxation.lattices)
+        self._num_cuts = 0
         self.master.add([pattern for pattern in relaxation.pool if pattern.seconds <= replica_s * (1 + SURPLUS)])
         self.worths: list[np.ndarray] = []
         self._known = {(pattern.config, pattern.rows.tobytes()) for pattern in self.patterns}
@@ -153,41 +170,77 @@ class Level:
         return self.master.patterns
 
     def solve(
-        self, *, replica_counts: Sequence[int] | None = None, decide: bool = False, deadline: float = math.inf
+        self,
+        *,
+        replica_counts: Sequence[int] | None = None,
+        decide: bool = False,
+        cutting: bool = False,
+        deadline: float = math.inf,
     ) -> Answer:
         """Finds patterns until none is worthwhile, or the deadline.
 
         Args:
           replica_counts: [C] where these are given; by default they are free within the problem's bounds.
           decide: end as soon as it is known whether the share is below 1 or not.
+          cutting: add cuts that the patterns' use violates, and go on.
         """
         relaxation = self.relaxation
         if replica_counts is None:
             self.master.fix(relaxation.lower, relaxation.upper)
         else:
             self.master.fix(replica_counts, replica_counts)
+        self._add_cuts()
         served = np.array(relaxation.problem.counts) > 0
         if not self.pricer.can_serve[served].all():
             return Answer(bound=0.0, prices=relaxation.prices, solution=None)
-        best = Answer(bound=math.inf, prices=relaxation.prices, solution=None)
         solution = self.master.solve() if self.patterns else None
-        thorough = False  # the master's own prices, all configs
-        while not (decide and (best.bound < 1 - STRICT or best.scale >= 1)) and time.perf_counter() < deadline:
+        best = Answer(bound=math.inf, prices=relaxation.prices, solution=solution)
+        thorough = done = False  # thorough: the master's own prices, all configs
+        while not (decide and best.bound < 1 - STRICT) and time.perf_counter() < deadline:
+            if done or (decide and best.scale >= 1):
+                if not (cutting and self._cut(solution)):
+                    break
+                thorough = done = False
+                solution = self.master.solve()
+                best = dataclasses.replace(best, solution=solution)
+                continue
             if solution is None:
                 prices = relaxation.prices
             else:
                 smoothing = 0.0 if thorough else SMOOTHING
-                prices = smoothing * best.prices + (1 - smoothing) * solution.prices
+                prices = (1 - smoothing) * solution.prices
+                prices[: len(best.prices)] += smoothing * best.prices
             added, bound = self._round(prices, solution, replica_counts, thorough or self.proven)
             if bound < best.bound:
                 best = dataclasses.replace(best, bound=bound, prices=prices)
-            if thorough and not added:
-                break
-            thorough = not added
-            solution = self.master.solve()
-            best = dataclasses.replace(best, solution=solution)
+            done, thorough = thorough and not added, not added
+            if not done:
+                solution = self.master.solve()
+                best = dataclasses.replace(best, solution=solution)
         relaxation.prices = best.prices
         return best
+
+    def _cut(self, solution: MasterSolution) -> bool:
+        """Adds cuts that the use of patterns violates; whether there are any."""
+        relaxation = self.relaxation
+        new = violated(
+            relaxation.problem.counts,
+            relaxation.lattices,
+            self.patterns,
+            solution.uses,
+            solution.scale,
+            relaxation.cuts,
+        )
+        relaxation.cuts += new
+        self._add_cuts()
+        return bool(new)
+
+    def _add_cuts(self) -> None:
+        """Adds the relaxation's cuts that this level does not have yet."""
+        new = self.relaxation.cuts[self._num_cuts :]
+        self.master.add_cuts(new)
+        self.pricer.add(new)
+        self._num_cuts += len(new)
 
     def _round(
         self,
@@ -209,7 +262,7 @@ class Level:
         worth, found = self.pricer.price(prices, enough, most=most)
         self.worths.append(worth)
         if solution is not None:
-            found = [pattern for pattern in found if pattern.rows @ solution.prices > charges[pattern.config]]
+            found = [p for p in found if relaxation.worth(p, solution.prices) > charges[p.config]]
         found = [pattern for pattern in found if (pattern.config, pattern.rows.tobytes()) not in self._known]
         self._known.update((pattern.config, pattern.rows.tobytes()) for pattern in found)
         self.master.add(found)

@@ -17,7 +17,8 @@ import numpy as np
 from planner import balance, balance_model, prices
 from planner.balance import Share
 from planner.master import Master
-from planner.pricing import Lattice, Pattern, Pricer, lattice_of, slots_of
+from planner.patterns import Lattice, Pattern, lattice_of, slots_of
+from planner.pricing import Pricer
 from planner.problem import PlanningProblem, UsableConfig
 from planner.relaxation import STRICT, SURPLUS, WORTHWHILE
 from planner.repair import repair
@@ -135,9 +136,10 @@ def _hand_out(
         for (config, rows), seconds in distinct.items()
         if any(rows)
     ]
-    slots = [slots_of(u, problem.counts) if n else () for u, n in zip(problem.configs, upper, strict=True)]
+    nothing = (0,) * len(problem.counts)
+    slots = [slots_of(u, problem.counts if n else nothing) for u, n in zip(problem.configs, upper, strict=True)]
     pricer = Pricer(problem, slots, lattices, replica_s)
-    master = Master(problem, lower, upper, needs_longest=cover is not None, thrift=THRIFT)
+    master = Master(problem, lower, upper, lattices, needs_longest=cover is not None, thrift=THRIFT)
     master.add(pool)
     if not pool:
         found = pricer.price(np.ones(len(left)), np.zeros(len(upper)))[1]

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from planner.cost import ConfigCost, CostTable
 from planner.plan import ParallelConfig
-from planner.pricing import Pricer, lattice_of, slots_of
+from planner.patterns import lattice_of, slots_of
+from planner.pricing import Pricer
 from planner.problem import build_problem
 from planner.relaxation import Level, Relaxation, bracket, least_conceivable_s
 from planner.workload import TaskLengths, Workload
