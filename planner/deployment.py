@@ -164,6 +164,9 @@ def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
     _prove(search, low_s, prices)
     if np.isfinite(high_s):
         _search(search, DIVES)
+    _tighten(search)
+    if np.isfinite(high_s):
+        _search(search, DIVES)
     if search.best is None:
         fallback = settle(problem, homogeneous(problem), deadline=search.deadline)
         search.offer(fallback.replica_counts, fallback.max_s)
@@ -299,6 +302,16 @@ def _prove(search: _Search, low_s: float, prices: np.ndarray) -> None:
             return
 
 
+def _tighten(search: _Search) -> None:
+    """A better bound with cuts."""
+    if search.is_done():
+        return
+    low_s, prices, _ = bracket(
+        search.relaxation, search.deadline, low_s=search.bound_s, first_s=search.trial_s(), cutting=True
+    )
+    _prove(search, low_s, prices)
+
+
 def _close(search: _Search, *, most_settled: int) -> None:
     """Step 4, until so many replica counts have been settled."""
     problem, relaxation = search.problem, search.relaxation
@@ -308,7 +321,7 @@ def _close(search: _Search, *, most_settled: int) -> None:
         trial_s = search.trial_s()
         if level is None or trial_s < level.replica_s:
             level = Level(relaxation, trial_s, proven=True)
-            if level.solve(decide=True, deadline=search.deadline).bound < 1 - CERTAIN:
+            if level.solve(decide=True, cutting=True, deadline=search.deadline).bound < 1 - CERTAIN:
                 search.bound_s = max(search.bound_s, trial_s)
                 return
         chosen = choice.from_worths(relaxation, level.worths, ruled_out=tuple(settled), time_limit_s=search.left_s())
@@ -319,7 +332,7 @@ def _close(search: _Search, *, most_settled: int) -> None:
             return
         if chosen.replica_counts is None or len(settled) >= most_settled:
             return
-        served = level.solve(replica_counts=chosen.replica_counts, decide=True, deadline=search.deadline)
+        served = level.solve(replica_counts=chosen.replica_counts, decide=True, cutting=True, deadline=search.deadline)
         if served.bound < 1 - CERTAIN:
             continue
         start = _dive(search, chosen.replica_counts, chosen.replica_counts, trial_s)

@@ -37,40 +37,34 @@ NUM_COARSE_CELLS = 1024
 NUM_PROVEN_CELLS = 8192
 """Cells of a proven pricer: a chunk of slots is priced as if it were up to 1/8192 of T shorter."""
 
-STEEP = 0.9
-"""A remainder of a pipeline counts as an addition to the next smaller one if that costs this share of its own price of
-a row at the least: a cheaper addition, taken alone, would make the bound worse than two remainders side by side."""
-
-LONGER = 1.002
-"""A pipeline's pattern may take this many times as long as T: cells are no finer."""
-
 EDGE = 1e-9
 """Relative room given to every comparison of seconds, so that rounding never cuts a true pattern off."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Chunks:
-    """Steps of the dynamic programme, arrays [I]: take `rows` sequences of `bucket` for `cells` of time, or not.
+    """Steps of the dynamic programme, arrays [I]: take slot number `slot` `times` times, for `cells` of time, or not.
 
-    A chunk is slot number `slot`, `times` times, less the smaller remainder `base` that it adds to (-1: none); `slot_s`
-    are its seconds with that. `is_remainder` says which chunks may build on one another. Of the `joined` neighbours of
-    one bucket at most one is taken.
+    `seconds` are those of all its slots.
     """
 
-    bucket: np.ndarray
-    rows: np.ndarray
     slot: np.ndarray
     times: np.ndarray
-    base: np.ndarray
-    slot_s: np.ndarray
-    is_remainder: np.ndarray
-    joined: np.ndarray
     cells: np.ndarray
+    seconds: np.ndarray
+
+    def __getitem__(self, which: np.ndarray) -> _Chunks:
+        return _Chunks(
+            slot=self.slot[which], times=self.times[which], cells=self.cells[which], seconds=self.seconds[which]
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Programme:
-    """The steps for one config at one T; each end is a largest slot: how many steps, cells for slots."""
+    """The steps for one config at one T, by increasing seconds of their slots.
+
+    `ends_at` [E] and `ends_cells` [E]: for each largest slot, how many steps, and cells for slots.
+    """
 
     chunks: _Chunks
     ends_at: np.ndarray
@@ -190,59 +184,89 @@ class Pricer:
             promise = (z - enough)[chosen] / np.array([self.problem.configs[c].num_devices for c in chosen])
             chosen = chosen[np.argsort(-promise)[:most]]
         for config in chosen.tolist():
-            mine = np.flatnonzero((self._class_config == config) & (bound > enough[config]))
+            mine = slice(*np.searchsorted(self._class_config, [config, config + 1]))
             slots = self._slots[config]
             own = prices[slots.bucket] * slots.rows if worths is None else worths[config, : len(slots)]
-            worth, pattern = self._solve(config, prices, own, bound[mine] - enough[config], last[mine])
+            worth, pattern = self._solve(config, own, bound[mine], last[mine], float(enough[config]))
             z[config] = min(z[config], max(worth, enough[config]))
-            if worth > enough[config]:
+            if pattern is not None:
                 found.append(pattern)
         return z, found
 
     def _solve(
-        self, config: int, prices: np.ndarray, slot_worth: np.ndarray, excess: np.ndarray, last: np.ndarray
-    ) -> tuple[float, Pattern]:
-        """The best pattern by the dynamic programme, without chunks that no pattern of worth over `enough` uses.
+        self, config: int, slot_worth: np.ndarray, bound: np.ndarray, last: np.ndarray, enough: float
+    ) -> tuple[float, Pattern | None]:
+        """(a bound on every pattern's worth, or `enough`; the best pattern found if it is worth more than `enough`).
 
-        A chunk of worth v and t seconds in a class whose last second is worth r loses r t - v against the fractional
-        bound, which is `excess` above what is enough. `slot_worth` [S] is what each of the config's slots is worth.
+        `slot_worth` [S] is what each of the config's slots is worth; `bound` [E] and `last` [E] are what `_fractional`
+        says of its classes. One pass over all classes lets a bucket have several remainders; those that it leaves
+        above `enough` are looked at alone, best first, until the best is known.
         """
         programme = self._programmes.get(config)
         if programme is None:
             programme = self._programmes[config] = self._programme(config)
+        if len(bound) == 1:
+            return self._exact(config, programme, slot_worth, 0, bound, last, enough)
         chunks = programme.chunks
-        own = chunks.times * slot_worth[chunks.slot]
-        worth = own - np.append(slot_worth, 0.0)[chunks.base]
-        useful = ((excess[:, None] - last[:, None] * chunks.slot_s + own > 0).any(axis=0)) & (worth > 0)
-        if self.problem.configs[config].config.pp > 1:
-            largest = np.full(len(self.problem.counts), -1)  # the last useful remainder needs the smaller ones
-            at = np.flatnonzero(useful & chunks.is_remainder)
-            np.maximum.at(largest, chunks.bucket[at], at)
-            useful |= chunks.is_remainder & (np.arange(len(useful)) <= largest[chunks.bucket]) & (worth > 0)
-        kept = np.flatnonzero(useful)
-        table = np.empty((len(kept) + 1, self._num_cells + 1))
-        table[0] = 0.0
-        spare = np.empty(self._num_cells + 1)
-        size = self._num_cells + 1
+        worth = chunks.times * slot_worth[chunks.slot]
+        kept = np.flatnonzero((_loss(chunks, worth, bound - enough, last) < 0).any(axis=0))
+        table = self._table(chunks[kept], worth[kept], np.zeros(len(kept), dtype=bool))
+        relaxed = np.minimum(table[np.searchsorted(kept, programme.ends_at), programme.ends_cells], bound)
+        best, pattern = enough, None
+        for end in np.argsort(-relaxed).tolist():
+            if relaxed[end] <= best:
+                break
+            value, found = self._exact(config, programme, slot_worth, end, bound, last, best)
+            if found is not None:
+                best, pattern = value, found
+        return best, pattern
+
+    def _exact(
+        self,
+        config: int,
+        programme: _Programme,
+        slot_worth: np.ndarray,
+        end: int,
+        bound: np.ndarray,
+        last: np.ndarray,
+        enough: float,
+    ) -> tuple[float, Pattern | None]:
+        """The best pattern of one class: buckets one after the other, of the remainders of each at most one."""
+        slots = self._slots[config]
+        chunks = programme.chunks[np.arange(programme.ends_at[end])]
+        worth = chunks.times * slot_worth[chunks.slot]
+        kept = np.flatnonzero(_loss(chunks, worth, bound[end : end + 1] - enough, last[end : end + 1])[0] < 0)
+        is_rest = slots.is_remainder[chunks.slot[kept]]
+        order = np.lexsort((is_rest, slots.bucket[chunks.slot[kept]]))
+        chunks, worth, is_rest = chunks[kept[order]], worth[kept[order]], is_rest[order]
+        bucket = slots.bucket[chunks.slot]
         follows = np.zeros(len(kept), dtype=bool)  # a remainder after another one of the same bucket
-        follows[1:] = (chunks.joined[kept[1:]] & chunks.joined[kept[:-1]]) & (
-            chunks.bucket[kept[1:]] == chunks.bucket[kept[:-1]]
-        )
+        follows[1:] = is_rest[1:] & is_rest[:-1] & (bucket[1:] == bucket[:-1])
+        table = self._table(chunks, worth, follows)
+        cells = int(programme.ends_cells[end])
+        best = float(table[-1, cells])
+        if best <= enough:
+            return enough, None
+        rows = self._traced(slots, chunks, table, follows, cells)
+        return best, Pattern(config=config, rows=rows, seconds=self._seconds(config, rows))
+
+    def _table(self, chunks: _Chunks, worth: np.ndarray, follows: np.ndarray) -> np.ndarray:
+        """[I + 1, cells + 1] most that the first i steps are worth in so many cells.
+
+        A step that `follows` is taken instead of the one before it, not with it.
+        """
+        size = self._num_cells + 1
+        table = np.empty((len(worth) + 1, size))
+        table[0] = 0.0
+        spare = np.empty(size)
         base = 0
-        steps = zip(chunks.cells[kept].tolist(), worth[kept].tolist(), follows.tolist(), strict=True)
+        steps = zip(chunks.cells.tolist(), worth.tolist(), follows.tolist(), strict=True)
         for step, (width, gain, after_other) in enumerate(steps):
             base = base if after_other else step
             table[step + 1, :width] = table[step, :width]
             np.add(table[base, : size - width], gain, out=spare[width:])
             np.maximum(table[step, width:], spare[width:], out=table[step + 1, width:])
-        ends = np.searchsorted(kept, programme.ends_at)
-        worths = table[ends, programme.ends_cells]
-        best = int(np.argmax(worths))
-        rows = self._traced(chunks, kept, table, follows, int(ends[best]), int(programme.ends_cells[best]))
-        seconds = self._seconds(config, rows)
-        if self.problem.configs[config].config.pp > 1 and not self.proven and seconds > self.replica_s * LONGER:
-            rows, seconds = self._without_loose(config, rows, prices[: len(rows)])
-        return float(worths[best]), Pattern(config=config, rows=rows, seconds=seconds)
+        return table
 
     def _seconds(self, config: int, rows: np.ndarray) -> float:
         """`UsableConfig.replica_s` of rows [J], some of them."""
@@ -255,82 +279,54 @@ class Pricer:
         slots_s = float(num_full @ lattice.slot_s[:, -1] + rest_s.sum())
         return usable.cost.fixed_s + slots_s + (usable.config.pp - 1) * largest
 
-    def _without_loose(self, config: int, rows: np.ndarray, prices: np.ndarray) -> tuple[np.ndarray, float]:
-        """Rows and seconds of a pattern of a pipeline that takes too long: an addition to a remainder was taken alone.
-
-        Remainders are cut to a row option; those worth least go until the pattern is within the time.
-        """
-        lattice = self._lattices[config]
-        rest = rows % lattice.full
-        rows = rows - rest
-        rest = np.where(lattice.options <= rest[:, None], lattice.options, 0).max(axis=1)
-        while (seconds := self._seconds(config, rows + rest)) > self.replica_s * LONGER and rest.any():
-            rest[np.where(rest > 0, rest * prices, np.inf).argmin()] = 0
-        return rows + rest, seconds
-
     def _programme(self, config: int) -> _Programme:
         bubbles = self.problem.configs[config].config.pp - 1
         left_s, slots = self._left_s(config), self._slots[config]
-        fits = slots.seconds * (1 + bubbles) <= left_s
-        cell_s = (left_s - bubbles * float(slots.seconds[fits].min())) / self._num_cells
-        order = slots.order[fits[slots.order]] if bubbles else np.flatnonzero(fits)
-        chunks: list[tuple[int, int, int, float, float]] = []
-        ends = []
-        smaller: dict[int, int] = {}
-        bucket, rows, seconds, most = (x.tolist() for x in (slots.bucket, slots.rows, slots.seconds, slots.most))
-        for slot in order.tolist():
-            room_s = left_s - bubbles * seconds[slot]
-            if slots.is_remainder[slot] and bubbles:
-                base = smaller.get(bucket[slot], -1)
-                added_s, added = seconds[slot], rows[slot]
-                if base >= 0:
-                    added_s, added = added_s - seconds[base], added - rows[base]
-                if base >= 0 and added_s < STEEP * added * seconds[slot] / rows[slot]:
-                    base, added_s = -1, seconds[slot]
-                smaller[bucket[slot]] = slot
-                chunks.append((slot, 1, base, added_s, seconds[slot]))
-            else:
-                chunks += [
-                    (slot, n, -1, n * seconds[slot], n * seconds[slot])
-                    for n in _chunk_sizes(min(most[slot], int(room_s / seconds[slot])))
-                ]
-            ends.append((len(chunks), int(room_s / cell_s)))
-        if not bubbles:
-            ends = ends[-1:]
-        which, times, base, chunk_s, slot_s = (np.array(c) for c in zip(*chunks, strict=True))
+        order = slots.order[: int(self._class_end[self._class_config == config].max()) + 1]
+        cell_s = (left_s - bubbles * float(slots.seconds[order[0]])) / self._num_cells
+        rooms = left_s - bubbles * slots.seconds[order]
+        fitting = np.minimum(slots.most[order], (rooms / slots.seconds[order]).astype(np.int64)).tolist()
+        chunks = [(slot, n) for slot, most in zip(order.tolist(), fitting, strict=True) for n in _chunk_sizes(most)]
+        slot, times = (np.array(c) for c in zip(*chunks, strict=True))
+        ends = self._class_end[self._class_config == config]
+        seconds = times * slots.seconds[slot]
+        position = np.empty(len(slots), dtype=np.int64)
+        position[slots.order] = np.arange(len(slots))
         return _Programme(
             chunks=_Chunks(
-                bucket=slots.bucket[which],
-                rows=times * slots.rows[which] - np.append(slots.rows, 0)[base],
-                slot=which,
+                slot=slot,
                 times=times,
-                base=base,
-                slot_s=slot_s,
-                is_remainder=slots.is_remainder[which],
-                joined=slots.is_remainder[which] & (bubbles == 0),
-                cells=np.floor(chunk_s / cell_s + self._round_up).astype(np.int64),
+                cells=np.floor(seconds / cell_s + self._round_up).astype(np.int64),
+                seconds=seconds,
             ),
-            ends_at=np.array([end[0] for end in ends]),
-            ends_cells=np.array([end[1] for end in ends]),
+            ends_at=np.searchsorted(position[slot], ends, side="right"),
+            ends_cells=((rooms[ends] if bubbles else np.array([left_s])) / cell_s).astype(np.int64),
         )
 
-    def _traced(
-        self, chunks: _Chunks, kept: np.ndarray, table: np.ndarray, follows: np.ndarray, steps: int, cells: int
-    ) -> np.ndarray:
-        """Rows [J] of the slots behind table[steps, cells]."""
+    def _traced(self, slots: Slots, chunks: _Chunks, table: np.ndarray, follows: np.ndarray, cells: int) -> np.ndarray:
+        """Rows [J] of the slots behind table[-1, cells]."""
         rows = np.zeros(len(self.problem.counts), dtype=np.int64)
-        step = steps
+        step = len(table) - 1
         while step > 0:
-            chunk = kept[step - 1]
             if table[step, cells] == table[step - 1, cells]:
                 step -= 1
                 continue
-            rows[chunks.bucket[chunk]] += chunks.rows[chunk]
-            cells -= int(chunks.cells[chunk])
+            slot = chunks.slot[step - 1]
+            rows[slots.bucket[slot]] += chunks.times[step - 1] * slots.rows[slot]
+            cells -= int(chunks.cells[step - 1])
             step -= 1
             while step > 0 and follows[step]:
                 step -= 1
         return rows
+
+
+def _loss(chunks: _Chunks, worth: np.ndarray, excess: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """[E, I] by how much a pattern with chunk i is worth less than enough, at the least; below 0: perhaps not.
+
+    A chunk of worth v and t seconds in a class whose last second is worth r loses r t - v against the fractional bound,
+    which is `excess` [E] above what is enough.
+    """
+    return last[:, None] * chunks.seconds - worth - excess[:, None]
 
 
 def _chunk_sizes(most: int) -> list[int]:

@@ -272,18 +272,33 @@ class Level:
         return len(found), float(worth @ np.asarray(replica_counts))
 
 
-def bracket(relaxation: Relaxation, deadline: float) -> tuple[float, np.ndarray, float]:
+def bracket(
+    relaxation: Relaxation,
+    deadline: float,
+    *,
+    low_s: float | None = None,
+    first_s: float | None = None,
+    cutting: bool = False,
+) -> tuple[float, np.ndarray, float]:
     """(T that the relaxation does not let through, prices that say so, T that it lets through; inf if time ran out).
 
     Unproven: see `Relaxation.proves_unattainable`.
+
+    Args:
+      low_s: a T that it does not let through, where one is known.
+      first_s: the T to look at first; the bracket ends if it is not let through.
+      cutting: with cuts of whole slots.
     """
-    low = least_conceivable_s(relaxation.problem)
+    low = least_conceivable_s(relaxation.problem) if low_s is None else low_s
     low_prices, high = relaxation.prices, math.inf
-    trial, step = low * BRACKET_RATIO, FIRST_STEP
+    trial, step = (low * BRACKET_RATIO if first_s is None else first_s), FIRST_STEP
+    cells = NUM_CELLS if cutting else NUM_COARSE_CELLS
     while high / low > BRACKET_RATIO and time.perf_counter() < deadline:
-        answer = Level(relaxation, trial, num_cells=NUM_COARSE_CELLS).solve(decide=True, deadline=deadline)
+        answer = Level(relaxation, trial, num_cells=cells).solve(decide=True, cutting=cutting, deadline=deadline)
         if answer.bound < 1 - STRICT:
             low, low_prices = trial, answer.prices
+            if trial == first_s:
+                break
             if answer.solution is None and answer.bound == 0.0:
                 trial, step = trial * step, step * step
             else:

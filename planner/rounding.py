@@ -263,6 +263,8 @@ def polished(
         if better.max_s < start.max_s * (1 - balance.IMPROVEMENT):
             loads[group], seconds[group] = better.loads, better.replica_s
             failures = 0
+        elif len(group) == len(kinds):
+            break  # it would be the same model again
         else:
             failures += 1
     return RoundedShare(replicas=rounded.replicas, share=Share(loads=loads, replica_s=seconds))
