@@ -13,6 +13,7 @@ so a price on a cut is one on slots, and patterns are priced as before.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -35,19 +36,20 @@ class Cut:
 
     bucket: int
     size: int
+    times: int = 1
 
     def least(self, counts: Sequence[int]) -> int:
         """What the slots of any share-out of `counts` add up to at the least."""
-        return -(-counts[self.bucket] // self.size)
+        return -(-counts[self.bucket] * self.times // self.size)
 
     def of_slots(self, bucket: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """What slots of so many rows of these buckets add."""
-        return np.where(bucket == self.bucket, -(-rows // self.size), 0)
+        return np.where(bucket == self.bucket, -(-rows * self.times // self.size), 0)
 
     def of_pattern(self, rows: np.ndarray, full: np.ndarray) -> int:
         """What a pattern adds that serves `rows` [J] in slots of at most `full` [J]."""
         num_full, rest = divmod(int(rows[self.bucket]), int(full[self.bucket]))
-        return num_full * -(-int(full[self.bucket]) // self.size) - (-rest // self.size)
+        return num_full * -(-int(full[self.bucket]) * self.times // self.size) - (-rest * self.times // self.size)
 
 
 class SlotWorths:
@@ -120,10 +122,17 @@ def violated(
         largest = min(int(count), int(full[rows[:, bucket] > 0, bucket].max(initial=0)), LARGEST_SIZE)
         if largest < 2:
             continue
-        sizes = np.arange(2, largest + 1)[:, None]
-        slots = num_full[:, bucket] * -(-full[:, bucket] // sizes) + -(-rest[:, bucket] // sizes)
-        short = 1 - slots @ uses[used] / (scale * -(-count // sizes[:, 0]))
+        pairs = [(k, 1) for k in range(2, largest + 1)]
+        pairs += [
+            (k, a)
+            for k in range(3, min(3 * largest, 25) + 1)
+            for a in range(2, k)
+            if math.gcd(a, k) == 1 and k / a <= largest
+        ]
+        sizes, times = np.array(pairs)[:, :1], np.array(pairs)[:, 1:]
+        slots = num_full[:, bucket] * -(-full[:, bucket] * times // sizes) + -(-rest[:, bucket] * times // sizes)
+        short = 1 - slots @ uses[used] / (scale * -(-count * times[:, 0] // sizes[:, 0]))
         new = [at for at in np.argsort(-short)[: MOST_A_BUCKET + len(known)].tolist() if short[at] > VIOLATED]
-        cuts = (Cut(bucket=bucket, size=int(sizes[at, 0])) for at in new)
+        cuts = (Cut(bucket=bucket, size=int(sizes[at, 0]), times=int(times[at, 0])) for at in new)
         out += [cut for cut in cuts if cut not in known][:MOST_A_BUCKET]
     return out

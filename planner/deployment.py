@@ -163,9 +163,8 @@ def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
     low_s, prices, high_s = bracket(search.relaxation, search.deadline)
     _prove(search, low_s, prices)
     if np.isfinite(high_s):
-        _search(search, DIVES)
-    _tighten(search)
-    if np.isfinite(high_s):
+        _search(search, DIVES[:1])
+        _tighten(search)
         _search(search, DIVES)
     if search.best is None:
         fallback = settle(problem, homogeneous(problem), deadline=search.deadline)
@@ -174,7 +173,7 @@ def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
     _polish(search)
     _close(search, most_settled=MOST_SETTLED)
     if not search.is_done():
-        _search(search, MORE_DIVES)
+        _search(search, MORE_DIVES, cutting=True)
     overhead_s = problem.costs.step_overhead_s
     return problem.make_plan(
         search.best.replica_counts,
@@ -227,7 +226,7 @@ def _gap(problem: PlanningProblem, max_s: float, bound_s: float) -> float:
     return (max_s - bound_s) / (max_s + problem.costs.step_overhead_s)
 
 
-def _search(search: _Search, dives: Sequence[tuple[float, bool]]) -> None:
+def _search(search: _Search, dives: Sequence[tuple[float, bool]], *, cutting: bool = False) -> None:
     """Step 2: dives at about the T that would do."""
     relaxation, tried = search.relaxation, []
     goal_s = search.goal_s()
@@ -247,7 +246,7 @@ def _search(search: _Search, dives: Sequence[tuple[float, bool]]) -> None:
                 continue
             tried.append(counts)
             lower, upper = (counts, counts) if choose_first else (lower, np.where(np.array(counts) > 0, upper, 0))
-        found = _dive(search, lower, upper, replica_s)
+        found = _dive(search, lower, upper, replica_s, cutting=cutting)
         if found.loads.size <= rounding.POLISH_CELLS:  # one small model
             _polish(search)
 
@@ -268,7 +267,9 @@ def _choose(search: _Search, replica_s: float) -> tuple[tuple[int, ...] | None, 
     return chosen.replica_counts, served.scale
 
 
-def _dive(search: _Search, lower: Sequence[int], upper: Sequence[int], replica_s: float) -> Share:
+def _dive(
+    search: _Search, lower: Sequence[int], upper: Sequence[int], replica_s: float, *, cutting: bool = False
+) -> Share:
     """Looks for a plan within `replica_s` and these bounds on replica counts."""
     rounded = rounding.dive(
         search.problem,
@@ -278,6 +279,7 @@ def _dive(search: _Search, lower: Sequence[int], upper: Sequence[int], replica_s
         upper=upper,
         deadline=search.deadline,
         improve_s=LOCAL_SEARCH_LIMIT_S,
+        cutting=cutting,
     )
     search.offer_share(rounded)
     return rounded.in_order()

@@ -16,6 +16,7 @@ import numpy as np
 
 from planner import balance, balance_model, prices
 from planner.balance import Share
+from planner.cuts import Cut, violated
 from planner.master import Master
 from planner.patterns import Lattice, Pattern, lattice_of, slots_of
 from planner.pricing import Pricer
@@ -70,6 +71,7 @@ def dive(
     upper: Sequence[int],
     deadline: float,
     improve_s: float,
+    cutting: bool = False,
 ) -> RoundedShare:
     """Chooses replicas and shares the counts out over them so that each ends by `replica_s` if it can.
 
@@ -79,6 +81,7 @@ def dive(
         are chosen one pattern after the other, so that the last ones suit what the first ones left.
       deadline: (of `time.perf_counter`) after which the rest is handed out greedily.
       improve_s: seconds of local search at the end.
+      cutting: with cuts of whole slots (`planner.cuts`) in the master: slower, other plans, often better ones.
     """
     devices = np.array([usable.num_devices for usable in problem.configs])
     fits_longest = np.array([usable.fits(len(problem.counts) - 1) for usable in problem.configs])
@@ -96,7 +99,9 @@ def dive(
             break
         rest = dataclasses.replace(problem, counts=tuple(left.tolist()), num_devices=num_left)
         covered = (fits_longest & ((used > 0) | (low > 0))).any()
-        handed_out = _hand_out(rest, low, high, lattices, replica_s, pool, cover=None if covered else cover)
+        handed_out = _hand_out(
+            rest, low, high, lattices, replica_s, pool, cover=None if covered else cover, cutting=cutting
+        )
         if not handed_out:
             break
         for pattern in handed_out:
@@ -124,6 +129,7 @@ def _hand_out(
     pool: list[Pattern],
     *,
     cover: int | None,
+    cutting: bool,
 ) -> list[Pattern]:
     """Patterns for some of a problem's replicas. `pool` is cut to what is left and gains patterns.
 
@@ -144,10 +150,19 @@ def _hand_out(
     if not pool:
         found = pricer.price(np.ones(len(left)), np.zeros(len(upper)))[1]
         master.add(found)
+    cuts: list[Cut] = []
     for _ in range(ROUNDS):
         if not master.patterns:
             return []
         solution = master.solve()
+        new = []
+        if cutting:
+            new = violated(problem.counts, lattices, master.patterns, solution.uses, solution.scale, cuts)
+        if new:
+            master.add_cuts(new)
+            pricer.add(new)
+            cuts += new
+            solution = master.solve()
         enough = solution.charges * (1 + WORTHWHILE) + STRICT
         found = pricer.price(solution.prices, enough)[1]
         found = [dataclasses.replace(p, rows=np.minimum(p.rows, left)) for p in found]
