@@ -45,7 +45,8 @@ __all__ = ["Settled", "homogeneous", "least_conceivable_s", "settle", "solve"]
 TARGET_GAP = 0.01
 """(step_s - bound_s) / step_s at which the search ends."""
 
-DIVES = ((1.0, False), (1.0, True), (0.998, False), (1.005, True), (1.004, False), (1.01, True), (1.015, False))
+FIRST_DIVES = ((1.0, False),)
+DIVES = ((1.0, True), (0.998, False), (1.005, True), (1.004, False), (1.01, True), (1.015, False))
 """Where plans are looked for: the T as a multiple of that which would be near enough to the bound, and whether replica
 counts are chosen first, as a whole, or while diving."""
 
@@ -102,6 +103,8 @@ class _Search:
     bound_s: float
     best: Settled | None = None
     best_share: RoundedShare | None = None
+    level: Level | None = None
+    settled: dict[tuple[int, ...], Settled] = dataclasses.field(default_factory=dict)
     num_nodes: int = 0
 
     def left_s(self) -> float:
@@ -135,6 +138,15 @@ class _Search:
         wanted = self.target_gap * CLOSING_SHARE
         return (self.bound_s + wanted * self.problem.costs.step_overhead_s) / (1 - wanted)
 
+    def decided_s(self) -> float:
+        """The T at which to decide whether there are plans: the goal, or what is asked for if that is less.
+
+        A "no" at the goal raises the bound, and with it the goal.
+        """
+        step = max(self.target_gap, TARGET_GAP) * CLOSING_SHARE
+        overhead_s = self.problem.costs.step_overhead_s
+        return min(self.trial_s(), (self.bound_s + step * overhead_s) / (1 - step))
+
     def offer(self, replica_counts: Sequence[int], max_s: float, share: RoundedShare | None = None) -> None:
         """Takes a plan that is better than the best so far; `share` where it is known how it shares out."""
         if self.best is None or max_s < self.best.max_s:
@@ -163,8 +175,10 @@ def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
     low_s, prices, high_s = bracket(search.relaxation, search.deadline)
     _prove(search, low_s, prices)
     if np.isfinite(high_s):
-        _search(search, DIVES[:1])
+        _search(search, FIRST_DIVES)
         _tighten(search)
+        _search(search, FIRST_DIVES)
+        _close(search, most_settled=1)
         _search(search, DIVES)
     if search.best is None:
         fallback = settle(problem, homogeneous(problem), deadline=search.deadline)
@@ -309,35 +323,44 @@ def _tighten(search: _Search) -> None:
     if search.is_done():
         return
     low_s, prices, _ = bracket(
-        search.relaxation, search.deadline, low_s=search.bound_s, first_s=search.trial_s(), cutting=True
+        search.relaxation,
+        search.deadline,
+        low_s=search.bound_s,
+        first_s=search.decided_s(),
+        enough_s=search.trial_s(),
+        cutting=True,
     )
     _prove(search, low_s, prices)
 
 
 def _close(search: _Search, *, most_settled: int) -> None:
-    """Step 4, until so many replica counts have been settled."""
-    problem, relaxation = search.problem, search.relaxation
-    settled: dict[tuple[int, ...], Settled] = {}
-    level = None
+    """Step 4, until so many more replica counts have been settled."""
+    problem, relaxation, settled = search.problem, search.relaxation, search.settled
+    most_settled += len(settled)
     while not search.is_done():
-        trial_s = search.trial_s()
-        if level is None or trial_s < level.replica_s:
-            level = Level(relaxation, trial_s, proven=True)
+        decided_s = search.decided_s()
+        level = search.level
+        if level is None or decided_s != level.replica_s:
+            # What replicas are worth in more time, they are at most worth in less.
+            worths = level.worths if level is not None and decided_s < level.replica_s else ()
+            level = search.level = Level(relaxation, decided_s, proven=True, worths=worths)
             if level.solve(decide=True, cutting=True, deadline=search.deadline).bound < 1 - CERTAIN:
-                search.bound_s = max(search.bound_s, trial_s)
-                return
+                search.bound_s = max(search.bound_s, decided_s)
+                continue
         chosen = choice.from_worths(relaxation, level.worths, ruled_out=tuple(settled), time_limit_s=search.left_s())
         search.num_nodes += chosen.num_nodes
         if chosen.bound < 1 - CERTAIN:
-            least_s = min((known.bound_s for known in settled.values()), default=trial_s)
-            search.bound_s = max(search.bound_s, min(trial_s, least_s))
-            return
+            least_s = min([decided_s, *(known.bound_s for known in settled.values())])
+            if least_s <= search.bound_s:
+                return
+            search.bound_s = least_s
+            continue
         if chosen.replica_counts is None or len(settled) >= most_settled:
             return
         served = level.solve(replica_counts=chosen.replica_counts, decide=True, cutting=True, deadline=search.deadline)
         if served.bound < 1 - CERTAIN:
             continue
-        start = _dive(search, chosen.replica_counts, chosen.replica_counts, trial_s)
+        start = _dive(search, chosen.replica_counts, chosen.replica_counts, decided_s)
         one = settle(
             problem,
             chosen.replica_counts,

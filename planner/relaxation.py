@@ -45,11 +45,9 @@ PRICED_AT_ONCE = 6
 BRACKET_RATIO = 1.003
 """The bracket ends when the attainable T is within this ratio of the unattainable one."""
 
-TRUST = 0.4
-"""The share that a T serves is between what is served so far and its bound; this is how far from the bound, in logs."""
-
-SMALL = 0.1
-"""Less served so far says nothing."""
+NEAR = 0.9
+"""A T that is not let through is looked at until as much as this share of the bound is served: else the next T would be
+a guess."""
 
 LARGEST_STEP = 2.0
 """Largest factor by which T grows at once."""
@@ -143,10 +141,16 @@ class Relaxation:
 
 
 class Level:
-    """The relaxation at one T."""
+    """The relaxation at one T. `worths` are what replicas are worth at most [C], for some prices each."""
 
     def __init__(
-        self, relaxation: Relaxation, replica_s: float, *, num_cells: int = NUM_CELLS, proven: bool = False
+        self,
+        relaxation: Relaxation,
+        replica_s: float,
+        *,
+        num_cells: int = NUM_CELLS,
+        proven: bool = False,
+        worths: Sequence[np.ndarray] = (),
     ) -> None:
         self.relaxation = relaxation
         self.replica_s = replica_s
@@ -162,7 +166,7 @@ class Level:
         self.master = Master(relaxation.problem, relaxation.lower, relaxation.upper, relaxation.lattices)
         self._num_cuts = 0
         self.master.add([pattern for pattern in relaxation.pool if pattern.seconds <= replica_s * (1 + SURPLUS)])
-        self.worths: list[np.ndarray] = []
+        self.worths = list(worths)
         self._known = {(pattern.config, pattern.rows.tobytes()) for pattern in self.patterns}
 
     @property
@@ -175,6 +179,7 @@ class Level:
         replica_counts: Sequence[int] | None = None,
         decide: bool = False,
         cutting: bool = False,
+        near: float = 0.0,
         deadline: float = math.inf,
     ) -> Answer:
         """Finds patterns until none is worthwhile, or the deadline.
@@ -183,6 +188,7 @@ class Level:
           replica_counts: [C] where these are given; by default they are free within the problem's bounds.
           decide: end as soon as it is known whether the share is below 1 or not.
           cutting: add cuts that the patterns' use violates, and go on.
+          near: with `decide`, do not end below 1 before this share of the bound is served.
         """
         relaxation = self.relaxation
         if replica_counts is None:
@@ -196,7 +202,9 @@ class Level:
         solution = self.master.solve() if self.patterns else None
         best = Answer(bound=math.inf, prices=relaxation.prices, solution=solution)
         thorough = done = False  # thorough: the master's own prices, all configs
-        while not (decide and best.bound < 1 - STRICT) and time.perf_counter() < deadline:
+        while time.perf_counter() < deadline:
+            if decide and best.bound < 1 - STRICT and best.scale >= near * best.bound:
+                break
             if done or (decide and best.scale >= 1):
                 if not (cutting and self._cut(solution)):
                     break
@@ -278,6 +286,7 @@ def bracket(
     *,
     low_s: float | None = None,
     first_s: float | None = None,
+    enough_s: float = math.inf,
     cutting: bool = False,
 ) -> tuple[float, np.ndarray, float]:
     """(T that the relaxation does not let through, prices that say so, T that it lets through; inf if time ran out).
@@ -286,7 +295,8 @@ def bracket(
 
     Args:
       low_s: a T that it does not let through, where one is known.
-      first_s: the T to look at first; the bracket ends if it is not let through.
+      first_s: the T to look at first.
+      enough_s: the bracket ends when this T is not let through.
       cutting: with cuts of whole slots.
     """
     low = least_conceivable_s(relaxation.problem) if low_s is None else low_s
@@ -294,19 +304,22 @@ def bracket(
     trial, step = (low * BRACKET_RATIO if first_s is None else first_s), FIRST_STEP
     cells = NUM_CELLS if cutting else NUM_COARSE_CELLS
     while high / low > BRACKET_RATIO and time.perf_counter() < deadline:
-        answer = Level(relaxation, trial, num_cells=cells).solve(decide=True, cutting=cutting, deadline=deadline)
+        answer = Level(relaxation, trial, num_cells=cells).solve(
+            decide=True, cutting=cutting, near=NEAR, deadline=deadline
+        )
         if answer.bound < 1 - STRICT:
             low, low_prices = trial, answer.prices
-            if trial == first_s:
+            if low >= enough_s:
                 break
             if answer.solution is None and answer.bound == 0.0:
                 trial, step = trial * step, step * step
             else:
-                served = max(answer.bound, STRICT) ** (1 - TRUST) * max(answer.scale, SMALL) ** TRUST
+                served = max(math.sqrt(answer.bound * answer.scale), STRICT)  # it is between the two
                 trial = low * float(np.clip(1 / served, BRACKET_RATIO, LARGEST_STEP))
         elif answer.scale >= 1 or time.perf_counter() < deadline:
             high = trial  # the share served is 1 or just below: no more patterns are worthwhile
             trial = 0.0
+        trial = min(trial, enough_s)
         if trial >= high or trial <= low:
             trial = math.sqrt(low * high)
     return low, low_prices, high
