@@ -53,7 +53,7 @@ counts are chosen first, as a whole, or while diving."""
 MORE_DIVES = tuple((factor, False) for factor in (0.999, 0.997, 1.001, 0.996, 1.002, 0.995, 1.003, 1.006, 1.008, 1.012))
 """The same where the last step leaves a gap."""
 
-RETREATS = (0.0, 1e-3, 2e-3, 3e-3, 4e-3, 6e-3, 8e-3, 0.016, 0.032, 0.064, 0.128, 0.256)
+RETREATS = (0.0, 5e-4, 1e-3, 2e-3, 3e-3, 4e-3, 6e-3, 8e-3, 0.016, 0.032, 0.064, 0.128, 0.256)
 """By how much less than the relaxation's T, which is only nearly a bound, a proof is tried."""
 
 CLOSING_SHARE = 0.95
@@ -252,8 +252,11 @@ def _search(search: _Search, dives: Sequence[tuple[float, bool]], *, cutting: bo
             continue
         lower, upper = relaxation.lower, relaxation.upper
         if choose_first or search.problem.max_configs is not None:
-            counts, served = _choose(search, replica_s)
-            if counts is None or counts in tried:
+            if choose_first and search.settled:  # they serve all at about this T
+                counts, served = min(search.settled, key=lambda c: search.settled[c].max_s), 1.0
+            else:
+                counts, served = _choose(search, replica_s)
+            if counts is None or (counts in tried and not search.settled):
                 continue
             if served < HOPELESS:  # whole replicas need more time than fractional ones
                 goal_s = replica_s / max(served, STRICTLY) ** RISE
@@ -344,8 +347,12 @@ def _close(search: _Search, *, most_settled: int) -> None:
             # What replicas are worth in more time, they are at most worth in less.
             worths = level.worths if level is not None and decided_s < level.replica_s else ()
             level = search.level = Level(relaxation, decided_s, proven=True, worths=worths)
-            if level.solve(decide=True, cutting=True, deadline=search.deadline).bound < 1 - CERTAIN:
+            answer = level.solve(decide=True, cutting=True, deadline=search.deadline)
+            if answer.bound < 1 - CERTAIN:
                 search.bound_s = max(search.bound_s, decided_s)
+                continue
+            if answer.scale < 1:  # just below
+                _prove(search, decided_s, answer.prices)
                 continue
         chosen = choice.from_worths(relaxation, level.worths, ruled_out=tuple(settled), time_limit_s=search.left_s())
         search.num_nodes += chosen.num_nodes
@@ -359,6 +366,7 @@ def _close(search: _Search, *, most_settled: int) -> None:
             return
         served = level.solve(replica_counts=chosen.replica_counts, decide=True, cutting=True, deadline=search.deadline)
         if served.bound < 1 - CERTAIN:
+            level.rule_out(served.prices)
             continue
         start = _dive(search, chosen.replica_counts, chosen.replica_counts, decided_s)
         one = settle(

@@ -228,6 +228,13 @@ class Level:
         relaxation.prices = best.prices
         return best
 
+    def rule_out(self, prices: np.ndarray) -> None:
+        """Adds what every config's replicas are worth at these prices: `solve` looks closely at some configs only."""
+        relaxation = self.relaxation
+        relaxation.num_rounds += 1
+        worth, _ = self.pricer.price(prices, CHEAP * relaxation.devices / relaxation.problem.num_devices)
+        self.worths.append(worth)
+
     def _cut(self, solution: MasterSolution) -> bool:
         """Adds cuts that the use of patterns violates; whether there are any."""
         relaxation = self.relaxation
