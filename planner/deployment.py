@@ -56,6 +56,9 @@ MORE_DIVES = tuple((factor, False) for factor in (0.999, 0.997, 1.001, 0.996, 1.
 RETREATS = (0.0, 5e-4, 1e-3, 2e-3, 3e-3, 4e-3, 6e-3, 8e-3, 0.016, 0.032, 0.064, 0.128, 0.256)
 """By how much less than the relaxation's T, which is only nearly a bound, a proof is tried."""
 
+SETTLED_RETREATS = (1e-3, 2e-3, 4e-3, 6e-3)
+"""By how much less than the T that was decided on it is tried for replica counts that may be within it."""
+
 CLOSING_SHARE = 0.95
 """The last step asks for a little less than the target gap, so that its "no" is enough."""
 
@@ -336,6 +339,25 @@ def _tighten(search: _Search) -> None:
     _prove(search, low_s, prices)
 
 
+def _raise(search: _Search, decided_s: float) -> bool:
+    """Raises the bound where only settled replica counts can be within `decided_s`; whether it did."""
+    for counts, known in search.settled.items():
+        for retreat in SETTLED_RETREATS:
+            trial_s = decided_s * (1 - retreat)
+            if trial_s <= max(known.bound_s, search.bound_s) or search.left_s() <= SHORTEST_SOLVE_S:
+                break
+            level = Level(search.relaxation, trial_s, proven=True)
+            answer = level.solve(replica_counts=counts, decide=True, cutting=True, deadline=search.deadline)
+            if answer.bound < 1 - CERTAIN:
+                search.settled[counts] = dataclasses.replace(known, bound_s=trial_s)
+                break
+    least_s = min([decided_s, *(known.bound_s for known in search.settled.values())])
+    if least_s <= search.bound_s:
+        return False
+    search.bound_s = least_s
+    return True
+
+
 def _close(search: _Search, *, most_settled: int) -> None:
     """Step 4, until so many more replica counts have been settled."""
     problem, relaxation, settled = search.problem, search.relaxation, search.settled
@@ -357,10 +379,8 @@ def _close(search: _Search, *, most_settled: int) -> None:
         chosen = choice.from_worths(relaxation, level.worths, ruled_out=tuple(settled), time_limit_s=search.left_s())
         search.num_nodes += chosen.num_nodes
         if chosen.bound < 1 - CERTAIN:
-            least_s = min([decided_s, *(known.bound_s for known in settled.values())])
-            if least_s <= search.bound_s:
+            if not _raise(search, decided_s):
                 return
-            search.bound_s = least_s
             continue
         if chosen.replica_counts is None or len(settled) >= most_settled:
             return
