@@ -1,18 +1,19 @@
 """Cuts that know of whole slots: a bucket takes a whole number of them, on all replicas together.
 
-For a bucket j and a size k >= 2 every share-out has
+For a bucket j and a share a / k < 1 every share-out has
 
-    sum over its slots of bucket j of ceil(o / k)  >=  ceil(N_j / k)                o sequences in a slot
+    sum over its slots of bucket j of ceil(a o / k)  >=  ceil(a N_j / k)            o sequences in a slot
 
-since ceil(a) + ceil(b) >= ceil(a + b): rounding of (1) of `planner.master` (Chvatal, "Edmonds polytopes and a hierarchy
-of combinatorial problems", 1973). Fractions of patterns violate it where a few slots hold all of a bucket: three
-sequences in slots of two are one slot and a half to the master, and two with k = 2. The left side is a sum over slots,
-so a price on a cut is one on slots, and patterns are priced as before.
+since ceil(x) + ceil(y) >= ceil(x + y): rounding of (1) of `planner.master` (Chvatal, "Edmonds polytopes and a hierarchy
+of combinatorial problems", 1973). Fractions of patterns violate it where few slots hold all of a bucket: three
+sequences in slots of two are one slot and a half to the master, and two by the cut of 1 / 2. The left side is a sum
+over slots, so a price on a cut is a price on slots, and patterns are priced as without.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Collection, Sequence
 
@@ -27,12 +28,15 @@ MOST_A_BUCKET = 2
 """Cuts of one bucket that join at once: those that fall shortest."""
 
 LARGEST_SIZE = 256
-"""Larger slots of a bucket hold so little each of it that fractions do not matter."""
+"""Largest k of the cuts with a = 1: with more sequences in a slot the last one of a bucket hardly matters."""
+
+LARGEST_FRACTION = 25
+"""Largest k of the cuts with a > 1."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cut:
-    """(4) of `planner.master` for a bucket and a size k; see `planner.cuts`."""
+    """The cut of a bucket j and `times` a / `size` k."""
 
     bucket: int
     size: int
@@ -119,20 +123,24 @@ def violated(
     num_full, rest = np.divmod(rows, full)
     out = []
     for bucket, count in enumerate(counts):
-        largest = min(int(count), int(full[rows[:, bucket] > 0, bucket].max(initial=0)), LARGEST_SIZE)
-        if largest < 2:
+        largest = min(int(count), int(full[rows[:, bucket] > 0, bucket].max(initial=0)))
+        shares = _shares(largest)
+        if not len(shares):
             continue
-        pairs = [(k, 1) for k in range(2, largest + 1)]
-        pairs += [
-            (k, a)
-            for k in range(3, min(3 * largest, 25) + 1)
-            for a in range(2, k)
-            if math.gcd(a, k) == 1 and k / a <= largest
-        ]
-        sizes, times = np.array(pairs)[:, :1], np.array(pairs)[:, 1:]
+        times, sizes = shares[:, :1], shares[:, 1:]
         slots = num_full[:, bucket] * -(-full[:, bucket] * times // sizes) + -(-rest[:, bucket] * times // sizes)
         short = 1 - slots @ uses[used] / (scale * -(-count * times[:, 0] // sizes[:, 0]))
-        new = [at for at in np.argsort(-short)[: MOST_A_BUCKET + len(known)].tolist() if short[at] > VIOLATED]
-        cuts = (Cut(bucket=bucket, size=int(sizes[at, 0]), times=int(times[at, 0])) for at in new)
+        worst = [at for at in np.argsort(-short)[: MOST_A_BUCKET + len(known)].tolist() if short[at] > VIOLATED]
+        cuts = (Cut(bucket=bucket, times=int(shares[at, 0]), size=int(shares[at, 1])) for at in worst)
         out += [cut for cut in cuts if cut not in known][:MOST_A_BUCKET]
     return out
+
+
+@functools.lru_cache(maxsize=512)
+def _shares(largest: int) -> np.ndarray:
+    """[n, 2] all a and k worth looking at with at most `largest` sequences in a slot: smaller shares round all to 1."""
+    simple = [(1, k) for k in range(2, min(largest, LARGEST_SIZE) + 1)]
+    fractions = [
+        (a, k) for k in range(3, LARGEST_FRACTION + 1) for a in range(2, k) if math.gcd(a, k) == 1 and k <= a * largest
+    ]
+    return np.array(simple + fractions if largest > 1 else [], dtype=np.int64).reshape(-1, 2)

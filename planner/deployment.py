@@ -45,13 +45,22 @@ __all__ = ["Settled", "homogeneous", "least_conceivable_s", "settle", "solve"]
 TARGET_GAP = 0.01
 """(step_s - bound_s) / step_s at which the search ends."""
 
-FIRST_DIVES = ((1.0, False),)
-DIVES = ((1.0, True), (0.998, False), (1.005, True), (1.004, False), (1.01, True), (1.015, False))
-"""Where plans are looked for: the T as a multiple of that which would be near enough to the bound, and whether replica
-counts are chosen first, as a whole, or while diving."""
+FREE, SETTLED, CHOSEN = "free", "settled", "chosen"
+"""How a dive comes by its replica counts: while diving; those settled that took least; or as a whole, before."""
 
-MORE_DIVES = tuple((factor, False) for factor in (0.999, 0.997, 1.001, 0.996, 1.002, 0.995, 1.003, 1.006, 1.008, 1.012))
-"""The same where the last step leaves a gap."""
+FIRST_DIVES = ((1.0, FREE),)
+"""Where plans are looked for first: the T as a multiple of that which would be near enough to the bound."""
+
+DIVES = ((1.0, SETTLED), (0.998, FREE), (1.0, CHOSEN), (1.004, FREE), (1.005, SETTLED), (1.005, CHOSEN),
+         (1.01, SETTLED), (1.01, CHOSEN), (1.015, FREE))  # fmt: skip
+"""Where they are looked for next."""
+
+MORE_DIVES = tuple(
+    (factor, origin)
+    for factor in (0.999, 1.003, 0.997, 1.001, 0.996, 1.002, 0.995, 1.006, 1.008, 1.012)
+    for origin in (FREE, SETTLED)
+)
+"""Where they are looked for when all else leaves a gap, with cuts."""
 
 RETREATS = (0.0, 5e-4, 1e-3, 2e-3, 3e-3, 4e-3, 6e-3, 8e-3, 0.016, 0.032, 0.064, 0.128, 0.256)
 """By how much less than the relaxation's T, which is only nearly a bound, a proof is tried."""
@@ -70,6 +79,9 @@ PROMISING = 1.03
 
 MOST_SETTLED = 8
 """Replica counts that are settled before the search gives up proving more."""
+
+MOST_RULED_OUT = 100
+"""Replica counts that are ruled out one by one before the search gives up proving more."""
 
 HOPELESS = 0.99
 """Replica counts that serve less than this share of the counts, fractionally, are not dived for."""
@@ -108,6 +120,7 @@ class _Search:
     best_share: RoundedShare | None = None
     level: Level | None = None
     settled: dict[tuple[int, ...], Settled] = dataclasses.field(default_factory=dict)
+    hurries: bool = False
     num_nodes: int = 0
 
     def left_s(self) -> float:
@@ -144,11 +157,13 @@ class _Search:
     def decided_s(self) -> float:
         """The T at which to decide whether there are plans: the goal, or what is asked for if that is less.
 
-        A "no" at the goal raises the bound, and with it the goal.
+        A "no" at the goal raises the bound, and with it the goal; one for whole replica counts alone may hold for much
+        more, which is looked at next.
         """
         step = max(self.target_gap, TARGET_GAP) * CLOSING_SHARE
         overhead_s = self.problem.costs.step_overhead_s
-        return min(self.trial_s(), (self.bound_s + step * overhead_s) / (1 - step))
+        goal_s = (self.bound_s + step * overhead_s) / (1 - step)
+        return self.trial_s() if self.hurries else min(self.trial_s(), goal_s)
 
     def offer(self, replica_counts: Sequence[int], max_s: float, share: RoundedShare | None = None) -> None:
         """Takes a plan that is better than the best so far; `share` where it is known how it shares out."""
@@ -180,7 +195,7 @@ def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
     if np.isfinite(high_s):
         _search(search, FIRST_DIVES)
         _tighten(search)
-        _search(search, FIRST_DIVES)
+        _search(search, FIRST_DIVES, cutting=True)
         _close(search, most_settled=1)
         _search(search, DIVES)
     if search.best is None:
@@ -191,6 +206,7 @@ def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
     _close(search, most_settled=MOST_SETTLED)
     if not search.is_done():
         _search(search, MORE_DIVES, cutting=True)
+        _close(search, most_settled=MOST_SETTLED)
     overhead_s = problem.costs.step_overhead_s
     return problem.make_plan(
         search.best.replica_counts,
@@ -243,29 +259,30 @@ def _gap(problem: PlanningProblem, max_s: float, bound_s: float) -> float:
     return (max_s - bound_s) / (max_s + problem.costs.step_overhead_s)
 
 
-def _search(search: _Search, dives: Sequence[tuple[float, bool]], *, cutting: bool = False) -> None:
+def _search(search: _Search, dives: Sequence[tuple[float, str]], *, cutting: bool = False) -> None:
     """Step 2: dives at about the T that would do."""
     relaxation, tried = search.relaxation, []
     goal_s = search.goal_s()
-    for factor, choose_first in dives:
+    for factor, origin in dives:
         replica_s = goal_s * factor
         if search.is_done():
             return
         if search.best is not None and search.best.max_s <= replica_s:
             continue
         lower, upper = relaxation.lower, relaxation.upper
-        if choose_first or search.problem.max_configs is not None:
-            if choose_first and search.settled:  # they serve all at about this T
-                counts, served = min(search.settled, key=lambda c: search.settled[c].max_s), 1.0
-            else:
-                counts, served = _choose(search, replica_s)
-            if counts is None or (counts in tried and not search.settled):
+        if origin == SETTLED:
+            if not search.settled:
+                continue
+            lower = upper = min(search.settled, key=lambda counts: search.settled[counts].max_s)
+        elif origin == CHOSEN or search.problem.max_configs is not None:
+            counts, served = _choose(search, replica_s)
+            if counts is None or counts in tried:
                 continue
             if served < HOPELESS:  # whole replicas need more time than fractional ones
                 goal_s = replica_s / max(served, STRICTLY) ** RISE
                 continue
             tried.append(counts)
-            lower, upper = (counts, counts) if choose_first else (lower, np.where(np.array(counts) > 0, upper, 0))
+            lower, upper = (counts, counts) if origin == CHOSEN else (lower, np.where(np.array(counts) > 0, upper, 0))
         found = _dive(search, lower, upper, replica_s, cutting=cutting)
         if found.loads.size <= rounding.POLISH_CELLS:  # one small model
             _polish(search)
@@ -359,9 +376,9 @@ def _raise(search: _Search, decided_s: float) -> bool:
 
 
 def _close(search: _Search, *, most_settled: int) -> None:
-    """Step 4, until so many more replica counts have been settled."""
+    """Step 4, until so many replica counts have been settled in vain."""
     problem, relaxation, settled = search.problem, search.relaxation, search.settled
-    most_settled += len(settled)
+    num_ruled_out = num_vain = 0
     while not search.is_done():
         decided_s = search.decided_s()
         level = search.level
@@ -381,21 +398,29 @@ def _close(search: _Search, *, most_settled: int) -> None:
         if chosen.bound < 1 - CERTAIN:
             if not _raise(search, decided_s):
                 return
+            search.hurries = True
             continue
-        if chosen.replica_counts is None or len(settled) >= most_settled:
+        if chosen.replica_counts is None or num_vain >= most_settled or num_ruled_out >= MOST_RULED_OUT:
             return
         served = level.solve(replica_counts=chosen.replica_counts, decide=True, cutting=True, deadline=search.deadline)
         if served.bound < 1 - CERTAIN:
             level.rule_out(served.prices)
+            num_ruled_out += 1
             continue
+        before_s = search.best.max_s
         start = _dive(search, chosen.replica_counts, chosen.replica_counts, decided_s)
-        one = settle(
-            problem,
-            chosen.replica_counts,
-            bound_s=search.bound_s,
-            target_gap=search.better() / 2,
-            deadline=search.deadline,
-            start=start,
-        )
+        one = Settled(replica_counts=chosen.replica_counts, max_s=start.max_s, bound_s=search.bound_s)
+        if start.loads.size <= balance_model.MAX_SINGLE_CELLS:  # larger models tell little
+            one = settle(
+                problem,
+                chosen.replica_counts,
+                bound_s=search.bound_s,
+                target_gap=search.better() / 2,
+                deadline=search.deadline,
+                start=start,
+            )
+            search.offer(one.replica_counts, one.max_s)
         settled[one.replica_counts] = one
-        search.offer(one.replica_counts, one.max_s)
+        if search.best.max_s >= before_s:
+            search.hurries = False
+            num_vain += 1
