@@ -49,6 +49,9 @@ NEAR = 0.9
 """A T that is not let through is looked at until as much as this share of the bound is served: else the next T would be
 a guess."""
 
+SHY = 0.9985
+"""Share of the T that seems to be the least let through which is looked at next: at that T itself a "no" takes long."""
+
 LARGEST_STEP = 2.0
 """Largest factor by which T grows at once."""
 
@@ -296,7 +299,7 @@ def bracket(
     enough_s: float = math.inf,
     cutting: bool = False,
 ) -> tuple[float, np.ndarray, float]:
-    """(T that the relaxation does not let through, prices that say so, T that it lets through; inf if time ran out).
+    """(T that the relaxation does not let through, prices that say so, about the T that it does; inf if time ran out).
 
     Unproven: see `Relaxation.proves_unattainable`.
 
@@ -316,13 +319,14 @@ def bracket(
         )
         if answer.bound < 1 - STRICT:
             low, low_prices = trial, answer.prices
-            if low >= enough_s:
+            if low >= enough_s or answer.scale * BRACKET_RATIO >= 1:
+                high = min(high, low * BRACKET_RATIO)
                 break
             if answer.solution is None and answer.bound == 0.0:
                 trial, step = trial * step, step * step
             else:
                 served = max(math.sqrt(answer.bound * answer.scale), STRICT)  # it is between the two
-                trial = low * float(np.clip(1 / served, BRACKET_RATIO, LARGEST_STEP))
+                trial = low * float(np.clip(SHY / served, math.sqrt(BRACKET_RATIO), LARGEST_STEP))
         elif answer.scale >= 1 or time.perf_counter() < deadline:
             high = trial  # the share served is 1 or just below: no more patterns are worthwhile
             trial = 0.0
