@@ -37,7 +37,7 @@ from planner import balance, balance_model, choice, rounding
 from planner.balance import Share
 from planner.plan import Plan
 from planner.problem import PlanningProblem
-from planner.relaxation import Level, Relaxation, bracket, least_conceivable_s
+from planner.relaxation import STRICT, Level, Relaxation, bracket, least_conceivable_s
 from planner.rounding import RoundedShare
 
 __all__ = ["Settled", "homogeneous", "least_conceivable_s", "settle", "solve"]
@@ -62,8 +62,10 @@ MORE_DIVES = tuple(
 )
 """Where they are looked for when all else leaves a gap, with cuts."""
 
-RETREATS = (0.0, 5e-4, 1e-3, 2e-3, 3e-3, 4e-3, 6e-3, 8e-3, 0.016, 0.032, 0.064, 0.128, 0.256)
-"""By how much less than the relaxation's T, which is only nearly a bound, a proof is tried."""
+MOST_RETREATS = 12
+SHORTEST_RETREAT = 5e-4
+"""How often, and by how much less at the least than the T before, a proof is tried; the relaxation's T is only nearly a
+bound."""
 
 SETTLED_RETREATS = (1e-3, 2e-3, 4e-3, 6e-3)
 """By how much less than the T that was decided on it is tried for replica counts that may be within it."""
@@ -332,13 +334,15 @@ def _polish(search: _Search) -> None:
 
 def _prove(search: _Search, low_s: float, prices: np.ndarray) -> None:
     """Step 3."""
-    for retreat in RETREATS:
-        trial_s = low_s * (1 - retreat)
+    trial_s = low_s
+    for _ in range(MOST_RETREATS):
         if trial_s <= search.bound_s:
             return
-        if search.relaxation.proves_unattainable(prices, trial_s):
+        served = search.relaxation.proven_served(prices, trial_s)
+        if served < 1 - STRICT:
             search.bound_s = trial_s
             return
+        trial_s *= 1 - max(served - 1, SHORTEST_RETREAT)  # the share served falls by as much as T at the least
 
 
 def _tighten(search: _Search) -> None:

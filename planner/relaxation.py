@@ -52,6 +52,9 @@ a guess."""
 SHY = 0.9985
 """Share of the T that seems to be the least let through which is looked at next: at that T itself a "no" takes long."""
 
+MOST_OVER = 1.1
+"""What a T that is let through serves is not known, only that it is more than 1; it is taken for no more than this."""
+
 LARGEST_STEP = 2.0
 """Largest factor by which T grows at once."""
 
@@ -128,12 +131,16 @@ class Relaxation:
 
     def proves_unattainable(self, prices: np.ndarray, replica_s: float) -> bool:
         """Whether these prices prove that no plan is within `replica_s`."""
+        return self.proven_served(prices, replica_s) < 1 - STRICT
+
+    def proven_served(self, prices: np.ndarray, replica_s: float) -> float:
+        """What share of the counts these prices prove that no plan serves more of within `replica_s`."""
         self.num_rounds += 1
         is_free = (self.lower == 0) & ~self.fits_longest
         enough = np.where(is_free, CHEAP * self.devices / self.problem.num_devices, 0.0)
         pricer = Pricer(self.problem, self.slots, self.lattices, replica_s, proven=True, cuts=self.cuts)
         worth, _ = pricer.price(prices, enough)
-        return self.most_served(worth) < 1 - STRICT
+        return self.most_served(worth)
 
     def worth(self, pattern: Pattern, prices: np.ndarray) -> float:
         """What a pattern is worth at prices [J + K] of sequences and the first K cuts."""
@@ -310,7 +317,7 @@ def bracket(
       cutting: with cuts of whole slots.
     """
     low = least_conceivable_s(relaxation.problem) if low_s is None else low_s
-    low_prices, high = relaxation.prices, math.inf
+    low_prices, high, served = relaxation.prices, math.inf, (math.nan, math.nan)
     trial, step = (low * BRACKET_RATIO if first_s is None else first_s), FIRST_STEP
     cells = NUM_CELLS if cutting else NUM_COARSE_CELLS
     while high / low > BRACKET_RATIO and time.perf_counter() < deadline:
@@ -322,15 +329,23 @@ def bracket(
             if low >= enough_s or answer.scale * BRACKET_RATIO >= 1:
                 high = min(high, low * BRACKET_RATIO)
                 break
-            if answer.solution is None and answer.bound == 0.0:
+            if answer.solution is None:
                 trial, step = trial * step, step * step
-            else:
-                served = max(math.sqrt(answer.bound * answer.scale), STRICT)  # it is between the two
-                trial = low * float(np.clip(SHY / served, math.sqrt(BRACKET_RATIO), LARGEST_STEP))
+            served = (math.sqrt(answer.bound * answer.scale), served[1])  # it is between the two
         elif answer.scale >= 1 or time.perf_counter() < deadline:
             high = trial  # the share served is 1 or just below: no more patterns are worthwhile
-            trial = 0.0
-        trial = min(trial, enough_s)
-        if trial >= high or trial <= low:
-            trial = math.sqrt(low * high)
+            served = (served[0], math.sqrt(max(answer.scale, 1.0) * min(max(answer.bound, 1.0), MOST_OVER)))
+        trial = min(_next_trial(low, high, *served, otherwise=trial), enough_s)
     return low, low_prices, high
+
+
+def _next_trial(low: float, high: float, low_served: float, high_served: float, *, otherwise: float) -> float:
+    """Just below the T that seems to be the least let through, by the shares served at T on both sides."""
+    if not low_served > 0:  # nothing is known, or nothing served
+        return otherwise if otherwise < high else math.sqrt(low * high)
+    power = 1.0  # of T, that the share served goes with
+    if high_served > low_served:
+        power = math.log(high_served / low_served) / math.log(high / low)
+    step = min(low_served ** (-1 / power) * SHY, LARGEST_STEP)
+    trial = low * max(step, math.sqrt(BRACKET_RATIO))
+    return trial if trial < high else math.sqrt(low * high)
