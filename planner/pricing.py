@@ -205,13 +205,14 @@ class Pricer:
         programme = self._programmes.get(config)
         if programme is None:
             programme = self._programmes[config] = self._programme(config)
-        if len(bound) == 1:
-            return self._exact(config, programme, slot_worth, 0, bound, last, enough)
-        chunks = programme.chunks
-        worth = chunks.times * slot_worth[chunks.slot]
-        kept = np.flatnonzero((_loss(chunks, worth, bound - enough, last) < 0).any(axis=0))
-        table = self._table(chunks[kept], worth[kept], np.zeros(len(kept), dtype=bool))
-        relaxed = np.minimum(table[np.searchsorted(kept, programme.ends_at), programme.ends_cells], bound)
+        relaxed = bound
+        if np.count_nonzero(bound > enough) > 1:
+            chunks = programme.chunks
+            worth = chunks.times * slot_worth[chunks.slot]
+            kept = np.flatnonzero((_loss(chunks, worth, bound - enough, last) < 0).any(axis=0))
+            table = _table(chunks[kept], worth[kept], np.zeros(len(kept), dtype=bool), self._num_cells)
+            served = table[np.searchsorted(kept, programme.ends_at), programme.ends_cells]
+            relaxed = np.minimum(served, bound)
         best, pattern = enough, None
         for end in np.argsort(-relaxed).tolist():
             if relaxed[end] <= best:
@@ -242,31 +243,13 @@ class Pricer:
         bucket = slots.bucket[chunks.slot]
         follows = np.zeros(len(kept), dtype=bool)  # a remainder after another one of the same bucket
         follows[1:] = is_rest[1:] & is_rest[:-1] & (bucket[1:] == bucket[:-1])
-        table = self._table(chunks, worth, follows)
         cells = int(programme.ends_cells[end])
+        table = _table(chunks, worth, follows, cells)
         best = float(table[-1, cells])
         if best <= enough:
             return enough, None
         rows = self._traced(slots, chunks, table, follows, cells)
         return best, Pattern(config=config, rows=rows, seconds=self._seconds(config, rows))
-
-    def _table(self, chunks: _Chunks, worth: np.ndarray, follows: np.ndarray) -> np.ndarray:
-        """[I + 1, cells + 1] most that the first i steps are worth in so many cells.
-
-        A step that `follows` is taken instead of the one before it, not with it.
-        """
-        size = self._num_cells + 1
-        table = np.empty((len(worth) + 1, size))
-        table[0] = 0.0
-        spare = np.empty(size)
-        base = 0
-        steps = zip(chunks.cells.tolist(), worth.tolist(), follows.tolist(), strict=True)
-        for step, (width, gain, after_other) in enumerate(steps):
-            base = base if after_other else step
-            table[step + 1, :width] = table[step, :width]
-            np.add(table[base, : size - width], gain, out=spare[width:])
-            np.maximum(table[step, width:], spare[width:], out=table[step + 1, width:])
-        return table
 
     def _seconds(self, config: int, rows: np.ndarray) -> float:
         """`UsableConfig.replica_s` of rows [J], some of them."""
@@ -318,6 +301,29 @@ class Pricer:
             while step > 0 and follows[step]:
                 step -= 1
         return rows
+
+
+def _table(chunks: _Chunks, worth: np.ndarray, follows: np.ndarray, num_cells: int) -> np.ndarray:
+    """[I + 1, num_cells + 1] most that the first i steps are worth in so many cells.
+
+    A step that `follows` is taken instead of the one before it, not with it.
+    """
+    size = num_cells + 1
+    table = np.empty((len(worth) + 1, size))
+    table[0] = 0.0
+    before = base = table[0]
+    steps = zip(table[1:], chunks.cells.tolist(), worth.tolist(), follows.tolist(), strict=True)
+    for row, width, gain, after_other in steps:
+        base = base if after_other else before
+        if width < size:
+            row[:width] = before[:width]
+            tail = row[width:]
+            np.add(base[: size - width], gain, out=tail)
+            np.maximum(tail, before[width:], out=tail)
+        else:
+            row[:] = before
+        before = row
+    return table
 
 
 def _loss(chunks: _Chunks, worth: np.ndarray, excess: np.ndarray, last: np.ndarray) -> np.ndarray:
