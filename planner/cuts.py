@@ -48,12 +48,15 @@ class Cut:
 
     def of_slots(self, bucket: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """What slots of so many rows of these buckets add."""
-        return np.where(bucket == self.bucket, -(-rows * self.times // self.size), 0)
+        return np.where(bucket == self.bucket, self._up(rows), 0)
 
-    def of_pattern(self, rows: np.ndarray, full: np.ndarray) -> int:
-        """What a pattern adds that serves `rows` [J] in slots of at most `full` [J]."""
-        num_full, rest = divmod(int(rows[self.bucket]), int(full[self.bucket]))
-        return num_full * -(-int(full[self.bucket]) * self.times // self.size) - (-rest * self.times // self.size)
+    def of_patterns(self, rows: np.ndarray, full: np.ndarray) -> np.ndarray:
+        """What patterns add that serve `rows` [..., J] in slots of at most `full` [..., J] each."""
+        num_full, rest = np.divmod(rows[..., self.bucket], full[..., self.bucket])
+        return num_full * self._up(full[..., self.bucket]) + self._up(rest)
+
+    def _up(self, sequences: np.ndarray) -> np.ndarray:
+        return -(-sequences * self.times // self.size)
 
 
 class SlotWorths:

@@ -54,9 +54,8 @@ class Master:
         thrift: float = 0.0,
     ) -> None:
         self.patterns: list[Pattern] = []
-        self._cuts: list[tuple[Cut, int]] = []
-        self._problem = problem
-        self._full = [lattice.full for lattice in lattices]
+        self._cuts: list[Cut] = []
+        self._full = np.array([lattice.full for lattice in lattices])
         self._served = [bucket for bucket, count in enumerate(problem.counts) if count > 0]
         self._row = {bucket: row for row, bucket in enumerate(self._served)}
         self._num_buckets, self._num_configs = len(problem.counts), len(problem.configs)
@@ -68,6 +67,7 @@ class Master:
         lp.addRows([[] for _ in range(num_covers)], lhss=[0.0] * num_covers, rhss=[free] * num_covers)
         lp.addRow([], lhs=-free, rhs=float(problem.num_devices))
         lp.addRow([], lhs=1.0 if needs_longest else 0.0, rhs=free)
+        self._first_cut = num_covers + 2
         lp.addCol(
             [(row, -1.0) for row in range(num_rows)],
             obj=-float(problem.num_devices),
@@ -88,10 +88,10 @@ class Master:
         if not patterns:
             return
         columns = []
-        for pattern in patterns:
+        for pattern, adds in zip(patterns, self._of_cuts(patterns, self._cuts).tolist(), strict=True):
             entries = [(self._row[b], float(n / self._counts[b])) for b, n in enumerate(pattern.rows.tolist()) if n]
             entries.append((len(self._served) + pattern.config, -1.0))
-            columns.append(entries + self._of_cuts(pattern))
+            columns.append(entries + [(self._first_cut + at, share) for at, share in enumerate(adds) if share])
         free = self._lp.infinity()
         self._lp.addCols(
             columns,
@@ -104,17 +104,17 @@ class Master:
     def add_cuts(self, cuts: Sequence[Cut]) -> None:
         """Adds (6); `prices` are of these cuts too from now on, in this order."""
         first_pattern = 1 + self._num_configs
-        for cut in cuts:
-            least = cut.least(self._problem.counts)
-            adds = ((at, cut.of_pattern(p.rows, self._full[p.config])) for at, p in enumerate(self.patterns))
-            entries = [(first_pattern + at, added / least) for at, added in adds if added]
+        for adds in self._of_cuts(self.patterns, cuts).T.tolist():
+            entries = [(first_pattern + at, share) for at, share in enumerate(adds) if share]
             self._lp.addRow([(0, -1.0), *entries], lhs=0.0, rhs=self._lp.infinity())
-            self._cuts.append((cut, least))
+        self._cuts += cuts
 
-    def _of_cuts(self, pattern: Pattern) -> list[tuple[int, float]]:
-        first_row = len(self._served) + self._num_configs + 2
-        adds = (cut.of_pattern(pattern.rows, self._full[pattern.config]) / least for cut, least in self._cuts)
-        return [(first_row + at, added) for at, added in enumerate(adds) if added]
+    def _of_cuts(self, patterns: Sequence[Pattern], cuts: Sequence[Cut]) -> np.ndarray:
+        """[P, K] what patterns add to cuts, as shares of what the cuts ask for."""
+        rows = np.array([pattern.rows for pattern in patterns]).reshape(len(patterns), self._num_buckets)
+        full = self._full[[pattern.config for pattern in patterns]]
+        shares = [cut.of_patterns(rows, full) / cut.least(self._counts) for cut in cuts]
+        return np.array(shares).reshape(len(cuts), len(patterns)).T
 
     def fix(self, lower: Sequence[float], upper: Sequence[float]) -> None:
         """Sets (5)."""
@@ -127,8 +127,8 @@ class Master:
         dual = np.array(self._lp.getDual()) / self._num_devices
         prices = np.zeros(self._num_buckets + len(self._cuts))
         prices[self._served] = np.maximum(dual[: len(self._served)], 0.0) / self._counts[self._served]
-        of_cuts = dual[len(self._served) + self._num_configs + 2 :]
-        prices[self._num_buckets :] = np.maximum(of_cuts, 0.0) / np.array([least for _, least in self._cuts])
+        least = np.array([cut.least(self._counts) for cut in self._cuts])
+        prices[self._num_buckets :] = np.maximum(dual[self._first_cut :], 0.0) / least
         links = dual[len(self._served) : len(self._served) + self._num_configs]
         return MasterSolution(
             scale=float(primal[0]),

@@ -146,7 +146,7 @@ class Relaxation:
         """What a pattern is worth at prices [J + K] of sequences and the first K cuts."""
         num_buckets, full = len(pattern.rows), self.lattices[pattern.config].full
         of_cuts = zip(self.cuts, prices[num_buckets:].tolist(), strict=False)
-        adds = sum(price * cut.of_pattern(pattern.rows, full) for cut, price in of_cuts if price > 0)
+        adds = sum(price * int(cut.of_patterns(pattern.rows, full)) for cut, price in of_cuts if price > 0)
         return float(pattern.rows @ prices[:num_buckets]) + adds
 
 
