@@ -20,7 +20,7 @@ SHORTEST_RETREAT = 5e-4
 """How often, and by how much less at the least than the T before, a proof is tried; the relaxation's T is only nearly a
 bound."""
 
-SETTLED_RETREATS = (1e-3, 2e-3, 4e-3, 6e-3)
+SETTLED_RETREATS = (0.0, 5e-4, 1e-3, 2e-3, 4e-3)
 """By how much less than the T that was decided on it is tried for replica counts that may be within it."""
 
 CERTAIN = 1e-5
@@ -116,7 +116,7 @@ def _raise(search: Search, decided_s: float) -> bool:
             trial_s = decided_s * (1 - retreat)
             if trial_s <= max(known.bound_s, search.bound_s) or search.left_s() <= SHORTEST_SOLVE_S:
                 break
-            level = Level(search.relaxation, trial_s, proven=True)
+            level = Level(search.relaxation, trial_s, proven=True) if retreat else search.level
             answer = level.solve(replica_counts=counts, decide=True, cutting=True, deadline=search.deadline)
             if answer.bound < 1 - CERTAIN:
                 search.settled[counts] = dataclasses.replace(known, bound_s=trial_s)

@@ -33,7 +33,7 @@ from planner import choice, closing, rounding
 from planner.plan import Plan
 from planner.problem import PlanningProblem
 from planner.relaxation import Level, Relaxation, bracket, least_conceivable_s
-from planner.search import STRICTLY, TARGET_GAP, Search, dive, settle
+from planner.search import LAST_CLOSING_SHARE, STRICTLY, TARGET_GAP, Search, dive, settle
 
 __all__ = ["TARGET_GAP", "homogeneous", "least_conceivable_s", "solve"]
 
@@ -97,6 +97,8 @@ def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
     closing.close(search, most_settled=1)  # often quick; polishing many replicas is not
     _polish(search)
     closing.close(search, most_settled=MOST_SETTLED)
+    search.closing_share = LAST_CLOSING_SHARE
+    closing.close(search, most_settled=1)
     _search(search, MORE_DIVES, cutting=True)
     closing.close(search, most_settled=MOST_SETTLED)
     overhead_s = problem.costs.step_overhead_s

@@ -22,7 +22,10 @@ TARGET_GAP = 0.01
 """(step_s - bound_s) / step_s at which the search ends."""
 
 CLOSING_SHARE = 0.95
-"""Plans and bounds are asked for a little less than the target gap apart, so that finding one is enough."""
+"""Plans and bounds are asked for a little less than the target gap apart, so that nearly finding one is enough."""
+
+LAST_CLOSING_SHARE = 0.995
+"""The same when all else has left a gap."""
 
 STRICTLY = 1e-7
 """With a target gap of 0, "better" means better by this share."""
@@ -63,6 +66,7 @@ class Search:
     level: Level | None = None
     settled: dict[tuple[int, ...], Settled] = dataclasses.field(default_factory=dict)
     hurries: bool = False
+    closing_share: float = CLOSING_SHARE
     num_nodes: int = 0
 
     def left_s(self) -> float:
@@ -84,7 +88,7 @@ class Search:
 
     def better(self) -> float:
         """The share by which a better plan is asked for."""
-        return max(self.target_gap * CLOSING_SHARE, STRICTLY)
+        return max(self.target_gap * self.closing_share, STRICTLY)
 
     def trial_s(self) -> float:
         """The T that no plan must attain to end the search."""
@@ -93,7 +97,7 @@ class Search:
 
     def goal_s(self) -> float:
         """The T that would be near enough to the bound."""
-        wanted = self.target_gap * CLOSING_SHARE
+        wanted = self.target_gap * self.closing_share
         return (self.bound_s + wanted * self.problem.costs.step_overhead_s) / (1 - wanted)
 
     def decided_s(self) -> float:
@@ -102,7 +106,7 @@ class Search:
         A "no" at the goal raises the bound, and with it the goal; one for whole replica counts alone may hold for much
         more, which is looked at next.
         """
-        step = max(self.target_gap, TARGET_GAP) * CLOSING_SHARE
+        step = max(self.target_gap, TARGET_GAP) * self.closing_share
         overhead_s = self.problem.costs.step_overhead_s
         goal_s = (self.bound_s + step * overhead_s) / (1 - step)
         return self.trial_s() if self.hurries else min(self.trial_s(), goal_s)
