@@ -26,9 +26,6 @@ SETTLED_RETREATS = (0.0, 5e-4, 1e-3, 2e-3, 4e-3)
 CERTAIN = 1e-5
 """SCIP's tolerances are well below this: a share that it bounds below 1 by this much is below 1."""
 
-MOST_RULED_OUT = 100
-"""Replica counts that are ruled out one by one before the search gives up proving more."""
-
 
 def prove(search: Search, low_s: float, prices: np.ndarray) -> None:
     """Raises the bound to `low_s`, or as near as prices [J + K] of it can."""
@@ -58,8 +55,8 @@ def tighten(search: Search) -> None:
     prove(search, low_s, prices)
 
 
-def close(search: Search, *, most_settled: int) -> None:
-    """Decides about T after T until the gap is closed, or so many replica counts have been settled in vain."""
+def close(search: Search, *, most_settled: int, most_ruled_out: int) -> None:
+    """Decides about T after T until the gap is closed, or so many replica counts are settled in vain or ruled out."""
     problem, relaxation, settled = search.problem, search.relaxation, search.settled
     num_ruled_out = num_vain = 0
     while not search.is_done():
@@ -83,7 +80,7 @@ def close(search: Search, *, most_settled: int) -> None:
                 return
             search.hurries = True
             continue
-        if chosen.replica_counts is None or num_vain >= most_settled or num_ruled_out >= MOST_RULED_OUT:
+        if chosen.replica_counts is None or num_vain >= most_settled or num_ruled_out >= most_ruled_out:
             return
         served = level.solve(replica_counts=chosen.replica_counts, decide=True, cutting=True, deadline=search.deadline)
         if served.bound < 1 - CERTAIN:

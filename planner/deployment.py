@@ -57,8 +57,9 @@ MORE_DIVES = tuple(
 PROMISING = 1.03
 """Share-outs within this ratio of what is wanted are polished."""
 
-MOST_SETTLED = 8
-"""Replica counts that are settled before the search gives up proving more."""
+QUICKLY = {"most_settled": 1, "most_ruled_out": 40}
+THOROUGHLY = {"most_settled": 8, "most_ruled_out": 200}
+"""Replica counts that are settled and ruled out one by one before the search gives up proving more for now."""
 
 HOPELESS = 0.99
 """Replica counts that serve less than this share of the counts, fractionally, are not dived for."""
@@ -92,15 +93,14 @@ def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
         search.offer(fallback.replica_counts, fallback.max_s)
     closing.tighten(search)
     _search(search, FIRST_DIVES, cutting=True)
-    closing.close(search, most_settled=1)
+    closing.close(search, **QUICKLY)
     _search(search, DIVES)
-    closing.close(search, most_settled=1)  # often quick; polishing many replicas is not
+    closing.close(search, **QUICKLY)  # polishing many replicas is not as quick
     _polish(search)
-    closing.close(search, most_settled=MOST_SETTLED)
+    closing.close(search, **QUICKLY)
     search.closing_share = LAST_CLOSING_SHARE
-    closing.close(search, most_settled=1)
     _search(search, MORE_DIVES, cutting=True)
-    closing.close(search, most_settled=MOST_SETTLED)
+    closing.close(search, **THOROUGHLY)
     overhead_s = problem.costs.step_overhead_s
     return problem.make_plan(
         search.best.replica_counts,
