@@ -61,6 +61,9 @@ QUICKLY = {"most_settled": 1, "most_ruled_out": 40}
 THOROUGHLY = {"most_settled": 8, "most_ruled_out": 200}
 """Replica counts that are settled and ruled out one by one before the search gives up proving more for now."""
 
+COARSE = 1.01
+"""Where cuts raise the bound by more than this, dives need them too: few slots are all that a replica has time for."""
+
 HOPELESS = 0.99
 """Replica counts that serve less than this share of the counts, fractionally, are not dived for."""
 
@@ -91,10 +94,11 @@ def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
     if search.best is None:
         fallback = settle(problem, homogeneous(problem), deadline=search.deadline)
         search.offer(fallback.replica_counts, fallback.max_s)
+    fractional_s = search.bound_s
     closing.tighten(search)
     _search(search, FIRST_DIVES, cutting=True)
     closing.close(search, **QUICKLY)
-    _search(search, DIVES)
+    _search(search, DIVES, cutting=search.bound_s > fractional_s * COARSE)
     closing.close(search, **QUICKLY)  # polishing many replicas is not as quick
     _polish(search)
     closing.close(search, **QUICKLY)
