@@ -329,9 +329,9 @@ def bracket(
             if low >= enough_s or answer.scale * BRACKET_RATIO >= 1:
                 high = min(high, low * BRACKET_RATIO)
                 break
-            if answer.solution is None:
+            served = (math.sqrt(max(answer.bound, 0.0) * max(answer.scale, 0.0)), served[1])  # it is between the two
+            if served[0] < STRICT:
                 trial, step = trial * step, step * step
-            served = (math.sqrt(answer.bound * answer.scale), served[1])  # it is between the two
         elif answer.scale >= 1 or time.perf_counter() < deadline:
             high = trial  # the share served is 1 or just below: no more patterns are worthwhile
             served = (served[0], math.sqrt(max(answer.scale, 1.0) * min(max(answer.bound, 1.0), MOST_OVER)))
@@ -341,7 +341,7 @@ def bracket(
 
 def _next_trial(low: float, high: float, low_served: float, high_served: float, *, otherwise: float) -> float:
     """Just below the T that seems to be the least let through, by the shares served at T on both sides."""
-    if not low_served > 0:  # nothing is known, or nothing served
+    if not low_served >= STRICT:  # nothing is known, or next to nothing served
         return otherwise if otherwise < high else math.sqrt(low * high)
     power = 1.0  # of T, that the share served goes with
     if high_served > low_served:

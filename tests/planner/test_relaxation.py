@@ -1,12 +1,14 @@
 """Pricing bounds every pattern, and what the relaxation does not let through no plan attains."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner.constraints import Constraints
 from planner.cost import ConfigCost, CostTable
 from planner.cuts import Cut
 from planner.patterns import lattice_of, slots_of
@@ -180,6 +182,32 @@ def test_what_the_bracket_says_can_be_proven_just_below():
     assert least_conceivable_s(relaxation.problem) <= low_s < high_s
     assert relaxation.proves_unattainable(prices, low_s * 0.99)
     assert not relaxation.proves_unattainable(prices, high_s * 1.02)
+
+
+def test_a_bracket_ends_where_prices_say_that_nothing_is_served():
+    # One sequence, one replica, pinned: at a T that is too short for a slot some prices make all patterns worthless.
+    costs = CostTable(
+        model="m",
+        model_fingerprint="f",
+        hardware={},
+        configs=(
+            ConfigCost(
+                config=ParallelConfig(tp=2, pp=2, remat="none"),
+                capacity_tokens=28,
+                coefficients=(0.0, 0.0, 6e-4, 0.0, 0.0, 2e-3),
+            ),
+            ConfigCost(
+                config=ParallelConfig(tp=3, pp=1, remat="none"),
+                capacity_tokens=114,
+                coefficients=(0.0, 0.0, 5e-4, 0.0, 0.0, 5e-3),
+                fixed_s=4e-3,
+            ),
+        ),
+    )
+    workload = Workload(tasks=(TaskLengths(name="t", batch_size=1, lengths={16: 1.0}),))
+    problem = build_problem(workload, costs, 4, buckets=(16,), constraints=Constraints(pinned=("1x(tp3,pp1,none)",)))
+    low_s, _, high_s = bracket(Relaxation(problem), deadline=time.perf_counter() + 10)
+    assert 0.0232 < low_s < 0.025 <= high_s < 0.0252  # the pinned replica takes 25 ms
 
 
 def test_a_level_serves_what_its_patterns_say():
