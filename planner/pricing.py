@@ -11,10 +11,11 @@ A *pattern* of a config is what one replica runs in a step: numbers of slots (bu
 - First each config is bounded without whole slots: time goes to the buckets that pay best for it (a fractional
   knapsack), for every value of the largest slot where (pp - 1) max t matters. That bound is always proven.
 - Configs whose bound is above what is asked for get a dynamic programme over time in equal cells. Steps are chunks of
-  2^q like slots. With pp > 1 slots enter by increasing seconds, so one pass has the answer for every largest slot, and
-  a remainder is mostly what it adds to the next smaller one of its bucket (`STEEP`): (3) holds but for additions taken
-  alone. A `proven` pricer rounds each chunk's seconds down to cells, so that z_c is a bound; otherwise to the nearest
-  cell, which is what patterns are found with.
+  2^q like slots. With pp > 1 slots enter by increasing seconds, so one pass has an answer for every largest slot, but
+  for (3); the best are looked at alone, with (3), until no other can be better. A `proven` pricer rounds each chunk's
+  seconds down to cells, so that z_c is a bound; otherwise to the nearest cell, which is what patterns are found with.
+
+A slot may also be paid for what it adds to cuts (`planner.cuts`): prices are then pi and after them those of the cuts.
 """
 
 from __future__ import annotations

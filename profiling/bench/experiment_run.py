@@ -205,9 +205,7 @@ class _Loop:
         if timeline is not None:
             replicas = self._engine.replicas
             save_timeline(step_timeline(pending.step + 1, result, prepared.dispatch, replicas, costs), timeline)
-        return step_record(
-            pending, result, plan=self._engine.plan, costs=costs, compilations=self._compiled - before
-        )
+        return step_record(pending, result, plan=self._engine.plan, costs=costs, compilations=self._compiled - before)
 
 
 def _step(record: StepRecord) -> dict[str, Any]:
