@@ -10,9 +10,9 @@ For any prices pi >= 0 with sum_j N_j pi_j = 1 and any replica counts p that ser
 
     (1)  sum_c z_c(pi) p_c >= 1                   z_c: the most that one replica of config c can be worth
 
-so where sum_c z_c p_c stays below 1 for all p that (3) to (5) of the master allow, T is unattainable. With cuts of whole
-slots (`planner.cuts`) in the master their prices sigma count too: sum_j N_j pi_j + sum_i L_i sigma_i = 1. A `proven`
-level prices with bounds, so that its "no" is a proof; the others are for finding plans.
+so where sum_c z_c p_c stays below 1 for all p that (3) to (5) of the master allow, T is unattainable. With cuts of
+whole slots (`planner.cuts`) in the master their prices sigma count too: sum_j N_j pi_j + sum_i L_i sigma_i = 1. A
+`proven` level prices with bounds, so that its "no" is a proof; the others are for finding plans.
 """
 
 from __future__ import annotations
