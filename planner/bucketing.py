@@ -104,26 +104,45 @@ def bucket_lengths(
 
 
 def _least_padding(options: np.ndarray, weights: np.ndarray, max_buckets: int) -> tuple[int, ...]:
-    """At most `max_buckets` of ascending `options` [n], the last included, that pad `weights` [n] sequences least."""
+    """At most `max_buckets` of ascending `options` [n], the last included, that pad `weights` [n] sequences least.
+
+    P(k - 1, i) - x C_i are lines in x = s_j of falling slope, so the least of them is on their lower envelope. Lines of
+    i > j may be the least there, but never less than P(k - 1, j): the bucket that holds s_j may end at s_j.
+    """
     num = len(options)
     if num <= max_buckets:
         return tuple(options.tolist())
     below = np.cumsum(weights)
-    # join[i, j]: padded tokens of the sequences in (s_i, s_j] when all are padded to s_j.
-    join = options[None, :] * (below[None, :] - below[:, None])
-    join[np.tril_indices(num)] = np.inf
     padded = options * below
     parents: list[np.ndarray] = []
     for _ in range(max_buckets - 1):
-        totals = padded[:, None] + join
-        parent = totals.argmin(axis=0)
-        best = totals[parent, np.arange(num)]
-        parent = np.where(best < padded, parent, -1)
-        padded = np.minimum(best, padded)
-        parents.append(parent)
+        envelope = _lower_hull(below.tolist(), padded.tolist())
+        ends = np.diff(padded[envelope]) / np.diff(below[envelope])  # the x from which the next line is less
+        parent = envelope[np.searchsorted(ends, options)]
+        totals = padded[parent] + options * (below - below[parent])
+        better = (parent < np.arange(num)) & (totals < padded)
+        parents.append(np.where(better, parent, -1))
+        padded = np.where(better, totals, padded)
     chosen = [num - 1]
     for parent in reversed(parents):
         previous = int(parent[chosen[-1]])
         if previous >= 0:
             chosen.append(previous)
     return tuple(options[sorted(chosen)].tolist())
+
+
+def _lower_hull(x: Sequence[float], y: Sequence[float]) -> np.ndarray:
+    """Indices of the points (x, y), x not falling, on the lower side of their convex hull; of equal x the lowest."""
+    hull: list[int] = []
+    for at, (right, height) in enumerate(zip(x, y, strict=True)):
+        while hull and x[hull[-1]] == right and y[hull[-1]] >= height:
+            hull.pop()
+        if hull and x[hull[-1]] == right:
+            continue
+        while len(hull) > 1:
+            a, b = hull[-2], hull[-1]
+            if (y[b] - y[a]) * (right - x[b]) < (height - y[b]) * (x[b] - x[a]):
+                break
+            hull.pop()
+        hull.append(at)
+    return np.array(hull)

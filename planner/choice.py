@@ -24,7 +24,7 @@ from pyscipopt import Model, quicksum
 
 from planner import scip
 from planner.master import MasterSolution
-from planner.pricing import Pattern
+from planner.patterns import Pattern
 from planner.relaxation import Relaxation
 from planner.rounding import THRIFT
 
@@ -65,7 +65,7 @@ def from_patterns(
     using: list[list] = [[] for _ in counts]
     near = NEAR / problem.num_devices * relaxation.devices
     for pattern in patterns:
-        short = (solution.charges[pattern.config] - pattern.rows @ solution.prices for solution in solutions)
+        short = (s.charges[pattern.config] - relaxation.worth(pattern, s.prices) for s in solutions)
         if min(short) <= near[pattern.config]:
             uses = model.addVar(lb=0)
             using[pattern.config].append(uses)

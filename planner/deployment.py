@@ -13,59 +13,56 @@ replica r, integers n_rj of sequences of each bucket, to
     (6)  p_c >= pinned_c,  at most K configs with p_c > 0   where the user says so
 
 Solved in four steps.
-1. `planner.relaxation` finds the T from which fractional patterns serve everything: the best a bound can be, and near
-   what good plans need when there are many replicas.
+1. `planner.relaxation` finds the T from which fractional patterns serve everything: near what good plans need when
+   there are many replicas. The prices found prove it (`planner.closing`).
 2. At about the T that would be near enough, replicas are given patterns one after the other until all is served
-   (`planner.rounding`); their counts are chosen while diving or, as a whole, before (`planner.choice`). The best
-   plan is polished.
-3. The prices found in 1 prove the bound.
-4. What gap is left is closed at the T that would be better than the best plan by the target gap: replica counts that no
-   pricing rules out are named (`planner.choice`), priced, and ruled out or settled: their integers n_rj are found
-   (`planner.balance_model`), with a bound of their own. When none are left, that T or the least of those bounds is
-   proven.
+   (`planner.rounding`); their counts are chosen while diving or, as a whole, before (`planner.choice`).
+3. With few replicas the bound is at fault as much as the plan: cuts of whole slots (`planner.cuts`) and whole replica
+   counts, named, priced and ruled out or settled, raise it (`planner.closing`), and plans are looked for anew.
+4. The best plan is polished.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 
 import numpy as np
 
-from planner import balance, balance_model, choice, rounding
-from planner.balance import Share
+from planner import choice, closing, rounding
 from planner.plan import Plan
 from planner.problem import PlanningProblem
 from planner.relaxation import Level, Relaxation, bracket, least_conceivable_s
-from planner.rounding import RoundedShare
+from planner.search import LAST_CLOSING_SHARE, STRICTLY, TARGET_GAP, Search, dive, settle
 
-__all__ = ["Settled", "homogeneous", "least_conceivable_s", "settle", "solve"]
+__all__ = ["TARGET_GAP", "homogeneous", "least_conceivable_s", "solve"]
 
-TARGET_GAP = 0.01
-"""(step_s - bound_s) / step_s at which the search ends."""
+FREE, SETTLED, CHOSEN = "free", "settled", "chosen"
+"""How a dive comes by its replica counts: while diving; those settled that took least; or as a whole, before."""
 
-DIVES = ((1.0, False), (1.0, True), (0.998, False), (1.005, True), (1.004, False), (1.01, True), (1.015, False))
-"""Where plans are looked for: the T as a multiple of that which would be near enough to the bound, and whether replica
-counts are chosen first, as a whole, or while diving."""
+FIRST_DIVES = ((1.0, FREE),)
+"""Where plans are looked for first: the T as a multiple of that which would be near enough to the bound."""
 
-MORE_DIVES = tuple((factor, False) for factor in (0.999, 0.997, 1.001, 0.996, 1.002, 0.995, 1.003, 1.006, 1.008, 1.012))
-"""The same where the last step leaves a gap."""
+DIVES = ((1.0, SETTLED), (0.998, FREE), (1.0, CHOSEN), (1.004, FREE), (1.005, SETTLED), (1.005, CHOSEN),
+         (1.01, SETTLED), (1.01, CHOSEN), (1.015, FREE))  # fmt: skip
+"""Where they are looked for next."""
 
-RETREATS = (0.0, 1e-3, 2e-3, 3e-3, 4e-3, 6e-3, 8e-3, 0.016, 0.032, 0.064, 0.128, 0.256)
-"""By how much less than the relaxation's T, which is only nearly a bound, a proof is tried."""
-
-CLOSING_SHARE = 0.95
-"""The last step asks for a little less than the target gap, so that its "no" is enough."""
-
-CERTAIN = 1e-5
-"""SCIP's tolerances are well below this: a share that it bounds below 1 by this much is below 1."""
+MORE_DIVES = tuple(
+    (factor, origin)
+    for factor in (0.999, 1.003, 0.997, 1.001, 0.996, 1.002, 0.995, 1.006, 1.008, 1.012)
+    for origin in (FREE, SETTLED)
+)
+"""Where they are looked for when all else leaves a gap, with cuts."""
 
 PROMISING = 1.03
 """Share-outs within this ratio of what is wanted are polished."""
 
-MOST_SETTLED = 8
-"""Replica counts that are settled before the search gives up proving more."""
+QUICKLY = {"most_settled": 1, "most_ruled_out": 40}
+THOROUGHLY = {"most_settled": 8, "most_ruled_out": 200}
+"""Replica counts that are settled and ruled out one by one before the search gives up proving more for now."""
+
+COARSE = 1.01
+"""Where cuts raise the bound by more than this, dives need them too: few slots are all that a replica has time for."""
 
 HOPELESS = 0.99
 """Replica counts that serve less than this share of the counts, fractionally, are not dived for."""
@@ -73,77 +70,7 @@ HOPELESS = 0.99
 RISE = 0.25
 """T is raised by this power of the share: what one replica more would serve, the T needs to rise little for."""
 
-SETTLE_LIMIT_S = 0.5
-LOCAL_SEARCH_LIMIT_S = 0.2
 CHOICE_LIMIT_S = 1.0
-SHORTEST_SOLVE_S = 0.02
-
-STRICTLY = 1e-7
-"""With a target gap of 0, "better" means better by this share."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settled:
-    """A deployment with its share-out of the planned counts. Seconds are of the slowest replica, without overhead."""
-
-    replica_counts: tuple[int, ...]
-    max_s: float
-    bound_s: float
-
-
-@dataclasses.dataclass(kw_only=True)
-class _Search:
-    """Where the search stands: the best plan so far, the proven bound, and what it took."""
-
-    problem: PlanningProblem
-    relaxation: Relaxation
-    target_gap: float
-    deadline: float
-    bound_s: float
-    best: Settled | None = None
-    best_share: RoundedShare | None = None
-    num_nodes: int = 0
-
-    def left_s(self) -> float:
-        return self.deadline - time.perf_counter()
-
-    def gap(self) -> float:
-        """The best plan's gap to the bound; infinite without a plan."""
-        return np.inf if self.best is None else _gap(self.problem, self.best.max_s, self.bound_s)
-
-    def is_done(self) -> bool:
-        return self.gap() <= max(self.target_gap, STRICTLY) or self.left_s() <= SHORTEST_SOLVE_S
-
-    def status(self) -> str:
-        if self.gap() <= STRICTLY:
-            return "optimal"
-        if self.gap() <= self.target_gap:
-            return "gap limit"
-        return "time limit" if self.left_s() <= SHORTEST_SOLVE_S else "gap left"
-
-    def better(self) -> float:
-        """The share by which step 4 asks for a better plan."""
-        return max(self.target_gap * CLOSING_SHARE, STRICTLY)
-
-    def trial_s(self) -> float:
-        """The T of step 4."""
-        overhead_s = self.problem.costs.step_overhead_s
-        return (self.best.max_s + overhead_s) * (1 - self.better()) - overhead_s
-
-    def goal_s(self) -> float:
-        """The T that would be near enough to the bound."""
-        wanted = self.target_gap * CLOSING_SHARE
-        return (self.bound_s + wanted * self.problem.costs.step_overhead_s) / (1 - wanted)
-
-    def offer(self, replica_counts: Sequence[int], max_s: float, share: RoundedShare | None = None) -> None:
-        """Takes a plan that is better than the best so far; `share` where it is known how it shares out."""
-        if self.best is None or max_s < self.best.max_s:
-            self.best = Settled(replica_counts=tuple(replica_counts), max_s=max_s, bound_s=0.0)
-            self.best_share = share
-
-    def offer_share(self, rounded: RoundedShare) -> None:
-        counts = np.bincount(rounded.replicas, minlength=len(self.problem.configs)).tolist()
-        self.offer(counts, rounded.share.max_s, rounded)
 
 
 def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
@@ -153,7 +80,7 @@ def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
     out of ideas before the time.
     """
     started = time.perf_counter()
-    search = _Search(
+    search = Search(
         problem=problem,
         relaxation=Relaxation(problem),
         target_gap=target_gap,
@@ -161,17 +88,23 @@ def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
         bound_s=least_conceivable_s(problem),
     )
     low_s, prices, high_s = bracket(search.relaxation, search.deadline)
-    _prove(search, low_s, prices)
+    closing.prove(search, low_s, prices)
     if np.isfinite(high_s):
-        _search(search, DIVES)
+        _search(search, FIRST_DIVES)
     if search.best is None:
         fallback = settle(problem, homogeneous(problem), deadline=search.deadline)
         search.offer(fallback.replica_counts, fallback.max_s)
-    _close(search, most_settled=1)  # often quick; polishing many replicas is not
+    fractional_s = search.bound_s
+    closing.tighten(search)
+    _search(search, FIRST_DIVES, cutting=True)
+    closing.close(search, **QUICKLY)
+    _search(search, DIVES, cutting=search.bound_s > fractional_s * COARSE)
+    closing.close(search, **QUICKLY)  # polishing many replicas is not as quick
     _polish(search)
-    _close(search, most_settled=MOST_SETTLED)
-    if not search.is_done():
-        _search(search, MORE_DIVES)
+    closing.close(search, **QUICKLY)
+    search.closing_share = LAST_CLOSING_SHARE
+    _search(search, MORE_DIVES, cutting=True)
+    closing.close(search, **THOROUGHLY)
     overhead_s = problem.costs.step_overhead_s
     return problem.make_plan(
         search.best.replica_counts,
@@ -184,33 +117,6 @@ def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
     )
 
 
-def settle(
-    problem: PlanningProblem,
-    replica_counts: tuple[int, ...],
-    *,
-    bound_s: float = 0.0,
-    target_gap: float = TARGET_GAP,
-    deadline: float | None = None,
-    start: Share | None = None,
-) -> Settled:
-    """Shares the planned counts out over a deployment that has a replica for every bucket.
-
-    `bound_s` is what is known to be the least for any deployment: within `target_gap` of it there is nothing to prove.
-    `start` is a share-out over its replicas, configs in order, to improve on.
-    """
-    replicas = [u for u, count in zip(problem.configs, replica_counts, strict=True) for _ in range(count)]
-    table = balance.tables(replicas, problem.counts)
-    share = start or balance.heuristic(table, problem.counts, time_limit_s=LOCAL_SEARCH_LIMIT_S)
-    own_bound_s = bound_s
-    left_s = SETTLE_LIMIT_S if deadline is None else min(SETTLE_LIMIT_S, deadline - time.perf_counter())
-    if left_s > SHORTEST_SOLVE_S and _gap(problem, share.max_s, bound_s) > target_gap:
-        share, proven_s = balance_model.refine(
-            replicas, table, problem.counts, share, time_limit_s=left_s, gap_limit=target_gap / 2
-        )
-        own_bound_s = max(bound_s, proven_s)
-    return Settled(replica_counts=tuple(replica_counts), max_s=share.max_s, bound_s=min(own_bound_s, share.max_s))
-
-
 def homogeneous(problem: PlanningProblem) -> tuple[int, ...]:
     """The pinned replicas, and every other device on the narrowest config that fits the longest bucket."""
     counts = list(problem.pinned_counts)
@@ -220,22 +126,22 @@ def homogeneous(problem: PlanningProblem) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def _gap(problem: PlanningProblem, max_s: float, bound_s: float) -> float:
-    return (max_s - bound_s) / (max_s + problem.costs.step_overhead_s)
-
-
-def _search(search: _Search, dives: Sequence[tuple[float, bool]]) -> None:
+def _search(search: Search, dives: Sequence[tuple[float, str]], *, cutting: bool = False) -> None:
     """Step 2: dives at about the T that would do."""
     relaxation, tried = search.relaxation, []
     goal_s = search.goal_s()
-    for factor, choose_first in dives:
+    for factor, origin in dives:
         replica_s = goal_s * factor
         if search.is_done():
             return
         if search.best is not None and search.best.max_s <= replica_s:
             continue
         lower, upper = relaxation.lower, relaxation.upper
-        if choose_first or search.problem.max_configs is not None:
+        if origin == SETTLED:
+            if not search.settled:
+                continue
+            lower = upper = min(search.settled, key=lambda counts: search.settled[counts].max_s)
+        elif origin == CHOSEN or search.problem.max_configs is not None:
             counts, served = _choose(search, replica_s)
             if counts is None or counts in tried:
                 continue
@@ -243,13 +149,13 @@ def _search(search: _Search, dives: Sequence[tuple[float, bool]]) -> None:
                 goal_s = replica_s / max(served, STRICTLY) ** RISE
                 continue
             tried.append(counts)
-            lower, upper = (counts, counts) if choose_first else (lower, np.where(np.array(counts) > 0, upper, 0))
-        found = _dive(search, lower, upper, replica_s)
+            lower, upper = (counts, counts) if origin == CHOSEN else (lower, np.where(np.array(counts) > 0, upper, 0))
+        found = dive(search, lower, upper, replica_s, cutting=cutting)
         if found.loads.size <= rounding.POLISH_CELLS:  # one small model
             _polish(search)
 
 
-def _choose(search: _Search, replica_s: float) -> tuple[tuple[int, ...] | None, float]:
+def _choose(search: Search, replica_s: float) -> tuple[tuple[int, ...] | None, float]:
     """(whole replica counts that serve most within a time, the share that they serve); the pool gains patterns."""
     level = Level(search.relaxation, replica_s)
     answer = level.solve(deadline=search.deadline)
@@ -265,71 +171,9 @@ def _choose(search: _Search, replica_s: float) -> tuple[tuple[int, ...] | None, 
     return chosen.replica_counts, served.scale
 
 
-def _dive(search: _Search, lower: Sequence[int], upper: Sequence[int], replica_s: float) -> Share:
-    """Looks for a plan within `replica_s` and these bounds on replica counts."""
-    rounded = rounding.dive(
-        search.problem,
-        replica_s,
-        search.relaxation.pool,
-        lower=lower,
-        upper=upper,
-        deadline=search.deadline,
-        improve_s=LOCAL_SEARCH_LIMIT_S,
-    )
-    search.offer_share(rounded)
-    return rounded.in_order()
-
-
-def _polish(search: _Search) -> None:
+def _polish(search: Search) -> None:
     """Improves on the best plan's share-out where that could end the search, once."""
     if search.best_share is None or search.is_done() or search.best.max_s > PROMISING * search.goal_s():
         return
     share, search.best_share = search.best_share, None
     search.offer_share(rounding.polished(search.problem, share, search.goal_s(), deadline=search.deadline))
-
-
-def _prove(search: _Search, low_s: float, prices: np.ndarray) -> None:
-    """Step 3."""
-    for retreat in RETREATS:
-        trial_s = low_s * (1 - retreat)
-        if trial_s <= search.bound_s:
-            return
-        if search.relaxation.proves_unattainable(prices, trial_s):
-            search.bound_s = trial_s
-            return
-
-
-def _close(search: _Search, *, most_settled: int) -> None:
-    """Step 4, until so many replica counts have been settled."""
-    problem, relaxation = search.problem, search.relaxation
-    settled: dict[tuple[int, ...], Settled] = {}
-    level = None
-    while not search.is_done():
-        trial_s = search.trial_s()
-        if level is None or trial_s < level.replica_s:
-            level = Level(relaxation, trial_s, proven=True)
-            if level.solve(decide=True, deadline=search.deadline).bound < 1 - CERTAIN:
-                search.bound_s = max(search.bound_s, trial_s)
-                return
-        chosen = choice.from_worths(relaxation, level.worths, ruled_out=tuple(settled), time_limit_s=search.left_s())
-        search.num_nodes += chosen.num_nodes
-        if chosen.bound < 1 - CERTAIN:
-            least_s = min((known.bound_s for known in settled.values()), default=trial_s)
-            search.bound_s = max(search.bound_s, min(trial_s, least_s))
-            return
-        if chosen.replica_counts is None or len(settled) >= most_settled:
-            return
-        served = level.solve(replica_counts=chosen.replica_counts, decide=True, deadline=search.deadline)
-        if served.bound < 1 - CERTAIN:
-            continue
-        start = _dive(search, chosen.replica_counts, chosen.replica_counts, trial_s)
-        one = settle(
-            problem,
-            chosen.replica_counts,
-            bound_s=search.bound_s,
-            target_gap=search.better() / 2,
-            deadline=search.deadline,
-            start=start,
-        )
-        settled[one.replica_counts] = one
-        search.offer(one.replica_counts, one.max_s)

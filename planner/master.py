@@ -8,10 +8,12 @@ With patterns a of known worth (`planner.pricing`) at a fixed T:
     (3)  sum_c g_c p_c <= D
     (4)  sum over c that fit bucket J of p_c >= 1          where asked for
     (5)  lower_c <= p_c <= upper_c
+    (6)  sum over patterns a of h_ai x_a >= L_i s          every cut i of `planner.cuts` that was added; dual sigma_i
 
-with x and p fractional. The solver sees (1) divided by N_j and D s as objective, so that duals are about 1 whatever
-the size: its tolerances are absolute. With `thrift` e > 0 the objective is s - e sum_a g_a x_a / D and s <= 1: of what
-serves all counts, that which leaves most room; `charges` then include e g_c / D.
+with x and p fractional; with cuts sum_j N_j pi_j + sum_i L_i sigma_i = 1. The solver sees (1) divided by N_j, (6) by
+L_i, and D s as objective, so that duals are about 1 whatever the size: its tolerances are absolute. With `thrift` e > 0
+the objective is s - e sum_a g_a x_a / D and s <= 1: of what serves all counts, that which leaves most room; `charges`
+then include e g_c / D.
 """
 
 from __future__ import annotations
@@ -22,13 +24,14 @@ from collections.abc import Sequence
 import numpy as np
 from pyscipopt import LP
 
-from planner.pricing import Pattern
+from planner.cuts import Cut
+from planner.patterns import Lattice, Pattern
 from planner.problem import PlanningProblem
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MasterSolution:
-    """`scale` is s; `prices` [J] pi; `charges` [C] mu; `replicas` [C] p; `uses` x of each pattern, in order."""
+    """`scale` is s; `prices` [J + K] pi, sigma; `charges` [C] mu; `replicas` [C] p; `uses` x of each pattern."""
 
     scale: float
     prices: np.ndarray
@@ -45,11 +48,14 @@ class Master:
         problem: PlanningProblem,
         lower: Sequence[int],
         upper: Sequence[int],
+        lattices: Sequence[Lattice],
         *,
         needs_longest: bool = True,
         thrift: float = 0.0,
     ) -> None:
         self.patterns: list[Pattern] = []
+        self._cuts: list[Cut] = []
+        self._full = np.array([lattice.full for lattice in lattices])
         self._served = [bucket for bucket, count in enumerate(problem.counts) if count > 0]
         self._row = {bucket: row for row, bucket in enumerate(self._served)}
         self._num_buckets, self._num_configs = len(problem.counts), len(problem.configs)
@@ -61,6 +67,7 @@ class Master:
         lp.addRows([[] for _ in range(num_covers)], lhss=[0.0] * num_covers, rhss=[free] * num_covers)
         lp.addRow([], lhs=-free, rhs=float(problem.num_devices))
         lp.addRow([], lhs=1.0 if needs_longest else 0.0, rhs=free)
+        self._first_cut = num_covers + 2
         lp.addCol(
             [(row, -1.0) for row in range(num_rows)],
             obj=-float(problem.num_devices),
@@ -81,9 +88,10 @@ class Master:
         if not patterns:
             return
         columns = []
-        for pattern in patterns:
+        for pattern, adds in zip(patterns, self._of_cuts(patterns, self._cuts).tolist(), strict=True):
             entries = [(self._row[b], float(n / self._counts[b])) for b, n in enumerate(pattern.rows.tolist()) if n]
-            columns.append([*entries, (len(self._served) + pattern.config, -1.0)])
+            entries.append((len(self._served) + pattern.config, -1.0))
+            columns.append(entries + [(self._first_cut + at, share) for at, share in enumerate(adds) if share])
         free = self._lp.infinity()
         self._lp.addCols(
             columns,
@@ -92,6 +100,21 @@ class Master:
             ubs=[free] * len(columns),
         )
         self.patterns += patterns
+
+    def add_cuts(self, cuts: Sequence[Cut]) -> None:
+        """Adds (6); `prices` are of these cuts too from now on, in this order."""
+        first_pattern = 1 + self._num_configs
+        for adds in self._of_cuts(self.patterns, cuts).T.tolist():
+            entries = [(first_pattern + at, share) for at, share in enumerate(adds) if share]
+            self._lp.addRow([(0, -1.0), *entries], lhs=0.0, rhs=self._lp.infinity())
+        self._cuts += cuts
+
+    def _of_cuts(self, patterns: Sequence[Pattern], cuts: Sequence[Cut]) -> np.ndarray:
+        """[P, K] what patterns add to cuts, as shares of what the cuts ask for."""
+        rows = np.array([pattern.rows for pattern in patterns]).reshape(len(patterns), self._num_buckets)
+        full = self._full[[pattern.config for pattern in patterns]]
+        shares = [cut.of_patterns(rows, full) / cut.least(self._counts) for cut in cuts]
+        return np.array(shares).reshape(len(cuts), len(patterns)).T
 
     def fix(self, lower: Sequence[float], upper: Sequence[float]) -> None:
         """Sets (5)."""
@@ -102,8 +125,10 @@ class Master:
         self._lp.solve()
         primal = np.array(self._lp.getPrimal())
         dual = np.array(self._lp.getDual()) / self._num_devices
-        prices = np.zeros(self._num_buckets)
+        prices = np.zeros(self._num_buckets + len(self._cuts))
         prices[self._served] = np.maximum(dual[: len(self._served)], 0.0) / self._counts[self._served]
+        least = np.array([cut.least(self._counts) for cut in self._cuts])
+        prices[self._num_buckets :] = np.maximum(dual[self._first_cut :], 0.0) / least
         links = dual[len(self._served) : len(self._served) + self._num_configs]
         return MasterSolution(
             scale=float(primal[0]),

@@ -11,10 +11,11 @@ A *pattern* of a config is what one replica runs in a step: numbers of slots (bu
 - First each config is bounded without whole slots: time goes to the buckets that pay best for it (a fractional
   knapsack), for every value of the largest slot where (pp - 1) max t matters. That bound is always proven.
 - Configs whose bound is above what is asked for get a dynamic programme over time in equal cells. Steps are chunks of
-  2^q like slots. With pp > 1 slots enter by increasing seconds, so one pass has the answer for every largest slot, and
-  a remainder is mostly what it adds to the next smaller one of its bucket (`STEEP`): (3) holds but for additions taken
-  alone. A `proven` pricer rounds each chunk's seconds down to cells, so that z_c is a bound; otherwise to the nearest
-  cell, which is what patterns are found with.
+  2^q like slots. With pp > 1 slots enter by increasing seconds, so one pass has an answer for every largest slot, but
+  for (3); the best are looked at alone, with (3), until no other can be better. A `proven` pricer rounds each chunk's
+  seconds down to cells, so that z_c is a bound; otherwise to the nearest cell, which is what patterns are found with.
+
+A slot may also be paid for what it adds to cuts (`planner.cuts`): prices are then pi and after them those of the cuts.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from planner.lattice import rows_for
-from planner.problem import PlanningProblem, UsableConfig
+from planner.cuts import Cut, SlotWorths
+from planner.patterns import Lattice, Pattern, Slots
+from planner.problem import PlanningProblem
 
 NUM_CELLS = 2048
 """Cells of time with which patterns are found: a chunk of slots is off by up to 1/4096 of T."""
@@ -36,101 +38,38 @@ NUM_COARSE_CELLS = 1024
 NUM_PROVEN_CELLS = 8192
 """Cells of a proven pricer: a chunk of slots is priced as if it were up to 1/8192 of T shorter."""
 
-STEEP = 0.9
-"""A remainder of a pipeline counts as an addition to the next smaller one if that costs this share of its own price of
-a row at the least: a cheaper addition, taken alone, would make the bound worse than two remainders side by side."""
-
-LONGER = 1.002
-"""A pipeline's pattern may take this many times as long as T: cells are no finer."""
-
 EDGE = 1e-9
 """Relative room given to every comparison of seconds, so that rounding never cuts a true pattern off."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Pattern:
-    """What a replica of configs[config] may run: `rows` [J] sequences of each bucket at most, in `seconds`."""
-
-    config: int
-    rows: np.ndarray
-    seconds: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Slot:
-    """A kind of slot: `rows` sequences of `bucket` in `seconds`, at most `most` times; a remainder has `most` = 1."""
-
-    bucket: int
-    rows: int
-    seconds: float
-    most: int
-    is_remainder: bool
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Chunks:
-    """Steps of the dynamic programme, arrays [I]: take `rows` sequences of `bucket` in `seconds`, or not.
+    """Steps of the dynamic programme, arrays [I]: take slot number `slot` `times` times, for `cells` of time, or not.
 
-    `cells` are the seconds in cells. Of the `joined` neighbours of one bucket at most one is taken. Where a chunk adds
-    to a smaller remainder, `slot_rows` and `slot_s` are of the whole slot, else those of the chunk; `is_remainder` says
-    which chunks build on one another.
+    `seconds` are those of all its slots.
     """
 
-    bucket: np.ndarray
-    rows: np.ndarray
-    seconds: np.ndarray
-    slot_rows: np.ndarray
-    slot_s: np.ndarray
-    is_remainder: np.ndarray
-    joined: np.ndarray
+    slot: np.ndarray
+    times: np.ndarray
     cells: np.ndarray
+    seconds: np.ndarray
+
+    def __getitem__(self, which: np.ndarray) -> _Chunks:
+        return _Chunks(
+            slot=self.slot[which], times=self.times[which], cells=self.cells[which], seconds=self.seconds[which]
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Programme:
-    """The steps for one config at one T; each end is a largest slot: how many steps, cells for slots."""
+    """The steps for one config at one T, by increasing seconds of their slots.
+
+    `ends_at` [E] and `ends_cells` [E]: for each largest slot, how many steps, and cells for slots.
+    """
 
     chunks: _Chunks
     ends_at: np.ndarray
     ends_cells: np.ndarray
-
-
-def slots_of(usable: UsableConfig, counts: Sequence[int]) -> tuple[Slot, ...]:
-    """Every kind of slot that can serve part of the counts, buckets ascending."""
-    out = []
-    for bucket, count in enumerate(counts):
-        if count == 0 or not usable.fits(bucket):
-            continue
-        options, times = usable.rows[bucket], usable.slot_s[bucket]
-        num_full, rest = divmod(count, options[-1])
-        if num_full:
-            out.append(Slot(bucket=bucket, rows=options[-1], seconds=times[-1], most=num_full, is_remainder=False))
-        largest_rest = rest if num_full == 0 else options[-1] - 1
-        last = rows_for(largest_rest, options) if largest_rest else 0
-        for rows, seconds in zip(options, times, strict=True):
-            most_rows = min(rows, rest if rows == options[-1] else largest_rest)
-            if rows <= last and most_rows:
-                out.append(Slot(bucket=bucket, rows=most_rows, seconds=seconds, most=1, is_remainder=True))
-    return tuple(out)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Lattice:
-    """A config's row options [J, O], ascending, the last being `full` [J], and their seconds; 1 row in no time where a
-    bucket does not fit."""
-
-    full: np.ndarray
-    options: np.ndarray
-    slot_s: np.ndarray
-
-
-def lattice_of(usable: UsableConfig) -> Lattice:
-    """Its row options as arrays; where a bucket has fewer than others, the first is repeated."""
-    width = max(len(options) for options in usable.rows)
-    padded = [(options or (1,), times or (0.0,)) for options, times in zip(usable.rows, usable.slot_s, strict=True)]
-    rows = np.array([(options[0],) * (width - len(options)) + options for options, _ in padded])
-    slot_s = np.array([(times[0],) * (width - len(times)) + times for _, times in padded])
-    return Lattice(full=rows[:, -1], options=rows, slot_s=slot_s)
 
 
 class Pricer:
@@ -142,12 +81,13 @@ class Pricer:
     def __init__(
         self,
         problem: PlanningProblem,
-        slots: Sequence[Sequence[Slot]],
+        slots: Sequence[Slots],
         lattices: Sequence[Lattice],
         replica_s: float,
         *,
         num_cells: int = NUM_CELLS,
         proven: bool = False,
+        cuts: Sequence[Cut] = (),
     ) -> None:
         self.problem = problem
         self.replica_s = replica_s
@@ -157,46 +97,60 @@ class Pricer:
         self._slots = slots
         self._lattices = lattices
         self._programmes: dict[int, _Programme] = {}
+        self._cuts = list(cuts)
+        self._slot_worths: SlotWorths | None = None
         self._classes(slots)
 
-    def _classes(self, slots: Sequence[Sequence[Slot]]) -> None:
+    def _classes(self, slots: Sequence[Slots]) -> None:
         """Fills the arrays of the fractional bound over classes (config, largest slot) q.
 
-        `_class_config` [Q], `_room` [Q] seconds for slots, `_rate` [Q, J] most sequences a second, `_all_s` [Q, J]
-        seconds for all N_j.
+        `_class_config` [Q], `_class_end` [Q] position of the largest slot in its config's `order`, `_room` [Q] seconds
+        for slots, `_rate` [Q, J] most sequences a second, `_all_s` [Q, J] seconds for all N_j.
         """
-        configs, rooms, per_row = [], [], []
         num_buckets = len(self.problem.counts)
+        configs, ends, rooms, per_row = [], [], [np.zeros(0)], [np.zeros((0, num_buckets))]
         for index, mine in enumerate(slots):
-            usable = self.problem.configs[index]
-            bubbles = usable.config.pp - 1
-            left_s = (self.replica_s - usable.cost.fixed_s) * (1 + EDGE)
-            fitting = sorted((s for s in mine if s.seconds * (1 + bubbles) <= left_s), key=lambda s: s.seconds)
-            best = np.full(num_buckets, np.inf)
-            for position, slot in enumerate(fitting):
-                best[slot.bucket] = min(best[slot.bucket], slot.seconds / slot.rows)
-                is_last = position + 1 == len(fitting)
-                if is_last or (bubbles and fitting[position + 1].seconds > slot.seconds):
-                    configs.append(index)
-                    rooms.append(left_s - bubbles * slot.seconds if bubbles else left_s)
-                    per_row.append(best.copy())
-        self._class_config = np.array(configs, dtype=np.int64)
-        self._room = np.array(rooms)
-        per_row_s = np.array(per_row).reshape(-1, num_buckets)
+            bubbles = self.problem.configs[index].config.pp - 1
+            left_s = self._left_s(index)
+            seconds = mine.seconds[mine.order]
+            fitting = int(np.searchsorted(seconds * (1 + bubbles), left_s, side="right"))
+            if not fitting:
+                continue
+            largest = np.array([fitting - 1])
+            if bubbles:
+                largest = np.flatnonzero(np.append(seconds[1:fitting] > seconds[: fitting - 1], True))
+            configs += [index] * len(largest)
+            ends += largest.tolist()
+            rooms.append(left_s - bubbles * seconds[largest])
+            per_row.append(mine.per_row_s[largest])
+        self._class_config, self._class_end = np.array(configs, dtype=np.int64), np.array(ends, dtype=np.int64)
+        self._room = np.concatenate(rooms)
+        per_row_s = np.concatenate(per_row)
         self._rate = 1 / per_row_s  # 0 where the bucket does not fit
         self._all_s = np.where(np.isfinite(per_row_s), per_row_s, 0.0) * np.array(self.problem.counts)
+
+    def _left_s(self, config: int) -> float:
+        return (self.replica_s - self.problem.configs[config].cost.fixed_s) * (1 + EDGE)
+
+    def add(self, cuts: Sequence[Cut]) -> None:
+        """Prices are of these cuts too from now on."""
+        self._cuts += cuts
+        if self._slot_worths is not None:
+            self._slot_worths.add(cuts)
 
     @property
     def can_serve(self) -> np.ndarray:
         """[J] whether some replica can serve a sequence of each bucket within the time."""
         return (self._rate > 0).any(axis=0)
 
-    def fractional(self, prices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """([Q] bound of each class without whole slots, [Q] worth of its last second)."""
-        ratio = prices * self._rate
+    def _fractional(self, ratio: np.ndarray, all_s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """([Q] bound of each class without whole slots, [Q] worth of its last second).
+
+        `ratio` [Q, J] is the most that a second on each bucket is worth, `all_s` [Q, J] for how many seconds.
+        """
         order = np.argsort(-ratio, axis=1)
         ratio = np.take_along_axis(ratio, order, axis=1)
-        seconds = np.take_along_axis(self._all_s, order, axis=1)
+        seconds = np.take_along_axis(all_s, order, axis=1)
         used = np.minimum(np.cumsum(seconds, axis=1), self._room[:, None])
         taken = np.diff(used, axis=1, prepend=0.0)
         full = used[:, -1] >= self._room * (1 - EDGE)
@@ -209,11 +163,20 @@ class Pricer:
         """(z [C], patterns worth more than enough[c]).
 
         Args:
-          prices: [J] pi >= 0.
+          prices: [J] pi >= 0, and after them those of cuts, of the first ones at least.
           enough: [C] where the worth is at most this, z may be this.
           most: run the dynamic programme for so many configs only, those whose bound promises most for a device.
         """
-        bound, last = self.fractional(prices)
+        num_buckets = len(self.problem.counts)
+        worths = None
+        if prices[num_buckets:].any():
+            if self._slot_worths is None:
+                self._slot_worths = SlotWorths(self._slots, num_buckets)
+                self._slot_worths.add(self._cuts)
+            worths = self._slot_worths.at(prices)
+            bound, last = self._fractional(*self._slot_worths.seconds(worths, self._class_config, self._class_end))
+        else:
+            bound, last = self._fractional(prices[:num_buckets] * self._rate, self._all_s)
         z = np.zeros(len(self.problem.configs))
         np.maximum.at(z, self._class_config, bound)
         found = []
@@ -222,55 +185,72 @@ class Pricer:
             promise = (z - enough)[chosen] / np.array([self.problem.configs[c].num_devices for c in chosen])
             chosen = chosen[np.argsort(-promise)[:most]]
         for config in chosen.tolist():
-            mine = np.flatnonzero((self._class_config == config) & (bound > enough[config]))
-            worth, pattern = self._solve(config, prices, bound[mine] - enough[config], last[mine])
+            mine = slice(*np.searchsorted(self._class_config, [config, config + 1]))
+            slots = self._slots[config]
+            own = prices[slots.bucket] * slots.rows if worths is None else worths[config, : len(slots)]
+            worth, pattern = self._solve(config, own, bound[mine], last[mine], float(enough[config]))
             z[config] = min(z[config], max(worth, enough[config]))
-            if worth > enough[config]:
+            if pattern is not None:
                 found.append(pattern)
         return z, found
 
-    def _solve(self, config: int, prices: np.ndarray, excess: np.ndarray, last: np.ndarray) -> tuple[float, Pattern]:
-        """The best pattern by the dynamic programme, without chunks that no pattern of worth over `enough` uses.
+    def _solve(
+        self, config: int, slot_worth: np.ndarray, bound: np.ndarray, last: np.ndarray, enough: float
+    ) -> tuple[float, Pattern | None]:
+        """(a bound on every pattern's worth, or `enough`; the best pattern found if it is worth more than `enough`).
 
-        A chunk of worth v and t seconds in a class whose last second is worth r loses r t - v against the fractional
-        bound, which is `excess` above what is enough.
+        `slot_worth` [S] is what each of the config's slots is worth; `bound` [E] and `last` [E] are what `_fractional`
+        says of its classes. One pass over all classes lets a bucket have several remainders; those that it leaves
+        above `enough` are looked at alone, best first, until the best is known.
         """
         programme = self._programmes.get(config)
         if programme is None:
             programme = self._programmes[config] = self._programme(config)
-        chunks = programme.chunks
-        worth = prices[chunks.bucket] * chunks.rows
-        slot_worth = prices[chunks.bucket] * chunks.slot_rows
-        useful = ((excess[:, None] - last[:, None] * chunks.slot_s + slot_worth > 0).any(axis=0)) & (worth > 0)
-        if self.problem.configs[config].config.pp > 1:
-            largest = np.full(len(prices), -1)  # the last useful remainder of each bucket needs the smaller ones
-            at = np.flatnonzero(useful & chunks.is_remainder)
-            np.maximum.at(largest, chunks.bucket[at], at)
-            useful |= chunks.is_remainder & (np.arange(len(useful)) <= largest[chunks.bucket]) & (worth > 0)
-        kept = np.flatnonzero(useful)
-        table = np.empty((len(kept) + 1, self._num_cells + 1))
-        table[0] = 0.0
-        spare = np.empty(self._num_cells + 1)
-        size = self._num_cells + 1
+        relaxed = bound
+        if np.count_nonzero(bound > enough) > 1:
+            chunks = programme.chunks
+            worth = chunks.times * slot_worth[chunks.slot]
+            kept = np.flatnonzero((_loss(chunks, worth, bound - enough, last) < 0).any(axis=0))
+            table = _table(chunks[kept], worth[kept], np.zeros(len(kept), dtype=bool), self._num_cells)
+            served = table[np.searchsorted(kept, programme.ends_at), programme.ends_cells]
+            relaxed = np.minimum(served, bound)
+        best, pattern = enough, None
+        for end in np.argsort(-relaxed).tolist():
+            if relaxed[end] <= best:
+                break
+            value, found = self._exact(config, programme, slot_worth, end, bound, last, best)
+            if found is not None:
+                best, pattern = value, found
+        return best, pattern
+
+    def _exact(
+        self,
+        config: int,
+        programme: _Programme,
+        slot_worth: np.ndarray,
+        end: int,
+        bound: np.ndarray,
+        last: np.ndarray,
+        enough: float,
+    ) -> tuple[float, Pattern | None]:
+        """The best pattern of one class: buckets one after the other, of the remainders of each at most one."""
+        slots = self._slots[config]
+        chunks = programme.chunks[np.arange(programme.ends_at[end])]
+        worth = chunks.times * slot_worth[chunks.slot]
+        kept = np.flatnonzero(_loss(chunks, worth, bound[end : end + 1] - enough, last[end : end + 1])[0] < 0)
+        is_rest = slots.is_remainder[chunks.slot[kept]]
+        order = np.lexsort((is_rest, slots.bucket[chunks.slot[kept]]))
+        chunks, worth, is_rest = chunks[kept[order]], worth[kept[order]], is_rest[order]
+        bucket = slots.bucket[chunks.slot]
         follows = np.zeros(len(kept), dtype=bool)  # a remainder after another one of the same bucket
-        follows[1:] = (chunks.joined[kept[1:]] & chunks.joined[kept[:-1]]) & (
-            chunks.bucket[kept[1:]] == chunks.bucket[kept[:-1]]
-        )
-        base = 0
-        steps = zip(chunks.cells[kept].tolist(), worth[kept].tolist(), follows.tolist(), strict=True)
-        for step, (width, gain, after_other) in enumerate(steps):
-            base = base if after_other else step
-            table[step + 1, :width] = table[step, :width]
-            np.add(table[base, : size - width], gain, out=spare[width:])
-            np.maximum(table[step, width:], spare[width:], out=table[step + 1, width:])
-        ends = np.searchsorted(kept, programme.ends_at)
-        worths = table[ends, programme.ends_cells]
-        best = int(np.argmax(worths))
-        rows = self._traced(chunks, kept, table, follows, int(ends[best]), int(programme.ends_cells[best]))
-        seconds = self._seconds(config, rows)
-        if self.problem.configs[config].config.pp > 1 and not self.proven and seconds > self.replica_s * LONGER:
-            rows, seconds = self._without_loose(config, rows, prices)
-        return float(worths[best]), Pattern(config=config, rows=rows, seconds=seconds)
+        follows[1:] = is_rest[1:] & is_rest[:-1] & (bucket[1:] == bucket[:-1])
+        cells = int(programme.ends_cells[end])
+        table = _table(chunks, worth, follows, cells)
+        best = float(table[-1, cells])
+        if best <= enough:
+            return enough, None
+        rows = self._traced(slots, chunks, table, follows, cells)
+        return best, Pattern(config=config, rows=rows, seconds=self._seconds(config, rows))
 
     def _seconds(self, config: int, rows: np.ndarray) -> float:
         """`UsableConfig.replica_s` of rows [J], some of them."""
@@ -283,86 +263,83 @@ class Pricer:
         slots_s = float(num_full @ lattice.slot_s[:, -1] + rest_s.sum())
         return usable.cost.fixed_s + slots_s + (usable.config.pp - 1) * largest
 
-    def _without_loose(self, config: int, rows: np.ndarray, prices: np.ndarray) -> tuple[np.ndarray, float]:
-        """Rows and seconds of a pattern of a pipeline that takes too long: an addition to a remainder was taken alone.
-
-        Remainders are cut to a row option; those worth least go until the pattern is within the time.
-        """
-        lattice = self._lattices[config]
-        rest = rows % lattice.full
-        rows = rows - rest
-        rest = np.where(lattice.options <= rest[:, None], lattice.options, 0).max(axis=1)
-        while (seconds := self._seconds(config, rows + rest)) > self.replica_s * LONGER and rest.any():
-            rest[np.where(rest > 0, rest * prices, np.inf).argmin()] = 0
-        return rows + rest, seconds
-
     def _programme(self, config: int) -> _Programme:
-        usable = self.problem.configs[config]
-        bubbles = usable.config.pp - 1
-        left_s = (self.replica_s - usable.cost.fixed_s) * (1 + EDGE)
-        fitting = [slot for slot in self._slots[config] if slot.seconds * (1 + bubbles) <= left_s]
-        cell_s = (left_s - bubbles * min(slot.seconds for slot in fitting)) / self._num_cells
-        if bubbles:
-            fitting.sort(key=lambda slot: slot.seconds)
-        chunks: list[tuple[int, int, float, int, float, bool]] = []
-        ends = []
-        smaller: dict[int, tuple[int, float]] = {}
-        for slot in fitting:
-            room_s = left_s - bubbles * slot.seconds
-            if slot.is_remainder and bubbles:
-                rows, seconds = smaller.get(slot.bucket, (0, 0.0))
-                if slot.seconds - seconds < STEEP * (slot.rows - rows) * slot.seconds / slot.rows:
-                    rows, seconds = 0, 0.0
-                smaller[slot.bucket] = (slot.rows, slot.seconds)
-                chunks.append((slot.bucket, slot.rows - rows, slot.seconds - seconds, slot.rows, slot.seconds, True))
-            else:
-                chunks += [
-                    (slot.bucket, n * slot.rows, n * slot.seconds, n * slot.rows, n * slot.seconds, slot.is_remainder)
-                    for n in _chunk_sizes(slot, room_s)
-                ]
-            ends.append((len(chunks), int(room_s / cell_s)))
-        if not bubbles:
-            ends = ends[-1:]
-        bucket, rows, seconds, slot_rows, slot_s, is_remainder = (np.array(c) for c in zip(*chunks, strict=True))
+        bubbles = self.problem.configs[config].config.pp - 1
+        left_s, slots = self._left_s(config), self._slots[config]
+        order = slots.order[: int(self._class_end[self._class_config == config].max()) + 1]
+        cell_s = (left_s - bubbles * float(slots.seconds[order[0]])) / self._num_cells
+        rooms = left_s - bubbles * slots.seconds[order]
+        fitting = np.minimum(slots.most[order], (rooms / slots.seconds[order]).astype(np.int64)).tolist()
+        chunks = [(slot, n) for slot, most in zip(order.tolist(), fitting, strict=True) for n in _chunk_sizes(most)]
+        slot, times = (np.array(c) for c in zip(*chunks, strict=True))
+        ends = self._class_end[self._class_config == config]
+        seconds = times * slots.seconds[slot]
+        position = np.empty(len(slots), dtype=np.int64)
+        position[slots.order] = np.arange(len(slots))
         return _Programme(
             chunks=_Chunks(
-                bucket=bucket,
-                rows=rows,
-                seconds=seconds,
-                slot_rows=slot_rows,
-                slot_s=slot_s,
-                is_remainder=is_remainder,
-                joined=is_remainder & (bubbles == 0),
+                slot=slot,
+                times=times,
                 cells=np.floor(seconds / cell_s + self._round_up).astype(np.int64),
+                seconds=seconds,
             ),
-            ends_at=np.array([end[0] for end in ends]),
-            ends_cells=np.array([end[1] for end in ends]),
+            ends_at=np.searchsorted(position[slot], ends, side="right"),
+            ends_cells=((rooms[ends] if bubbles else np.array([left_s])) / cell_s).astype(np.int64),
         )
 
-    def _traced(
-        self, chunks: _Chunks, kept: np.ndarray, table: np.ndarray, follows: np.ndarray, steps: int, cells: int
-    ) -> np.ndarray:
-        """Rows [J] of the slots behind table[steps, cells]."""
+    def _traced(self, slots: Slots, chunks: _Chunks, table: np.ndarray, follows: np.ndarray, cells: int) -> np.ndarray:
+        """Rows [J] of the slots behind table[-1, cells]."""
         rows = np.zeros(len(self.problem.counts), dtype=np.int64)
-        step = steps
+        step = len(table) - 1
         while step > 0:
-            chunk = kept[step - 1]
             if table[step, cells] == table[step - 1, cells]:
                 step -= 1
                 continue
-            rows[chunks.bucket[chunk]] += chunks.rows[chunk]
-            cells -= int(chunks.cells[chunk])
+            slot = chunks.slot[step - 1]
+            rows[slots.bucket[slot]] += chunks.times[step - 1] * slots.rows[slot]
+            cells -= int(chunks.cells[step - 1])
             step -= 1
             while step > 0 and follows[step]:
                 step -= 1
         return rows
 
 
-def _chunk_sizes(slot: Slot, room_s: float) -> list[int]:
-    """1, 2, 4, ... and a rest that add up to as many of a slot as there may be in `room_s`."""
+def _table(chunks: _Chunks, worth: np.ndarray, follows: np.ndarray, num_cells: int) -> np.ndarray:
+    """[I + 1, num_cells + 1] most that the first i steps are worth in so many cells.
+
+    A step that `follows` is taken instead of the one before it, not with it.
+    """
+    size = num_cells + 1
+    table = np.empty((len(worth) + 1, size))
+    table[0] = 0.0
+    before = base = table[0]
+    steps = zip(table[1:], chunks.cells.tolist(), worth.tolist(), follows.tolist(), strict=True)
+    for row, width, gain, after_other in steps:
+        base = base if after_other else before
+        if width < size:
+            row[:width] = before[:width]
+            tail = row[width:]
+            np.add(base[: size - width], gain, out=tail)
+            np.maximum(tail, before[width:], out=tail)
+        else:
+            row[:] = before
+        before = row
+    return table
+
+
+def _loss(chunks: _Chunks, worth: np.ndarray, excess: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """[E, I] by how much a pattern with chunk i is worth less than enough, at the least; below 0: perhaps not.
+
+    A chunk of worth v and t seconds in a class whose last second is worth r loses r t - v against the fractional bound,
+    which is `excess` [E] above what is enough.
+    """
+    return last[:, None] * chunks.seconds - worth - excess[:, None]
+
+
+def _chunk_sizes(most: int) -> list[int]:
+    """1, 2, 4, ... and a rest that add up to `most`."""
     out = []
-    left = min(slot.most, int(room_s / slot.seconds))
-    while left > 0:
-        out.append(min(2 ** len(out), left))
-        left -= out[-1]
+    while most > 0:
+        out.append(min(2 ** len(out), most))
+        most -= out[-1]
     return out

@@ -10,8 +10,9 @@ For any prices pi >= 0 with sum_j N_j pi_j = 1 and any replica counts p that ser
 
     (1)  sum_c z_c(pi) p_c >= 1                   z_c: the most that one replica of config c can be worth
 
-so where sum_c z_c p_c stays below 1 for all p that (3) to (5) of the master allow, T is unattainable. A `proven` level
-prices with bounds, so that its "no" is a proof; the others are for finding plans.
+so where sum_c z_c p_c stays below 1 for all p that (3) to (5) of the master allow, T is unattainable. With cuts of
+whole slots (`planner.cuts`) in the master their prices sigma count too: sum_j N_j pi_j + sum_i L_i sigma_i = 1. A
+`proven` level prices with bounds, so that its "no" is a proof; the others are for finding plans.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from planner import balance
+from planner.cuts import Cut, violated
 from planner.master import Master, MasterSolution
-from planner.pricing import NUM_CELLS, NUM_COARSE_CELLS, Pattern, Pricer, lattice_of, slots_of
+from planner.patterns import Pattern, lattice_of, slots_of
+from planner.pricing import NUM_CELLS, NUM_COARSE_CELLS, Pricer
 from planner.problem import PlanningProblem
 
 WORTHWHILE = 3e-4
@@ -43,11 +46,15 @@ PRICED_AT_ONCE = 6
 BRACKET_RATIO = 1.003
 """The bracket ends when the attainable T is within this ratio of the unattainable one."""
 
-TRUST = 0.4
-"""The share that a T serves is between what is served so far and its bound; this is how far from the bound, in logs."""
+NEAR = 0.9
+"""A T that is not let through is looked at until as much as this share of the bound is served: else the next T would be
+a guess."""
 
-SMALL = 0.1
-"""Less served so far says nothing."""
+SHY = 0.9985
+"""Share of the T that seems to be the least let through which is looked at next: at that T itself a "no" takes long."""
+
+MOST_OVER = 1.1
+"""What a T that is let through serves is not known, only that it is more than 1; it is taken for no more than this."""
 
 LARGEST_STEP = 2.0
 """Largest factor by which T grows at once."""
@@ -99,6 +106,7 @@ class Relaxation:
         self.slots = [slots_of(usable, problem.counts) for usable in problem.configs]
         self.lattices = [lattice_of(usable) for usable in problem.configs]
         self.pool: list[Pattern] = []
+        self.cuts: list[Cut] = []
         self.prices = self._first_prices()
         self.num_rounds = 0
 
@@ -124,28 +132,52 @@ class Relaxation:
 
     def proves_unattainable(self, prices: np.ndarray, replica_s: float) -> bool:
         """Whether these prices prove that no plan is within `replica_s`."""
+        return self.proven_served(prices, replica_s) < 1 - STRICT
+
+    def proven_served(self, prices: np.ndarray, replica_s: float) -> float:
+        """What share of the counts these prices prove that no plan serves more of within `replica_s`."""
         self.num_rounds += 1
         is_free = (self.lower == 0) & ~self.fits_longest
         enough = np.where(is_free, CHEAP * self.devices / self.problem.num_devices, 0.0)
-        worth, _ = Pricer(self.problem, self.slots, self.lattices, replica_s, proven=True).price(prices, enough)
-        return self.most_served(worth) < 1 - STRICT
+        pricer = Pricer(self.problem, self.slots, self.lattices, replica_s, proven=True, cuts=self.cuts)
+        worth, _ = pricer.price(prices, enough)
+        return self.most_served(worth)
+
+    def worth(self, pattern: Pattern, prices: np.ndarray) -> float:
+        """What a pattern is worth at prices [J + K] of sequences and the first K cuts."""
+        num_buckets, full = len(pattern.rows), self.lattices[pattern.config].full
+        of_cuts = zip(self.cuts, prices[num_buckets:].tolist(), strict=False)
+        adds = sum(price * int(cut.of_patterns(pattern.rows, full)) for cut, price in of_cuts if price > 0)
+        return float(pattern.rows @ prices[:num_buckets]) + adds
 
 
 class Level:
-    """The relaxation at one T."""
+    """The relaxation at one T. `worths` are what replicas are worth at most [C], for some prices each."""
 
     def __init__(
-        self, relaxation: Relaxation, replica_s: float, *, num_cells: int = NUM_CELLS, proven: bool = False
+        self,
+        relaxation: Relaxation,
+        replica_s: float,
+        *,
+        num_cells: int = NUM_CELLS,
+        proven: bool = False,
+        worths: Sequence[np.ndarray] = (),
     ) -> None:
         self.relaxation = relaxation
         self.replica_s = replica_s
         self.proven = proven
         self.pricer = Pricer(
-            relaxation.problem, relaxation.slots, relaxation.lattices, replica_s, num_cells=num_cells, proven=proven
+            relaxation.problem,
+            relaxation.slots,
+            relaxation.lattices,
+            replica_s,
+            num_cells=num_cells,
+            proven=proven,
         )
-        self.master = Master(relaxation.problem, relaxation.lower, relaxation.upper)
+        self.master = Master(relaxation.problem, relaxation.lower, relaxation.upper, relaxation.lattices)
+        self._num_cuts = 0
         self.master.add([pattern for pattern in relaxation.pool if pattern.seconds <= replica_s * (1 + SURPLUS)])
-        self.worths: list[np.ndarray] = []
+        self.worths = list(worths)
         self._known = {(pattern.config, pattern.rows.tobytes()) for pattern in self.patterns}
 
     @property
@@ -153,41 +185,88 @@ class Level:
         return self.master.patterns
 
     def solve(
-        self, *, replica_counts: Sequence[int] | None = None, decide: bool = False, deadline: float = math.inf
+        self,
+        *,
+        replica_counts: Sequence[int] | None = None,
+        decide: bool = False,
+        cutting: bool = False,
+        near: float = 0.0,
+        deadline: float = math.inf,
     ) -> Answer:
         """Finds patterns until none is worthwhile, or the deadline.
 
         Args:
           replica_counts: [C] where these are given; by default they are free within the problem's bounds.
           decide: end as soon as it is known whether the share is below 1 or not.
+          cutting: add cuts that the patterns' use violates, and go on.
+          near: with `decide`, do not end below 1 before this share of the bound is served.
         """
         relaxation = self.relaxation
         if replica_counts is None:
             self.master.fix(relaxation.lower, relaxation.upper)
         else:
             self.master.fix(replica_counts, replica_counts)
+        self._add_cuts()
         served = np.array(relaxation.problem.counts) > 0
         if not self.pricer.can_serve[served].all():
             return Answer(bound=0.0, prices=relaxation.prices, solution=None)
-        best = Answer(bound=math.inf, prices=relaxation.prices, solution=None)
         solution = self.master.solve() if self.patterns else None
-        thorough = False  # the master's own prices, all configs
-        while not (decide and (best.bound < 1 - STRICT or best.scale >= 1)) and time.perf_counter() < deadline:
+        best = Answer(bound=math.inf, prices=relaxation.prices, solution=solution)
+        thorough = done = False  # thorough: the master's own prices, all configs
+        while time.perf_counter() < deadline:
+            if decide and best.bound < 1 - STRICT and best.scale >= near * best.bound:
+                break
+            if done or (decide and best.scale >= 1):
+                if not (cutting and self._cut(solution)):
+                    break
+                thorough = done = False
+                solution = self.master.solve()
+                best = dataclasses.replace(best, solution=solution)
+                continue
             if solution is None:
                 prices = relaxation.prices
             else:
                 smoothing = 0.0 if thorough else SMOOTHING
-                prices = smoothing * best.prices + (1 - smoothing) * solution.prices
+                prices = (1 - smoothing) * solution.prices
+                prices[: len(best.prices)] += smoothing * best.prices
             added, bound = self._round(prices, solution, replica_counts, thorough or self.proven)
             if bound < best.bound:
                 best = dataclasses.replace(best, bound=bound, prices=prices)
-            if thorough and not added:
-                break
-            thorough = not added
-            solution = self.master.solve()
-            best = dataclasses.replace(best, solution=solution)
+            done, thorough = thorough and not added, not added
+            if not done:
+                solution = self.master.solve()
+                best = dataclasses.replace(best, solution=solution)
         relaxation.prices = best.prices
         return best
+
+    def rule_out(self, prices: np.ndarray) -> None:
+        """Adds what every config's replicas are worth at these prices: `solve` looks closely at some configs only."""
+        relaxation = self.relaxation
+        relaxation.num_rounds += 1
+        worth, _ = self.pricer.price(prices, CHEAP * relaxation.devices / relaxation.problem.num_devices)
+        self.worths.append(worth)
+
+    def _cut(self, solution: MasterSolution) -> bool:
+        """Adds cuts that the use of patterns violates; whether there are any."""
+        relaxation = self.relaxation
+        new = violated(
+            relaxation.problem.counts,
+            relaxation.lattices,
+            self.patterns,
+            solution.uses,
+            solution.scale,
+            relaxation.cuts,
+        )
+        relaxation.cuts += new
+        self._add_cuts()
+        return bool(new)
+
+    def _add_cuts(self) -> None:
+        """Adds the relaxation's cuts that this level does not have yet."""
+        new = self.relaxation.cuts[self._num_cuts :]
+        self.master.add_cuts(new)
+        self.pricer.add(new)
+        self._num_cuts += len(new)
 
     def _round(
         self,
@@ -209,7 +288,7 @@ class Level:
         worth, found = self.pricer.price(prices, enough, most=most)
         self.worths.append(worth)
         if solution is not None:
-            found = [pattern for pattern in found if pattern.rows @ solution.prices > charges[pattern.config]]
+            found = [p for p in found if relaxation.worth(p, solution.prices) > charges[p.config]]
         found = [pattern for pattern in found if (pattern.config, pattern.rows.tobytes()) not in self._known]
         self._known.update((pattern.config, pattern.rows.tobytes()) for pattern in found)
         self.master.add(found)
@@ -219,26 +298,55 @@ class Level:
         return len(found), float(worth @ np.asarray(replica_counts))
 
 
-def bracket(relaxation: Relaxation, deadline: float) -> tuple[float, np.ndarray, float]:
-    """(T that the relaxation does not let through, prices that say so, T that it lets through; inf if time ran out).
+def bracket(
+    relaxation: Relaxation,
+    deadline: float,
+    *,
+    low_s: float | None = None,
+    first_s: float | None = None,
+    enough_s: float = math.inf,
+    cutting: bool = False,
+) -> tuple[float, np.ndarray, float]:
+    """(T that the relaxation does not let through, prices that say so, about the T that it does; inf if time ran out).
 
     Unproven: see `Relaxation.proves_unattainable`.
+
+    Args:
+      low_s: a T that it does not let through, where one is known.
+      first_s: the T to look at first.
+      enough_s: the bracket ends when this T is not let through.
+      cutting: with cuts of whole slots.
     """
-    low = least_conceivable_s(relaxation.problem)
-    low_prices, high = relaxation.prices, math.inf
-    trial, step = low * BRACKET_RATIO, FIRST_STEP
+    low = least_conceivable_s(relaxation.problem) if low_s is None else low_s
+    low_prices, high, served = relaxation.prices, math.inf, (math.nan, math.nan)
+    trial, step = (low * BRACKET_RATIO if first_s is None else first_s), FIRST_STEP
+    cells = NUM_CELLS if cutting else NUM_COARSE_CELLS
     while high / low > BRACKET_RATIO and time.perf_counter() < deadline:
-        answer = Level(relaxation, trial, num_cells=NUM_COARSE_CELLS).solve(decide=True, deadline=deadline)
+        answer = Level(relaxation, trial, num_cells=cells).solve(
+            decide=True, cutting=cutting, near=NEAR, deadline=deadline
+        )
         if answer.bound < 1 - STRICT:
             low, low_prices = trial, answer.prices
-            if answer.solution is None and answer.bound == 0.0:
+            if low >= enough_s or answer.scale * BRACKET_RATIO >= 1:
+                high = min(high, low * BRACKET_RATIO)
+                break
+            served = (math.sqrt(max(answer.bound, 0.0) * max(answer.scale, 0.0)), served[1])  # it is between the two
+            if served[0] < STRICT:
                 trial, step = trial * step, step * step
-            else:
-                served = max(answer.bound, STRICT) ** (1 - TRUST) * max(answer.scale, SMALL) ** TRUST
-                trial = low * float(np.clip(1 / served, BRACKET_RATIO, LARGEST_STEP))
         elif answer.scale >= 1 or time.perf_counter() < deadline:
             high = trial  # the share served is 1 or just below: no more patterns are worthwhile
-            trial = 0.0
-        if trial >= high or trial <= low:
-            trial = math.sqrt(low * high)
+            served = (served[0], math.sqrt(max(answer.scale, 1.0) * min(max(answer.bound, 1.0), MOST_OVER)))
+        trial = min(_next_trial(low, high, *served, otherwise=trial), enough_s)
     return low, low_prices, high
+
+
+def _next_trial(low: float, high: float, low_served: float, high_served: float, *, otherwise: float) -> float:
+    """Just below the T that seems to be the least let through, by the shares served at T on both sides."""
+    if not low_served >= STRICT:  # nothing is known, or next to nothing served
+        return otherwise if otherwise < high else math.sqrt(low * high)
+    power = 1.0  # of T, that the share served goes with
+    if high_served > low_served:
+        power = math.log(high_served / low_served) / math.log(high / low)
+    step = min(low_served ** (-1 / power) * SHY, LARGEST_STEP)
+    trial = low * max(step, math.sqrt(BRACKET_RATIO))
+    return trial if trial < high else math.sqrt(low * high)

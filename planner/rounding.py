@@ -16,8 +16,10 @@ import numpy as np
 
 from planner import balance, balance_model, prices
 from planner.balance import Share
+from planner.cuts import Cut, violated
 from planner.master import Master
-from planner.pricing import Lattice, Pattern, Pricer, lattice_of, slots_of
+from planner.patterns import Lattice, Pattern, lattice_of, slots_of
+from planner.pricing import Pricer
 from planner.problem import PlanningProblem, UsableConfig
 from planner.relaxation import STRICT, SURPLUS, WORTHWHILE
 from planner.repair import repair
@@ -69,6 +71,7 @@ def dive(
     upper: Sequence[int],
     deadline: float,
     improve_s: float,
+    cutting: bool = False,
 ) -> RoundedShare:
     """Chooses replicas and shares the counts out over them so that each ends by `replica_s` if it can.
 
@@ -78,6 +81,7 @@ def dive(
         are chosen one pattern after the other, so that the last ones suit what the first ones left.
       deadline: (of `time.perf_counter`) after which the rest is handed out greedily.
       improve_s: seconds of local search at the end.
+      cutting: with cuts of whole slots (`planner.cuts`) in the master: slower, other plans, often better ones.
     """
     devices = np.array([usable.num_devices for usable in problem.configs])
     fits_longest = np.array([usable.fits(len(problem.counts) - 1) for usable in problem.configs])
@@ -95,7 +99,9 @@ def dive(
             break
         rest = dataclasses.replace(problem, counts=tuple(left.tolist()), num_devices=num_left)
         covered = (fits_longest & ((used > 0) | (low > 0))).any()
-        handed_out = _hand_out(rest, low, high, lattices, replica_s, pool, cover=None if covered else cover)
+        handed_out = _hand_out(
+            rest, low, high, lattices, replica_s, pool, cover=None if covered else cover, cutting=cutting
+        )
         if not handed_out:
             break
         for pattern in handed_out:
@@ -123,6 +129,7 @@ def _hand_out(
     pool: list[Pattern],
     *,
     cover: int | None,
+    cutting: bool,
 ) -> list[Pattern]:
     """Patterns for some of a problem's replicas. `pool` is cut to what is left and gains patterns.
 
@@ -135,17 +142,27 @@ def _hand_out(
         for (config, rows), seconds in distinct.items()
         if any(rows)
     ]
-    slots = [slots_of(u, problem.counts) if n else () for u, n in zip(problem.configs, upper, strict=True)]
+    nothing = (0,) * len(problem.counts)
+    slots = [slots_of(u, problem.counts if n else nothing) for u, n in zip(problem.configs, upper, strict=True)]
     pricer = Pricer(problem, slots, lattices, replica_s)
-    master = Master(problem, lower, upper, needs_longest=cover is not None, thrift=THRIFT)
+    master = Master(problem, lower, upper, lattices, needs_longest=cover is not None, thrift=THRIFT)
     master.add(pool)
     if not pool:
         found = pricer.price(np.ones(len(left)), np.zeros(len(upper)))[1]
         master.add(found)
+    cuts: list[Cut] = []
     for _ in range(ROUNDS):
         if not master.patterns:
             return []
         solution = master.solve()
+        new = []
+        if cutting:
+            new = violated(problem.counts, lattices, master.patterns, solution.uses, solution.scale, cuts)
+        if new:
+            master.add_cuts(new)
+            pricer.add(new)
+            cuts += new
+            solution = master.solve()
         enough = solution.charges * (1 + WORTHWHILE) + STRICT
         found = pricer.price(solution.prices, enough)[1]
         found = [dataclasses.replace(p, rows=np.minimum(p.rows, left)) for p in found]
@@ -261,6 +278,8 @@ def polished(
         if better.max_s < start.max_s * (1 - balance.IMPROVEMENT):
             loads[group], seconds[group] = better.loads, better.replica_s
             failures = 0
+        elif len(group) == len(kinds):
+            break  # it would be the same model again
         else:
             failures += 1
     return RoundedShare(replicas=rounded.replicas, share=Share(loads=loads, replica_s=seconds))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -56,18 +57,22 @@ class Workload:
     def global_batch_size(self) -> int:
         return sum(task.batch_size for task in self.tasks)
 
-    @property
+    @functools.cached_property
     def max_length(self) -> int:
         """The longest length that any task lists, tokens."""
-        return max(length for task in self.tasks for length in task.lengths)
+        return max(max(task.lengths) for task in self.tasks)
 
     def expected_counts(self) -> dict[int, float]:
         """Expected number of sequences of each length in one global batch, lengths ascending."""
-        counts: dict[int, float] = {}
-        for task in self.tasks:
-            for length, share in task.lengths.items():
-                counts[length] = counts.get(length, 0.0) + task.batch_size * share
-        return dict(sorted(counts.items()))
+        return dict(self._expected_counts)
+
+    @functools.cached_property
+    def _expected_counts(self) -> dict[int, float]:
+        lengths = np.concatenate([np.fromiter(task.lengths.keys(), dtype=np.int64) for task in self.tasks])
+        numbers = [task.batch_size * np.fromiter(task.lengths.values(), dtype=np.float64) for task in self.tasks]
+        distinct, where = np.unique(lengths, return_inverse=True)
+        totals = np.bincount(where, weights=np.concatenate(numbers))
+        return dict(zip(distinct.tolist(), totals.tolist(), strict=True))
 
     def sample(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Draws one global batch: (task index [n], length in tokens [n])."""

@@ -1,15 +1,19 @@
 """Pricing bounds every pattern, and what the relaxation does not let through no plan attains."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner.constraints import Constraints
 from planner.cost import ConfigCost, CostTable
+from planner.cuts import Cut
+from planner.patterns import lattice_of, slots_of
 from planner.plan import ParallelConfig
-from planner.pricing import Pricer, lattice_of, slots_of
+from planner.pricing import Pricer
 from planner.problem import build_problem
 from planner.relaxation import Level, Relaxation, bracket, least_conceivable_s
 from planner.workload import TaskLengths, Workload
@@ -72,6 +76,61 @@ def test_asking_for_less_never_prices_below_what_a_load_is_worth(instance, share
         assert pattern.rows @ prices > best * share
 
 
+@st.composite
+def cuts_of(draw, counts):
+    buckets = [bucket for bucket, count in enumerate(counts) if count >= 2]
+    if not buckets:
+        return []
+    sizes = st.integers(2, 6)
+    pairs = draw(st.lists(st.tuples(st.sampled_from(buckets), sizes), min_size=1, max_size=3, unique=True))
+    return [Cut(bucket=bucket, size=size, times=draw(st.integers(1, size - 1))) for bucket, size in pairs]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_every_share_out_keeps_to_the_cuts(data):
+    full = [np.array([data.draw(st.integers(1, 7))]) for _ in range(3)]
+    loads = [np.array([data.draw(st.integers(0, 12))]) for _ in range(3)]
+    counts = [int(sum(load[0] for load in loads))]
+    for cut in data.draw(cuts_of(counts)):
+        assert sum(int(cut.of_patterns(load, rows)) for load, rows in zip(loads, full, strict=True)) >= cut.least(
+            counts
+        )
+
+
+@settings(max_examples=60, deadline=None)
+@given(priced_configs(), st.data())
+def test_prices_on_cuts_bound_every_load_of_a_replica(instance, data):
+    problem, prices, seconds = instance
+    cuts = data.draw(cuts_of(problem.counts))
+    sigma = np.array([data.draw(st.floats(0.0, 1.0)) for _ in cuts])
+    pricer = pricer_of(problem, seconds, proven=True, cuts=cuts)
+    worth, _ = pricer.price(np.append(prices, sigma), np.zeros(1))
+    full = lattice_of(problem.configs[0]).full
+    for loads in itertools.product(*(range(n + 1) for n in problem.counts)):
+        if problem.configs[0].replica_s(loads) <= seconds:
+            adds = sum(
+                price * int(cut.of_patterns(np.array(loads), full)) for cut, price in zip(cuts, sigma, strict=True)
+            )
+            assert worth[0] >= (np.dot(loads, prices) + adds) * (1 - 1e-9)
+
+
+def test_cuts_know_that_a_slot_is_not_a_fraction():
+    # Three sequences, two to a slot, and one replica with time for one slot: it serves two of the three, but of the two
+    # slots that they take it runs one.
+    cost = ConfigCost(
+        config=ParallelConfig(tp=1, pp=1, remat="none"), capacity_tokens=32, coefficients=(0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+    )
+    costs = CostTable(model="m", model_fingerprint="f", hardware={}, configs=(cost,))
+    workload = Workload(tasks=(TaskLengths(name="t", batch_size=3, lengths={16: 1.0}),))
+    problem = build_problem(workload, costs, 1, buckets=(16,))
+    relaxation = Relaxation(problem)
+    level = Level(relaxation, 1.5)
+    assert level.solve().scale == pytest.approx(2 / 3)
+    assert level.solve(cutting=True).scale == pytest.approx(1 / 2)
+    assert [(cut.bucket, cut.size) for cut in relaxation.cuts] == [(0, 2)]
+
+
 @settings(max_examples=60, deadline=None)
 @given(priced_configs())
 def test_patterns_take_about_the_time_they_are_found_for(instance):
@@ -123,6 +182,32 @@ def test_what_the_bracket_says_can_be_proven_just_below():
     assert least_conceivable_s(relaxation.problem) <= low_s < high_s
     assert relaxation.proves_unattainable(prices, low_s * 0.99)
     assert not relaxation.proves_unattainable(prices, high_s * 1.02)
+
+
+def test_a_bracket_ends_where_prices_say_that_nothing_is_served():
+    # One sequence, one replica, pinned: at a T that is too short for a slot some prices make all patterns worthless.
+    costs = CostTable(
+        model="m",
+        model_fingerprint="f",
+        hardware={},
+        configs=(
+            ConfigCost(
+                config=ParallelConfig(tp=2, pp=2, remat="none"),
+                capacity_tokens=28,
+                coefficients=(0.0, 0.0, 6e-4, 0.0, 0.0, 2e-3),
+            ),
+            ConfigCost(
+                config=ParallelConfig(tp=3, pp=1, remat="none"),
+                capacity_tokens=114,
+                coefficients=(0.0, 0.0, 5e-4, 0.0, 0.0, 5e-3),
+                fixed_s=4e-3,
+            ),
+        ),
+    )
+    workload = Workload(tasks=(TaskLengths(name="t", batch_size=1, lengths={16: 1.0}),))
+    problem = build_problem(workload, costs, 4, buckets=(16,), constraints=Constraints(pinned=("1x(tp3,pp1,none)",)))
+    low_s, _, high_s = bracket(Relaxation(problem), deadline=time.perf_counter() + 10)
+    assert 0.0232 < low_s < 0.025 <= high_s < 0.0252  # the pinned replica takes 25 ms
 
 
 def test_a_level_serves_what_its_patterns_say():

@@ -1,0 +1,125 @@
+"""Closes the gap of the exact planner from below: proves that no plan is within a T. See `planner.deployment`.
+
+A T is decided in turn by prices (`prove`), by cuts of whole slots (`tighten`, `planner.cuts`), and by whole replica
+counts (`close`): those that no pricing so far rules out are named (`planner.choice`), priced with cuts, and ruled out
+or settled. When none are left but settled ones, nothing is faster than the T or the least of their own bounds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from planner import balance_model, choice
+from planner.relaxation import STRICT, Level, bracket
+from planner.search import SHORTEST_SOLVE_S, Search, Settled, dive, settle
+
+MOST_RETREATS = 12
+SHORTEST_RETREAT = 5e-4
+"""How often, and by how much less at the least than the T before, a proof is tried; the relaxation's T is only nearly a
+bound."""
+
+SETTLED_RETREATS = (0.0, 5e-4, 1e-3, 2e-3, 4e-3)
+"""By how much less than the T that was decided on it is tried for replica counts that may be within it."""
+
+CERTAIN = 1e-5
+"""SCIP's tolerances are well below this: a share that it bounds below 1 by this much is below 1."""
+
+
+def prove(search: Search, low_s: float, prices: np.ndarray) -> None:
+    """Raises the bound to `low_s`, or as near as prices [J + K] of it can."""
+    trial_s = low_s
+    for _ in range(MOST_RETREATS):
+        if trial_s <= search.bound_s:
+            return
+        served = search.relaxation.proven_served(prices, trial_s)
+        if served < 1 - STRICT:
+            search.bound_s = trial_s
+            return
+        trial_s *= 1 - max(served - 1, SHORTEST_RETREAT)  # the share served falls by as much as T at the least
+
+
+def tighten(search: Search) -> None:
+    """Raises the bound by cuts."""
+    if search.is_done():
+        return
+    low_s, prices, _ = bracket(
+        search.relaxation,
+        search.deadline,
+        low_s=search.bound_s,
+        first_s=search.decided_s(),
+        enough_s=search.trial_s(),
+        cutting=True,
+    )
+    prove(search, low_s, prices)
+
+
+def close(search: Search, *, most_settled: int, most_ruled_out: int) -> None:
+    """Decides about T after T until the gap is closed, or so many replica counts are settled in vain or ruled out."""
+    problem, relaxation, settled = search.problem, search.relaxation, search.settled
+    num_ruled_out = num_vain = 0
+    while not search.is_done():
+        decided_s = search.decided_s()
+        level = search.level
+        if level is None or decided_s != level.replica_s:
+            # What replicas are worth in more time, they are at most worth in less.
+            worths = level.worths if level is not None and decided_s < level.replica_s else ()
+            level = search.level = Level(relaxation, decided_s, proven=True, worths=worths)
+            answer = level.solve(decide=True, cutting=True, deadline=search.deadline)
+            if answer.bound < 1 - CERTAIN:
+                search.bound_s = max(search.bound_s, decided_s)
+                continue
+            if answer.scale < 1:  # just below
+                prove(search, decided_s, answer.prices)
+                continue
+        chosen = choice.from_worths(relaxation, level.worths, ruled_out=tuple(settled), time_limit_s=search.left_s())
+        search.num_nodes += chosen.num_nodes
+        if chosen.bound < 1 - CERTAIN:
+            if not _raise(search, decided_s):
+                return
+            search.hurries = True
+            continue
+        if chosen.replica_counts is None or num_vain >= most_settled or num_ruled_out >= most_ruled_out:
+            return
+        served = level.solve(replica_counts=chosen.replica_counts, decide=True, cutting=True, deadline=search.deadline)
+        if served.bound < 1 - CERTAIN:
+            level.rule_out(served.prices)
+            num_ruled_out += 1
+            continue
+        before_s = search.best.max_s
+        start = dive(search, chosen.replica_counts, chosen.replica_counts, decided_s)
+        one = Settled(replica_counts=chosen.replica_counts, max_s=start.max_s, bound_s=search.bound_s)
+        if start.loads.size <= balance_model.MAX_SINGLE_CELLS:  # larger models tell little
+            one = settle(
+                problem,
+                chosen.replica_counts,
+                bound_s=search.bound_s,
+                target_gap=search.better() / 2,
+                deadline=search.deadline,
+                start=start,
+            )
+            search.offer(one.replica_counts, one.max_s)
+        settled[one.replica_counts] = one
+        if search.best.max_s >= before_s:
+            search.hurries = False
+            num_vain += 1
+
+
+def _raise(search: Search, decided_s: float) -> bool:
+    """Raises the bound where only settled replica counts can be within `decided_s`; whether it did."""
+    for counts, known in search.settled.items():
+        for retreat in SETTLED_RETREATS:
+            trial_s = decided_s * (1 - retreat)
+            if trial_s <= max(known.bound_s, search.bound_s) or search.left_s() <= SHORTEST_SOLVE_S:
+                break
+            level = Level(search.relaxation, trial_s, proven=True) if retreat else search.level
+            answer = level.solve(replica_counts=counts, decide=True, cutting=True, deadline=search.deadline)
+            if answer.bound < 1 - CERTAIN:
+                search.settled[counts] = dataclasses.replace(known, bound_s=trial_s)
+                break
+    least_s = min([decided_s, *(known.bound_s for known in search.settled.values())])
+    if least_s <= search.bound_s:
+        return False
+    search.bound_s = least_s
+    return True

@@ -1,0 +1,171 @@
+"""Where the exact planner's search stands; how it settles replica counts and looks for plans. See `planner.deployment`.
+
+The integers of one deployment's dispatch are found here: by a dive (`planner.rounding`) or a model of their own
+(`planner.balance_model`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from planner import balance, balance_model, rounding
+from planner.balance import Share
+from planner.problem import PlanningProblem
+from planner.relaxation import Level, Relaxation
+from planner.rounding import RoundedShare
+
+TARGET_GAP = 0.01
+"""(step_s - bound_s) / step_s at which the search ends."""
+
+CLOSING_SHARE = 0.95
+"""Plans and bounds are asked for a little less than the target gap apart, so that nearly finding one is enough."""
+
+LAST_CLOSING_SHARE = 0.995
+"""The same when all else has left a gap."""
+
+STRICTLY = 1e-7
+"""With a target gap of 0, "better" means better by this share."""
+
+SETTLE_LIMIT_S = 0.5
+LOCAL_SEARCH_LIMIT_S = 0.2
+SHORTEST_SOLVE_S = 0.02
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settled:
+    """A deployment with its share-out of the planned counts. Seconds are of the slowest replica, without overhead."""
+
+    replica_counts: tuple[int, ...]
+    max_s: float
+    bound_s: float
+
+
+@dataclasses.dataclass(kw_only=True)
+class Search:
+    """Where the search stands: the best plan so far, the proven bound, and what it took.
+
+    Attributes:
+      bound_s: no plan's slowest replica takes less, step overhead excluded.
+      best_share: how the best plan shares out, where that may be polished.
+      level: the last proven level of `planner.closing`.
+      settled: replica counts that may attain what was asked for, with what is known of them.
+      hurries: whether to decide at once about what would end the search.
+    """
+
+    problem: PlanningProblem
+    relaxation: Relaxation
+    target_gap: float
+    deadline: float
+    bound_s: float
+    best: Settled | None = None
+    best_share: RoundedShare | None = None
+    level: Level | None = None
+    settled: dict[tuple[int, ...], Settled] = dataclasses.field(default_factory=dict)
+    hurries: bool = False
+    closing_share: float = CLOSING_SHARE
+    num_nodes: int = 0
+
+    def left_s(self) -> float:
+        return self.deadline - time.perf_counter()
+
+    def gap(self) -> float:
+        """The best plan's gap to the bound; infinite without a plan."""
+        return np.inf if self.best is None else gap_of(self.problem, self.best.max_s, self.bound_s)
+
+    def is_done(self) -> bool:
+        return self.gap() <= max(self.target_gap, STRICTLY) or self.left_s() <= SHORTEST_SOLVE_S
+
+    def status(self) -> str:
+        if self.gap() <= STRICTLY:
+            return "optimal"
+        if self.gap() <= self.target_gap:
+            return "gap limit"
+        return "time limit" if self.left_s() <= SHORTEST_SOLVE_S else "gap left"
+
+    def better(self) -> float:
+        """The share by which a better plan is asked for."""
+        return max(self.target_gap * self.closing_share, STRICTLY)
+
+    def trial_s(self) -> float:
+        """The T that no plan must attain to end the search."""
+        overhead_s = self.problem.costs.step_overhead_s
+        return (self.best.max_s + overhead_s) * (1 - self.better()) - overhead_s
+
+    def goal_s(self) -> float:
+        """The T that would be near enough to the bound."""
+        wanted = self.target_gap * self.closing_share
+        return (self.bound_s + wanted * self.problem.costs.step_overhead_s) / (1 - wanted)
+
+    def decided_s(self) -> float:
+        """The T at which to decide whether there are plans: the goal, or what is asked for if that is less.
+
+        A "no" at the goal raises the bound, and with it the goal; one for whole replica counts alone may hold for much
+        more, which is looked at next.
+        """
+        step = max(self.target_gap, TARGET_GAP) * self.closing_share
+        overhead_s = self.problem.costs.step_overhead_s
+        goal_s = (self.bound_s + step * overhead_s) / (1 - step)
+        return self.trial_s() if self.hurries else min(self.trial_s(), goal_s)
+
+    def offer(self, replica_counts: Sequence[int], max_s: float, share: RoundedShare | None = None) -> None:
+        """Takes a plan that is better than the best so far; `share` where it is known how it shares out."""
+        if self.best is None or max_s < self.best.max_s:
+            self.best = Settled(replica_counts=tuple(replica_counts), max_s=max_s, bound_s=0.0)
+            self.best_share = share
+
+    def offer_share(self, rounded: RoundedShare) -> None:
+        counts = np.bincount(rounded.replicas, minlength=len(self.problem.configs)).tolist()
+        self.offer(counts, rounded.share.max_s, rounded)
+
+
+def settle(
+    problem: PlanningProblem,
+    replica_counts: tuple[int, ...],
+    *,
+    bound_s: float = 0.0,
+    target_gap: float = TARGET_GAP,
+    deadline: float | None = None,
+    start: Share | None = None,
+) -> Settled:
+    """Shares the planned counts out over a deployment that has a replica for every bucket.
+
+    `bound_s` is what is known to be the least for any deployment: within `target_gap` of it there is nothing to prove.
+    `start` is a share-out over its replicas, configs in order, to improve on.
+    """
+    replicas = [u for u, count in zip(problem.configs, replica_counts, strict=True) for _ in range(count)]
+    table = balance.tables(replicas, problem.counts)
+    share = start or balance.heuristic(table, problem.counts, time_limit_s=LOCAL_SEARCH_LIMIT_S)
+    own_bound_s = bound_s
+    left_s = SETTLE_LIMIT_S if deadline is None else min(SETTLE_LIMIT_S, deadline - time.perf_counter())
+    if left_s > SHORTEST_SOLVE_S and gap_of(problem, share.max_s, bound_s) > target_gap:
+        share, proven_s = balance_model.refine(
+            replicas, table, problem.counts, share, time_limit_s=left_s, gap_limit=target_gap / 2
+        )
+        own_bound_s = max(bound_s, proven_s)
+    return Settled(replica_counts=tuple(replica_counts), max_s=share.max_s, bound_s=min(own_bound_s, share.max_s))
+
+
+def dive(
+    search: Search, lower: Sequence[int], upper: Sequence[int], replica_s: float, *, cutting: bool = False
+) -> Share:
+    """Looks for a plan within `replica_s` and these bounds on replica counts."""
+    rounded = rounding.dive(
+        search.problem,
+        replica_s,
+        search.relaxation.pool,
+        lower=lower,
+        upper=upper,
+        deadline=search.deadline,
+        improve_s=LOCAL_SEARCH_LIMIT_S,
+        cutting=cutting,
+    )
+    search.offer_share(rounded)
+    return rounded.in_order()
+
+
+def gap_of(problem: PlanningProblem, max_s: float, bound_s: float) -> float:
+    return (max_s - bound_s) / (max_s + problem.costs.step_overhead_s)
