@@ -38,7 +38,7 @@ GAP_LIMIT = 0.01
 NODE_LIMIT = 20
 """Branch-and-bound nodes of SCIP for one dispatch: most of what it finds, it finds at the root."""
 
-SCIP_MAX_CELLS = 160
+SCIP_MAX_CELLS = 24
 """Pairs of replica and bucket up to which SCIP is asked at all."""
 
 SCIP_MAX_PIPELINE_CELLS = 24

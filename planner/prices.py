@@ -30,6 +30,7 @@ import numpy as np
 
 from planner.balance import ROUNDING
 from planner.problem import UsableConfig
+from planner.whole_slots import kind_bound_s
 
 MAX_SOLVES = 6
 """Linear programmes solved while T settles: each raises the bound, the third hardly."""
@@ -124,6 +125,40 @@ def relax(kinds: Sequence[UsableConfig], multiplicity: Sequence[int], counts: Se
         prices=prices,
         kind_prices=kind_prices / max(float(mu @ kind_prices), PIVOT_TOLERANCE),
         shares=shares,
+    )
+
+
+def slot_worth(kinds: Sequence[UsableConfig], counts: Sequence[int], relaxed: Relaxed) -> np.ndarray:
+    """[K] share of all time, by worth, that the longest of the full slots that the relaxation uses of a kind takes."""
+    longest = np.zeros(len(kinds))
+    for kind, usable in enumerate(kinds):
+        used = np.flatnonzero(relaxed.shares[kind])
+        if len(used):
+            longest[kind] = max(usable.slot_s[j][-1] for j in used.tolist())
+    return relaxed.kind_prices * longest / relaxed.bound_s
+
+
+def tighten(
+    kinds: Sequence[UsableConfig],
+    multiplicity: Sequence[int],
+    counts: Sequence[int],
+    relaxed: Relaxed,
+    kind: int,
+    at_s: float,
+) -> float:
+    """A bound of at least `relaxed.bound_s` and at most `at_s` that counts the whole slots of one kind of replica."""
+    used = np.flatnonzero(counts)
+    number = np.asarray(counts, dtype=np.int64)[used]
+    slots = _slot_lines(kinds, used, number.astype(np.float64))
+    return kind_bound_s(
+        kind,
+        np.where(slots.rows > 0, slots.fraction(at_s), np.inf),
+        slots.rows.astype(np.int64),
+        number,
+        np.asarray(multiplicity, dtype=np.float64),
+        relaxed.kind_prices,
+        relaxed.bound_s,
+        at_s,
     )
 
 

@@ -26,6 +26,12 @@ LATER_TARGETS = (1.02, 1.05)
 MAX_ROUNDS = 16
 """Rounds of local search on each share-out."""
 
+COARSE = 0.02
+"""Share of all time, by worth, that a slot of a kind takes from which its whole slots are counted before any fill."""
+
+TIGHTEN_UP_TO = 1.03
+"""Multiple of the bound up to which whole slots may raise it."""
+
 LEAST_WORTH = 0.01
 """Worth of a sequence that prices say is free, as a share of what its time would be worth on its best kind."""
 
@@ -38,22 +44,39 @@ def share_out(
     Every bucket with counts[j] > 0 must fit some replica.
     """
     kinds = [replicas[int(index)] for index in np.unique(table.kind, return_index=True)[1]]
-    relaxed = prices.relax(kinds, np.bincount(table.kind).tolist(), counts)
-    loads = balance.list_schedule(table, counts)
-    best = Share(loads=loads, replica_s=table.replica_s(loads))
-    if relaxed.bound_s <= 0:
-        return best, 0.0
+    multiplicity = np.bincount(table.kind).tolist()
+    relaxed = prices.relax(kinds, multiplicity, counts)
+    bound_s, good = relaxed.bound_s, 1 + gap_limit
+    if bound_s <= 0:
+        return _listed(table, counts), 0.0
+    slot_worth = prices.slot_worth(kinds, counts, relaxed)
+    coarsest = int(slot_worth.argmax())
+    tightened = slot_worth[coarsest] >= COARSE
+    if tightened:
+        bound_s = prices.tighten(kinds, multiplicity, counts, relaxed, coarsest, bound_s * TIGHTEN_UP_TO)
     own = np.max([own_worth(table, kind, counts) for kind in range(len(kinds))], axis=0)
     worth = np.maximum(relaxed.prices, LEAST_WORTH * own)
     second = relaxed.kind_prices + LEAST_WORTH * relaxed.kind_prices.max()
-    good_s = relaxed.bound_s * (1 + gap_limit)
+    best: Share | None = None
     first = 1 + JUST_INSIDE * gap_limit
     for target, widest_first in ((first, True), (first, False), *((later, True) for later in LATER_TARGETS)):
-        if best.max_s <= max(good_s, target * relaxed.bound_s):
+        target_s = target * bound_s
+        if best is not None and best.max_s <= max(bound_s * good, target_s):
             break
-        target_s = target * relaxed.bound_s
         loads, left = fill(table, counts, relaxed, target_s, widest_first=widest_first)
         loads = repair(table, loads, left, worth, second, target_s)
-        found = balance.improve(table, loads, max_rounds=MAX_ROUNDS, good_s=good_s)
-        best = min(best, found, key=lambda share: share.max_s)
-    return best, min(relaxed.bound_s, best.max_s)
+        found = balance.improve(table, loads, max_rounds=MAX_ROUNDS, good_s=bound_s * good)
+        best = found if best is None else min(best, found, key=lambda share: share.max_s)
+        if best.max_s > bound_s * good and not tightened:
+            tightened = True
+            up_to_s = min(best.max_s, bound_s * TIGHTEN_UP_TO)
+            bound_s = prices.tighten(kinds, multiplicity, counts, relaxed, coarsest, up_to_s)
+    assert best is not None, "there is a target"
+    if best.max_s > bound_s * good:
+        best = min(best, _listed(table, counts), key=lambda share: share.max_s)
+    return best, min(bound_s, best.max_s)
+
+
+def _listed(table: Tables, counts: Sequence[int]) -> Share:
+    loads = balance.list_schedule(table, counts)
+    return Share(loads=loads, replica_s=table.replica_s(loads))

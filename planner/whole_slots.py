@@ -1,0 +1,215 @@
+"""Bounds that count whole slots: of every bucket (`least_covers`), and of one kind of replica (`kind_bound_s`).
+
+`planner.prices` lets a replica's time be shared out in fractions. Where a kind has few replicas and long slots, its time
+cannot be filled exactly without taking more from the other kinds than fractions would. Given the worth v_k of a
+replica's time, and for bucket j the integers n of its sequences that kind q serves,
+
+    tau_j(n)   least share of a replica's time on q that whole slots for n sequences take
+    C_j(n)     least worth of whole slots on the other kinds that hold the N_j - n others
+
+T is too little as long as
+
+    (1)  min over n of { sum over j of C_j(n_j) : sum over j of tau_j(n_j) <= mu_q }  >  sum over k != q of mu_k v_k
+
+a knapsack with a choice for every bucket, solved by dynamic programming over a grid of times on q, rounded down. Shares
+of T seconds grow at least as T falls, so one solution, at `at_s`, tells for all T below with mu and v times T / at_s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from planner.balance import ROUNDING
+
+MAX_BLOCKS = 96
+"""Steps of the recursion over numbers of sequences; a bucket that needs more is counted in fractions."""
+
+BLOCK = 8
+"""Most numbers of sequences that one step settles at once: as many as the smallest slot holds."""
+
+GRID = 4096
+"""Cells that the time of a kind is divided into."""
+
+HALVINGS = 14
+"""Bisections of T: to 1e-4 of the gap between the bound so far and `at_s`."""
+
+
+def least_covers(rows: np.ndarray, cost: np.ndarray, number: np.ndarray) -> np.ndarray:
+    """[P, >= max number + 1] least cost of whole slots that hold 0, 1, ... sequences, up to number[p] at least.
+
+    Args:
+      rows: [P, I] sequences that a slot holds, >= 1 where there is one.
+      cost: [P, I] of each slot; inf where there is none.
+      number: [P] integers.
+    """
+    held = np.where(np.isfinite(cost), np.minimum(rows, np.maximum(number, 1)[:, None]), number.max(initial=1)).T
+    step = np.minimum(held.min(axis=0), BLOCK)
+    num_steps = int((-(-number // step)).max(initial=0))
+    pad = int(held.max(initial=1))
+    width = pad + 1 + int(step.max(initial=1)) * num_steps + BLOCK
+    found = np.zeros(len(number) * width)
+    offset = np.arange(int(step.max(initial=1)))
+    into = (np.arange(len(number)) * width + pad + 1)[:, None] + offset
+    before = into - held[:, :, None]
+    added = cost.T[:, :, None]
+    for _ in range(num_steps):
+        found[into] = (found.take(before) + added).min(axis=0)
+        into += step[:, None]
+        before += step[:, None]
+    return found.reshape(len(number), width)[:, pad:]
+
+
+def num_blocks(rows: np.ndarray, cost: np.ndarray, number: np.ndarray) -> np.ndarray:
+    """[P] steps that `least_covers` takes for each."""
+    smallest = np.where(np.isfinite(cost), rows, np.inf).min(axis=1, initial=np.inf)
+    return np.ceil(number / np.minimum(smallest, BLOCK))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Split:
+    """What one kind may take off the others, at T = at_s.
+
+    Attributes:
+      least_s, least_cost: share of time on the kind, and worth on the others, that do not depend on what it takes.
+      choices: for each bucket, (shares of time [n], worth left to the others [n]) of numbers of sequences worth taking.
+      line_s, line_gain: of buckets counted in fractions, shares of time in all and worth that each unit of it saves.
+    """
+
+    least_s: float
+    least_cost: float
+    choices: tuple[tuple[np.ndarray, np.ndarray], ...]
+    line_s: np.ndarray
+    line_gain: np.ndarray
+
+
+def kind_bound_s(
+    kind: int,
+    fraction: np.ndarray,
+    rows: np.ndarray,
+    number: np.ndarray,
+    mu: np.ndarray,
+    paid: np.ndarray,
+    known_s: float,
+    at_s: float,
+) -> float:
+    """A bound of at least `known_s` and at most `at_s`: the largest T found that (1) rules out.
+
+    Args:
+      kind: q.
+      fraction: [K, J, options] share of a replica's time of each slot at T = `at_s`; inf where there is none.
+      rows: [K, J, options] sequences of each slot, >= 1 where there is one.
+      number: [J] N_j >= 1.
+      mu: [K] replicas of each kind.
+      paid: [K] v_k >= 0.
+      known_s: a bound.
+    """
+    rest = float(mu @ paid - mu[kind] * paid[kind])
+    split = _split(kind, fraction, rows, number, mu, paid)
+    if split is None:
+        return max(known_s, at_s)
+    room = float(mu[kind]) - split.least_s
+    least = _least_worth(split.choices, room)
+    order = np.argsort(-split.line_gain, kind="stable")
+    line_s = np.concatenate([[0.0], np.cumsum(split.line_s[order])])
+    line_worth = np.concatenate([[0.0], np.cumsum((split.line_gain * split.line_s)[order])])
+    grid_s = np.arange(GRID + 1) * (room / GRID)
+
+    def ruled_out(seconds: float) -> bool:
+        have, worth = mu[kind] * seconds / at_s - split.least_s, rest * seconds / at_s - split.least_cost
+        if have < 0:
+            return True
+        inside = int(min(np.floor(have / room * GRID * (1 + ROUNDING)), GRID)) + 1 if room > 0 else 1
+        left = least[:inside]
+        if len(split.line_s):
+            left = left - np.interp(have - grid_s[:inside], line_s, line_worth)
+        return float(left.min()) > worth + ROUNDING * (rest + split.least_cost)
+
+    if ruled_out(at_s):
+        return max(known_s, at_s)
+    low_s, high_s = known_s, at_s
+    for _ in range(HALVINGS):
+        middle_s = (low_s + high_s) / 2
+        if ruled_out(middle_s):
+            low_s = middle_s
+        else:
+            high_s = middle_s
+    return low_s
+
+
+def _split(
+    kind: int, fraction: np.ndarray, rows: np.ndarray, number: np.ndarray, mu: np.ndarray, paid: np.ndarray
+) -> _Split | None:
+    """None where the worth of all time is too little already."""
+    num_buckets = len(number)
+    cost = np.where(np.isfinite(fraction), np.where(np.isfinite(fraction), fraction, 0.0) * paid[:, None, None], np.inf)
+    cost[kind] = fraction[kind]
+    others = np.delete(np.arange(len(fraction)), kind)
+    all_rows = [rows[kind], np.moveaxis(rows[others], 1, 0).reshape(num_buckets, -1)]
+    all_cost = [cost[kind], np.moveaxis(cost[others], 1, 0).reshape(num_buckets, -1)]
+    options = max(all_rows[0].shape[1], all_rows[1].shape[1])
+    slot_rows = np.ones((2, num_buckets, options), dtype=np.int64)
+    slot_cost = np.full((2, num_buckets, options), np.inf)
+    for side in (0, 1):
+        slot_rows[side, :, : all_rows[side].shape[1]] = all_rows[side]
+        slot_cost[side, :, : all_rows[side].shape[1]] = all_cost[side]
+    slot_rows = np.maximum(slot_rows, 1)
+    fractional = number * (slot_cost / slot_rows).min(axis=2)
+    own_able, other_able = np.isfinite(fractional)
+    twice = np.concatenate([number, number])
+    blocks = num_blocks(slot_rows.reshape(2 * num_buckets, -1), slot_cost.reshape(2 * num_buckets, -1), twice)
+    few = (blocks.reshape(2, num_buckets) <= MAX_BLOCKS).all(axis=0)
+    at = np.flatnonzero(few)
+    tables = least_covers(
+        slot_rows[:, at].reshape(2 * len(at), -1),
+        slot_cost[:, at].reshape(2 * len(at), -1),
+        np.concatenate([number[at], number[at]]),
+    ).reshape(2, len(at), -1)
+    line = ~few & own_able & other_able
+    least_s = float(fractional[0, ~few & ~other_able].sum())
+    least_cost = float(fractional[1, ~few & other_able].sum())
+    gain = np.maximum(fractional[1, line] / fractional[0, line], 0.0)
+    lagrangian = least_s * paid[kind] + float(fractional[1, ~few & ~own_able].sum())
+    lagrangian += float(np.minimum(fractional[1, line], paid[kind] * fractional[0, line]).sum())
+    reduced = []
+    for own, other, j in zip(*tables, at.tolist(), strict=True):
+        count = int(number[j])
+        own_s, left = own[: count + 1], other[count::-1]
+        last = np.flatnonzero(np.append(own_s[1:] > own_s[:-1], True) & np.isfinite(own_s) & np.isfinite(left))
+        value = left[last] + paid[kind] * own_s[last]
+        least = float(value.min())
+        lagrangian += least
+        reduced.append((value - least, own_s[last], left[last]))
+    slack = float(mu @ paid) * (1 + ROUNDING) - lagrangian
+    if slack < 0:
+        return None
+    choices = []
+    for over, own_s, left in reduced:
+        kept = over <= slack
+        if kept.sum() == 1:
+            least_s += float(own_s[kept][0])
+            least_cost += float(left[kept][0])
+        else:
+            choices.append((own_s[kept], left[kept]))
+    return _Split(
+        least_s=least_s,
+        least_cost=least_cost,
+        choices=tuple(choices),
+        line_s=fractional[0, line],
+        line_gain=gain,
+    )
+
+
+def _least_worth(choices: Sequence[tuple[np.ndarray, np.ndarray]], room: float) -> np.ndarray:
+    """[GRID + 1] least worth left to the others when the choices take at most so many cells of `room` on the kind."""
+    least = np.zeros(GRID + 1)
+    for own_s, left in choices:
+        cells = np.floor(own_s / room * GRID * (1 - ROUNDING)) if room > 0 else np.where(own_s > 0, GRID + 1, 0)
+        longer = np.full(GRID + 1, np.inf)
+        for cell, worth in zip(cells.tolist(), left.tolist(), strict=True):
+            if cell <= GRID:
+                np.minimum(longer[int(cell) :], least[: GRID + 1 - int(cell)] + worth, out=longer[int(cell) :])
+        least = longer
+    return least
