@@ -160,6 +160,15 @@ def _fill_kind(
     left = offered - each * full * number
     at = 0
     while at < number:
+        if at and table.bubbles[kind]:
+            again = _slots(table, kind, left, prices, target_s)
+            if again is None:
+                break
+            room_s = room_s + (again.room_s - slots.room_s)
+            slots = again
+            whole[:] = False
+            whole[slots.bucket[slots.rows == full[slots.bucket]]] = True
+            whole &= full > 0
         pattern, open_s = np.zeros_like(left), float(room_s[at])
         while open_s > MAX_CLOSING_SLOTS * typical_s:
             plenty = np.where(whole & (full <= left - pattern), (left - pattern) / np.maximum(full, 1), 0.0)
