@@ -30,7 +30,7 @@ import numpy as np
 
 from planner.balance import ROUNDING
 from planner.problem import UsableConfig
-from planner.whole_slots import kind_bound_s
+from planner.whole_slots import MAX_BLOCKS, kind_bound_s, least_covers, num_blocks
 
 MAX_SOLVES = 6
 """Linear programmes solved while T settles: each raises the bound, the third hardly."""
@@ -43,9 +43,6 @@ PIVOTS_PER_ROW = 20
 
 PIVOT_TOLERANCE = 1e-11
 NEWTON_STEPS = 50
-
-MAX_COVERED = 64
-"""Buckets of at most so many sequences are counted in whole slots; of more, the one that is not full hardly counts."""
 
 COVER_TRIES = 6
 
@@ -110,11 +107,11 @@ def relax(kinds: Sequence[UsableConfig], multiplicity: Sequence[int], counts: Se
     mu, number = np.asarray(multiplicity, dtype=np.float64), wanted[used]
     slots = _slot_lines(kinds, used, number)
     bound_s = quickest_s(kinds, used.tolist())
-    relaxed_s, share, worth = _settle(slots, mu, np.ones(len(used)), bound_s)
+    relaxed_s, share, worth, basis = _settle(slots, mu, np.ones(len(used)), bound_s)
     covered_s, excess = _covered_s(slots, mu, number, worth, relaxed_s)
     if covered_s > relaxed_s * (1 + SETTLED):
         # Prices that know of the slots that cannot be full prove more, and share the work out better.
-        _, share, worth = _settle(slots, mu, excess, relaxed_s)
+        _, share, worth, _ = _settle(slots, mu, excess, relaxed_s, basis)
         covered_s = max(covered_s, _covered_s(slots, mu, number, worth, relaxed_s)[0])
     prices[used] = worth / number / max(worth.sum(), PIVOT_TOLERANCE)
     kind_prices = (slots.most(relaxed_s) * worth).max(axis=1)
@@ -162,21 +159,23 @@ def tighten(
     )
 
 
-def _settle(slots: _Slots, mu: np.ndarray, size: np.ndarray, start_s: float) -> tuple[float, np.ndarray, np.ndarray]:
-    """(least T of the relaxation, [K, J] shares of the counts, [J] worth of all sequences of a bucket).
+def _settle(
+    slots: _Slots, mu: np.ndarray, size: np.ndarray, start_s: float, basis: np.ndarray | None = None
+) -> tuple[float, np.ndarray, np.ndarray, np.ndarray | None]:
+    """(least T of the relaxation, [K, J] shares of the counts, [J] worth of all sequences of a bucket, last basis).
 
-    `size` [J] multiplies the counts.
+    `size` [J] multiplies the counts; `basis` is one to start from.
     """
-    seconds, basis = start_s, None
+    seconds = start_s
     share, worth = np.zeros(0), np.zeros(0)
     for _ in range(MAX_SOLVES):
         share, worth, basis = _transport(slots.most(seconds) / size, mu, basis)
         raised = _least_s(slots, mu, worth, size)
-        settled = raised <= seconds * (1 + SETTLED)
+        settled = raised <= seconds * (1 + SETTLED) or not slots.is_curved  # else prices do not depend on T
         seconds = max(seconds, raised)
         if settled:
             break
-    return seconds, share, worth / size
+    return seconds, share, worth / size, basis
 
 
 def _covered_s(
@@ -215,23 +214,21 @@ def _covers(
     """([J] least worth of whole slots that hold number [J] sequences, the same with fractions of slots).
 
     A slot is worth its `fraction` [K, J, options] of paid[k]; inf, or rows of 0, where there is none. Whole slots are
-    counted up to MAX_COVERED sequences; beyond, fractions.
+    counted where that takes MAX_BLOCKS steps at the most; elsewhere fractions.
     """
     num_buckets = len(number)
     costs = np.where(
         np.isfinite(fraction), np.where(np.isfinite(fraction), fraction, 0.0) * paid[:, None, None], np.inf
     )
     costs, rows = (np.moveaxis(x, 1, 0).reshape(num_buckets, -1) for x in (costs, rows))
-    costs = np.where(rows > 0, costs, np.inf)
-    fractional = number * (costs / np.maximum(rows, 1)).min(axis=1)
-    few = np.flatnonzero(number <= MAX_COVERED)
+    costs, rows = np.where(rows > 0, costs, np.inf), np.maximum(rows, 1).astype(np.int64)
+    fractional = number * (costs / rows).min(axis=1)
+    few = np.flatnonzero(num_blocks(rows, costs, number) <= MAX_BLOCKS)
     whole = fractional.copy()
     if len(few):
-        few_rows, few_costs, at = rows[few].astype(np.int64), costs[few], np.arange(len(few))[:, None]
-        least = np.zeros((len(few), int(number[few].max()) + 1))
-        for covered in range(1, least.shape[1]):
-            least[:, covered] = (few_costs + least[at, np.maximum(covered - few_rows, 0)]).min(axis=1)
-        whole[few] = np.maximum(least[at[:, 0], number[few].astype(np.int64)], fractional[few])
+        counted = number[few].astype(np.int64)
+        least = least_covers(rows[few], costs[few], counted)[np.arange(len(few)), counted]
+        whole[few] = np.maximum(least, fractional[few])
     return whole, fractional
 
 

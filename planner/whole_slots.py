@@ -45,21 +45,41 @@ def least_covers(rows: np.ndarray, cost: np.ndarray, number: np.ndarray) -> np.n
       cost: [P, I] of each slot; inf where there is none.
       number: [P] integers.
     """
-    held = np.where(np.isfinite(cost), np.minimum(rows, np.maximum(number, 1)[:, None]), number.max(initial=1)).T
+    if not len(number):
+        return np.zeros((0, 1))
+    held, cost = _undominated(np.minimum(rows, np.maximum(number, 1)[:, None]), cost, int(number.max(initial=1)))
     step = np.minimum(held.min(axis=0), BLOCK)
-    num_steps = int((-(-number // step)).max(initial=0))
-    pad = int(held.max(initial=1))
-    width = pad + 1 + int(step.max(initial=1)) * num_steps + BLOCK
-    found = np.zeros(len(number) * width)
-    offset = np.arange(int(step.max(initial=1)))
-    into = (np.arange(len(number)) * width + pad + 1)[:, None] + offset
-    before = into - held[:, :, None]
-    added = cost.T[:, :, None]
-    for _ in range(num_steps):
-        found[into] = (found.take(before) + added).min(axis=0)
-        into += step[:, None]
-        before += step[:, None]
-    return found.reshape(len(number), width)[:, pad:]
+    steps = -(-number // step)
+    order = np.argsort(-steps, kind="stable")
+    active = np.searchsorted(-steps[order], -np.arange(1, int(steps.max(initial=0)) + 1), side="right").tolist()
+    # Numbers 1 + i step ... step + i step of a row lie in block i: what a slot less holds is as many blocks before.
+    size = int(step.max(initial=1))
+    blocks_back, at = np.divmod(np.arange(size) - held[:, order, None], step[order, None])
+    pad = 1 + int(-blocks_back.min(initial=0))
+    found = np.zeros((len(number), (pad + len(active)) * size))
+    before = np.arange(len(number))[:, None] * found.shape[1] + (pad + blocks_back) * size + at
+    before, added, flat = np.ascontiguousarray(before), np.ascontiguousarray(cost[:, order, None]), found.reshape(-1)
+    for block, going in enumerate(active):
+        values = flat[block * size :].take(before[:, :going])
+        values += added[:, :going]
+        start = (pad + block) * size
+        np.minimum.reduce(values, axis=0, out=found[:going, start : start + size])
+    block, at = np.divmod(np.arange(int(number.max(initial=0)) + 1) - 1, step[:, None])
+    row = np.empty_like(order)
+    row[order] = np.arange(len(order))
+    return found[row[:, None], np.minimum((pad + block) * size + at, found.shape[1] - 1)]
+
+
+def _undominated(rows: np.ndarray, cost: np.ndarray, none: int) -> tuple[np.ndarray, np.ndarray]:
+    """([I, P] rows, [I, P] cost) of the slots that hold more than all slots that cost no more; rows `none` elsewhere."""
+    order = np.lexsort((-rows, cost))
+    rows, cost = np.take_along_axis(rows, order, axis=1), np.take_along_axis(cost, order, axis=1)
+    most = np.maximum.accumulate(np.where(np.isfinite(cost), rows, 0), axis=1)
+    kept = np.isfinite(cost) & (rows > np.pad(most, ((0, 0), (1, 0)))[:, :-1])
+    first = np.argsort(~kept, axis=1, kind="stable")[:, : max(int(kept.sum(axis=1).max(initial=0)), 1)]
+    kept = np.take_along_axis(kept, first, axis=1)
+    rows = np.where(kept, np.take_along_axis(rows, first, axis=1), none)
+    return rows.T, np.where(kept, np.take_along_axis(cost, first, axis=1), np.inf).T
 
 
 def num_blocks(rows: np.ndarray, cost: np.ndarray, number: np.ndarray) -> np.ndarray:
