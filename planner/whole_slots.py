@@ -55,8 +55,8 @@ def least_covers(rows: np.ndarray, cost: np.ndarray, number: np.ndarray) -> np.n
     # Numbers 1 + i step ... step + i step of a row lie in block i: what a slot less holds is as many blocks before.
     size = int(step.max(initial=1))
     blocks_back, at = np.divmod(np.arange(size) - held[:, order, None], step[order, None])
-    pad = 1 + int(-blocks_back.min(initial=0))
-    found = np.zeros((len(number), (pad + len(active)) * size))
+    pad, ahead = 1 + int(-blocks_back.min(initial=0)), int(blocks_back.max(initial=0))  # ahead: columns never asked for
+    found = np.zeros((len(number), (pad + len(active) + ahead) * size))
     before = np.arange(len(number))[:, None] * found.shape[1] + (pad + blocks_back) * size + at
     before, added, flat = np.ascontiguousarray(before), np.ascontiguousarray(cost[:, order, None]), found.reshape(-1)
     for block, going in enumerate(active):
