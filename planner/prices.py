@@ -30,7 +30,7 @@ import numpy as np
 
 from planner.balance import ROUNDING
 from planner.problem import UsableConfig
-from planner.whole_slots import MAX_BLOCKS, kind_bound_s, least_covers, num_blocks
+from planner.whole_slots import MAX_BLOCKS, kind_bound_s, least_covers, num_blocks, replica_bound_s
 
 MAX_SOLVES = 6
 """Linear programmes solved while T settles: each raises the bound, the third hardly."""
@@ -157,6 +157,26 @@ def tighten(
         relaxed.bound_s,
         at_s,
     )
+
+
+def tighten_by_replica(
+    kinds: Sequence[UsableConfig], multiplicity: Sequence[int], counts: Sequence[int], relaxed: Relaxed, at_s: float
+) -> float:
+    """A bound of at most `at_s` that counts the slots of every replica, at the prices and of the longest bucket alone."""
+    number = np.asarray(counts, dtype=np.int64)
+    slots = []
+    for usable in kinds:
+        fits = [(j, min(rows, n), s) for j, n in enumerate(counts) if n for rows, s in zip(usable.rows[j], usable.slot_s[j], strict=True)]
+        slots.append(tuple(np.array(column) for column in zip(*fits, strict=True)))
+    bubbles = np.array([usable.config.pp - 1 for usable in kinds])
+    fixed_s = np.array([usable.cost.fixed_s for usable in kinds])
+    bound_s = relaxed.bound_s
+    longest = np.zeros(len(counts))
+    longest[np.flatnonzero(number)[-1]] = 1.0
+    for prices in (longest, relaxed.prices):
+        need = float(number @ prices)
+        bound_s = replica_bound_s(slots, bubbles, fixed_s, np.asarray(multiplicity), prices, need, bound_s, at_s)
+    return bound_s
 
 
 def _settle(

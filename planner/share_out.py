@@ -17,19 +17,20 @@ from planner.fill import fill, own_worth
 from planner.problem import UsableConfig
 from planner.repair import repair
 
-JUST_INSIDE = 0.95
+import os
+JUST_INSIDE = float(os.environ.get("JI",".95"))
 """The first target is the bound and this share of the wanted gap."""
 
-LATER_TARGETS = (1.02, 1.05)
-"""Targets as multiples of the bound when the first cannot be met."""
+import os
+MAX_ATTEMPTS = int(os.environ.get("A","4"))
 
-MAX_ROUNDS = 16
+MAX_ROUNDS = int(os.environ.get("M","16"))
 """Rounds of local search on each share-out."""
 
 COARSE = 0.02
 """Share of all time, by worth, that a slot of a kind takes from which its whole slots are counted before any fill."""
 
-TIGHTEN_UP_TO = 1.03
+TIGHTEN_UP_TO = float(os.environ.get("TU","1.03"))
 """Multiple of the bound up to which whole slots may raise it."""
 
 LEAST_WORTH = 0.01
@@ -57,23 +58,31 @@ def share_out(
     own = np.max([own_worth(table, kind, counts) for kind in range(len(kinds))], axis=0)
     worth = np.maximum(relaxed.prices, LEAST_WORTH * own)
     second = relaxed.kind_prices + LEAST_WORTH * relaxed.kind_prices.max()
-    best: Share | None = None
-    first = 1 + JUST_INSIDE * gap_limit
-    for target, widest_first in ((first, True), (first, False), *((later, True) for later in LATER_TARGETS)):
-        target_s = target * bound_s
-        if best is not None and best.max_s <= max(bound_s * good, target_s):
-            break
+
+    def attempt(target_s: float, widest_first: bool) -> Share:
         loads, left = fill(table, counts, relaxed, target_s, widest_first=widest_first)
         loads = repair(table, loads, left, worth, second, target_s)
-        found = balance.improve(table, loads, max_rounds=MAX_ROUNDS, good_s=bound_s * good)
-        best = found if best is None else min(best, found, key=lambda share: share.max_s)
-        if best.max_s > bound_s * good and not tightened:
-            tightened = True
-            up_to_s = min(best.max_s, bound_s * TIGHTEN_UP_TO)
-            bound_s = prices.tighten(kinds, multiplicity, counts, relaxed, coarsest, up_to_s)
-    assert best is not None, "there is a target"
+        return balance.improve(table, loads, max_rounds=MAX_ROUNDS, good_s=bound_s * good)
+
+    failed_s = (1 + JUST_INSIDE * gap_limit) * bound_s
+    best = attempt(failed_s, True)
     if best.max_s > bound_s * good:
         best = min(best, _listed(table, counts), key=lambda share: share.max_s)
+        if not tightened:
+            up_to_s = min(best.max_s, bound_s * TIGHTEN_UP_TO)
+            bound_s = prices.tighten(kinds, multiplicity, counts, relaxed, coarsest, up_to_s)
+        bound_s = max(bound_s, prices.tighten_by_replica(kinds, multiplicity, counts, relaxed, best.max_s))
+    for number in range(1, MAX_ATTEMPTS):
+        if best.max_s <= bound_s * good:
+            break
+        if number == 1:
+            target_s = max(failed_s, (1 + JUST_INSIDE * gap_limit) * bound_s)
+        else:
+            target_s = (failed_s + best.max_s) / 2
+        found = attempt(target_s, number % 2 == 0)
+        if found.max_s > target_s:
+            failed_s = target_s
+        best = min(best, found, key=lambda share: share.max_s)
     return best, min(bound_s, best.max_s)
 
 

@@ -1,4 +1,4 @@
-"""Bounds that count whole slots: of every bucket (`least_covers`), and of one kind of replica (`kind_bound_s`).
+"""Bounds that count whole slots: of a bucket (`least_covers`), a kind (`kind_bound_s`), a replica (`replica_bound_s`).
 
 `planner.prices` lets a replica's time be shared out in fractions. Where a kind has few replicas and long slots, its time
 cannot be filled exactly without taking more from the other kinds than fractions would. Given the worth v_k of a
@@ -13,6 +13,11 @@ T is too little as long as
 
 a knapsack with a choice for every bucket, solved by dynamic programming over a grid of times on q, rounded down. Shares
 of T seconds grow at least as T falls, so one solution, at `at_s`, tells for all T below with mu and v times T / at_s.
+Where replicas run few slots each, no time is filled exactly. With pi_j >= 0 the price of a sequence, T is too little if
+
+    (2)  sum over k of mu_k W_k(T)  <  sum over j of N_j pi_j
+
+where W_k(T) is the most that whole slots which one replica of kind k runs within T can be worth: a knapsack again.
 """
 
 from __future__ import annotations
@@ -233,3 +238,52 @@ def _least_worth(choices: Sequence[tuple[np.ndarray, np.ndarray]], room: float) 
                 np.minimum(longer[int(cell) :], least[: GRID + 1 - int(cell)] + worth, out=longer[int(cell) :])
         least = longer
     return least
+
+
+def replica_bound_s(
+    slots: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    bubbles: np.ndarray,
+    fixed_s: np.ndarray,
+    mu: np.ndarray,
+    prices: np.ndarray,
+    need: float,
+    known_s: float,
+    at_s: float,
+) -> float:
+    """A bound of at least `known_s` and at most `at_s`: the largest time on a grid that (2) rules out.
+
+    Args:
+      slots: for each kind (bucket [n], rows [n], seconds [n]) of its slots.
+      bubbles, fixed_s, mu: [K] pp - 1, fixed seconds and replicas of each kind.
+      prices: [J] pi_j.
+      need: sum over j of N_j pi_j.
+    """
+    cell_s = at_s / GRID
+    worth = np.zeros(GRID + 1)
+    for (bucket, rows, seconds), idle, first_s, replicas in zip(slots, bubbles, fixed_s, mu, strict=True):
+        worth += replicas * _most_worth(rows * prices[bucket], seconds / cell_s, idle, first_s / cell_s)
+    enough = np.flatnonzero(worth >= need * (1 - ROUNDING))
+    cells = int(enough[0]) if len(enough) else GRID
+    return max(known_s, min(cells * cell_s * (1 - ROUNDING), at_s))
+
+
+def _most_worth(worth: np.ndarray, cells: np.ndarray, idle: float, first: float) -> np.ndarray:
+    """[GRID + 1] most that whole slots of `worth` [n] and `cells` [n] are worth on one replica within so many cells.
+
+    The replica spends `first` cells on no slot, and `idle` times its largest slot.
+    """
+    if cells.min(initial=1.0) < 1:  # too short for the grid: fractions
+        return np.arange(GRID + 1) * float((worth / cells).max())
+    order = np.lexsort((-worth, cells))
+    worth, cells = worth[order], cells[order]
+    better = worth > np.maximum.accumulate(np.append(0.0, worth))[:-1]
+    most, within = np.zeros(GRID + 1), np.zeros(GRID + 1)
+    for value, length in zip(worth[better].tolist(), cells[better].tolist(), strict=True):
+        cell = int(length)
+        while cell <= GRID:
+            np.maximum(most[cell:], most[:-cell] + value, out=most[cell:])
+            cell, value = 2 * cell, 2 * value
+        start = int(first + idle * length)
+        if start <= GRID:
+            np.maximum(within[start:], most[: GRID + 1 - start], out=within[start:])
+    return within
