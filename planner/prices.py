@@ -44,7 +44,8 @@ PIVOTS_PER_ROW = 20
 PIVOT_TOLERANCE = 1e-11
 NEWTON_STEPS = 50
 
-COVER_TRIES = 6
+MOST_COVERED = 2.0
+"""Multiple of the relaxation's time up to which whole slots may raise it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +113,6 @@ def relax(kinds: Sequence[UsableConfig], multiplicity: Sequence[int], counts: Se
     if covered_s > relaxed_s * (1 + SETTLED):
         # Prices that know of the slots that cannot be full prove more, and share the work out better.
         _, share, worth, _ = _settle(slots, mu, excess, relaxed_s, basis)
-        covered_s = max(covered_s, _covered_s(slots, mu, number, worth, relaxed_s)[0])
     prices[used] = worth / number / max(worth.sum(), PIVOT_TOLERANCE)
     kind_prices = (slots.most(relaxed_s) * worth).max(axis=1)
     served = share.sum(axis=0)
@@ -218,14 +218,11 @@ def _covered_s(
 
     whole, fractional = needs(relaxed_s)
     excess = np.where(fractional > 0, whole / np.where(fractional > 0, fractional, 1.0), 1.0)
-    seconds = relaxed_s * min(float(whole.sum()) / have, 2.0) * (1 - ROUNDING)
-    for _ in range(COVER_TRIES if slots.is_curved else 0):
-        if seconds <= relaxed_s or float(needs(seconds)[0].sum()) > have:
-            break
-        seconds = float(np.sqrt(seconds * relaxed_s))
-    else:
-        seconds = relaxed_s if slots.is_curved else seconds
-    return max(seconds, relaxed_s), excess
+    seconds = relaxed_s * min(float(whole.sum()) / have, MOST_COVERED)
+    if slots.is_curved and seconds > relaxed_s:
+        # Shares of T seconds grow at least as T falls, so what is needed at one T tells of all below.
+        seconds *= min(float(needs(seconds)[0].sum()) / have, 1.0)
+    return max(seconds * (1 - ROUNDING), relaxed_s), excess
 
 
 def _covers(

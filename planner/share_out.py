@@ -75,11 +75,11 @@ def share_out(
     for number in range(1, MAX_ATTEMPTS):
         if best.max_s <= bound_s * good:
             break
-        if number == 1:
+        if number == 1 and os.environ.get("S2","ff")[0]=="f":
             target_s = max(failed_s, (1 + JUST_INSIDE * gap_limit) * bound_s)
         else:
             target_s = (failed_s + best.max_s) / 2
-        found = attempt(target_s, number % 2 == 0)
+        found = attempt(target_s, (number % 2 == 0) ^ (os.environ.get("S2","ff")[1]=="t"))
         if found.max_s > target_s:
             failed_s = target_s
         best = min(best, found, key=lambda share: share.max_s)
