@@ -10,7 +10,7 @@ import numpy as np
 
 from planner.balance import ROUNDING, Tables, list_schedule
 
-MAX_PLACEMENTS = 200
+MAX_PLACEMENTS = 25
 """Micro-batches placed before the rest goes wherever it ends earliest: a limit that does not depend on the machine."""
 
 
