@@ -94,10 +94,8 @@ def tables(replicas: Sequence[UsableConfig], counts: Sequence[int]) -> Tables:
     tops = np.full((len(kinds), len(counts), width), np.inf)
     sums[:, :, 0] = tops[:, :, 0] = 0.0
     for index, usable in enumerate(kinds):
-        for bucket, count in enumerate(counts):
-            if usable.fits(bucket):
-                n = count + 1
-                sums[index, bucket, :n], tops[index, bucket, :n] = _bucket_table(usable, bucket, count)
+        fitting = [bucket for bucket in range(len(counts)) if usable.fits(bucket)]
+        sums[index, fitting], tops[index, fitting] = _slots_of(usable, fitting, counts, width)
     return Tables(
         kind=np.array(kind, dtype=np.int64),
         sums=sums,
@@ -108,12 +106,26 @@ def tables(replicas: Sequence[UsableConfig], counts: Sequence[int]) -> Tables:
     )
 
 
-def _bucket_table(usable: UsableConfig, bucket: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    options, slot_s = np.array(usable.rows[bucket]), np.array(usable.slot_s[bucket])
-    num_full, rest = np.divmod(np.arange(count + 1), options[-1])
-    rest_s = np.where(rest > 0, slot_s[np.searchsorted(options, rest)], 0.0)
-    full_s = slot_s[-1]
-    return num_full * full_s + rest_s, np.maximum(np.where(num_full > 0, full_s, 0.0), rest_s)
+def _slots_of(
+    usable: UsableConfig, buckets: Sequence[int], counts: Sequence[int], width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """([n, width] seconds in all, the same of the largest) of the slots of 0, 1, ... sequences of each of n buckets."""
+    most = max((len(usable.rows[bucket]) for bucket in buckets), default=1)
+    # Buckets with fewer options than others repeat their largest.
+    rows = np.array([(*usable.rows[j], *usable.rows[j][-1:] * (most - len(usable.rows[j]))) for j in buckets])
+    slot_s = np.array([(*usable.slot_s[j], *usable.slot_s[j][-1:] * (most - len(usable.slot_s[j]))) for j in buckets])
+    rows, slot_s = rows.reshape(-1, most, 1), slot_s.reshape(-1, most, 1)
+    number = np.arange(width)
+    num_full, rest = np.divmod(number, rows[:, -1])
+    rest_s = np.zeros(rest.shape)
+    for option in reversed(range(most)):
+        rest_s = np.where(rest <= rows[:, option], slot_s[:, option], rest_s)
+    rest_s[rest == 0] = 0.0
+    sums = num_full * slot_s[:, -1] + rest_s
+    tops = np.maximum(np.where(num_full > 0, slot_s[:, -1], 0.0), rest_s)
+    beyond = number > np.array([counts[bucket] for bucket in buckets], dtype=np.int64).reshape(-1, 1)
+    sums[beyond] = tops[beyond] = np.inf
+    return sums, tops
 
 
 def heuristic(table: Tables, counts: Sequence[int], *, time_limit_s: float = math.inf) -> Share:

@@ -35,7 +35,7 @@ from planner.whole_slots import MAX_BLOCKS, kind_bound_s, least_covers, num_bloc
 MAX_SOLVES = 6
 """Linear programmes solved while T settles: each raises the bound, the third hardly."""
 
-SETTLED = 1e-4
+SETTLED = 1e-3
 """Relative rise of the bound below which T has settled."""
 
 PIVOTS_PER_ROW = 20
@@ -107,7 +107,9 @@ def relax(kinds: Sequence[UsableConfig], multiplicity: Sequence[int], counts: Se
         return Relaxed(bound_s=0.0, prices=prices, kind_prices=np.zeros(len(kinds)), shares=shares)
     mu, number = np.asarray(multiplicity, dtype=np.float64), wanted[used]
     slots = _slot_lines(kinds, used, number)
-    bound_s = quickest_s(kinds, used.tolist())
+    work_s = sum(number[at] * _least_device_s(kinds, j) for at, j in enumerate(used.tolist()))
+    num_devices = float(sum(usable.num_devices * many for usable, many in zip(kinds, mu.tolist(), strict=True)))
+    bound_s = max(quickest_s(kinds, used.tolist()), work_s / num_devices)
     relaxed_s, share, worth, basis = _settle(slots, mu, np.ones(len(used)), bound_s)
     covered_s, excess = _covered_s(slots, mu, number, worth, relaxed_s)
     if covered_s > relaxed_s * (1 + SETTLED):
@@ -247,6 +249,10 @@ def _covers(
         least = least_covers(rows[few], costs[few], counted)[np.arange(len(few)), counted]
         whole[few] = np.maximum(least, fractional[few])
     return whole, fractional
+
+
+def _least_device_s(kinds: Sequence[UsableConfig], bucket: int) -> float:
+    return min(usable.num_devices * usable.per_sequence_s(bucket) for usable in kinds if usable.fits(bucket))
 
 
 def quickest_s(kinds: Sequence[UsableConfig], used: Sequence[int]) -> float:
