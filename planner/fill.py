@@ -55,7 +55,7 @@ class _Slots:
     """Slots that a replica of a kind may be closed with, [n] each, and all pairs of them by time, [P] each.
 
     The first is nothing, so that pairs stand for single slots too. `room_s`: seconds that a replica has for slots, its
-    pipeline's largest paid for.
+    pipeline's largest paid for. `shortest_s`: of the shortest slot.
     """
 
     bucket: np.ndarray
@@ -67,6 +67,7 @@ class _Slots:
     pair_s: np.ndarray
     full: np.ndarray
     room_s: float
+    shortest_s: float
 
 
 def fill(
@@ -177,7 +178,7 @@ def _fill_kind(
                 break
             pattern[bucket] += full[bucket]
             open_s -= full_s[bucket]
-        while True:
+        while open_s >= slots.shortest_s:
             closing = _closing(slots, left - pattern, open_s, number - at)
             if not closing.any():
                 break
@@ -230,6 +231,7 @@ def _slots(table: Tables, kind: int, offered: np.ndarray, prices: np.ndarray, ta
         pair_s=pair_s[order],
         full=np.array([options[-1] if options else 0 for options in table.options[kind]]),
         room_s=room_s,
+        shortest_s=float(seconds[1:].min()),
     )
 
 

@@ -30,7 +30,7 @@ import numpy as np
 
 from planner.balance import ROUNDING
 from planner.problem import UsableConfig
-from planner.whole_slots import MAX_BLOCKS, kind_bound_s, least_covers, num_blocks, replica_bound_s
+from planner.whole_slots import MAX_BLOCKS, least_covers, num_blocks
 
 MAX_SOLVES = 6
 """Linear programmes solved while T settles: each raises the bound, the third hardly."""
@@ -66,7 +66,7 @@ class Relaxed:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Slots:
+class Slots:
     """Every slot: `rows` sequences of a bucket with a count, `slot_s` seconds; 0 and 1 where there is none.
 
     Attributes:
@@ -106,7 +106,7 @@ def relax(kinds: Sequence[UsableConfig], multiplicity: Sequence[int], counts: Se
     if not len(used):
         return Relaxed(bound_s=0.0, prices=prices, kind_prices=np.zeros(len(kinds)), shares=shares)
     mu, number = np.asarray(multiplicity, dtype=np.float64), wanted[used]
-    slots = _slot_lines(kinds, used, number)
+    slots = slot_lines(kinds, used, number)
     work_s = sum(number[at] * _least_device_s(kinds, j) for at, j in enumerate(used.tolist()))
     num_devices = float(sum(usable.num_devices * many for usable, many in zip(kinds, mu.tolist(), strict=True)))
     bound_s = max(quickest_s(kinds, used.tolist()), work_s / num_devices)
@@ -127,62 +127,8 @@ def relax(kinds: Sequence[UsableConfig], multiplicity: Sequence[int], counts: Se
     )
 
 
-def slot_worth(kinds: Sequence[UsableConfig], counts: Sequence[int], relaxed: Relaxed) -> np.ndarray:
-    """[K] share of all time, by worth, that the longest of the full slots that the relaxation uses of a kind takes."""
-    longest = np.zeros(len(kinds))
-    for kind, usable in enumerate(kinds):
-        used = np.flatnonzero(relaxed.shares[kind])
-        if len(used):
-            longest[kind] = max(usable.slot_s[j][-1] for j in used.tolist())
-    return relaxed.kind_prices * longest / relaxed.bound_s
-
-
-def tighten(
-    kinds: Sequence[UsableConfig],
-    multiplicity: Sequence[int],
-    counts: Sequence[int],
-    relaxed: Relaxed,
-    kind: int,
-    at_s: float,
-) -> float:
-    """A bound of at least `relaxed.bound_s` and at most `at_s` that counts the whole slots of one kind of replica."""
-    used = np.flatnonzero(counts)
-    number = np.asarray(counts, dtype=np.int64)[used]
-    slots = _slot_lines(kinds, used, number.astype(np.float64))
-    return kind_bound_s(
-        kind,
-        np.where(slots.rows > 0, slots.fraction(at_s), np.inf),
-        slots.rows.astype(np.int64),
-        number,
-        np.asarray(multiplicity, dtype=np.float64),
-        relaxed.kind_prices,
-        relaxed.bound_s,
-        at_s,
-    )
-
-
-def tighten_by_replica(
-    kinds: Sequence[UsableConfig], multiplicity: Sequence[int], counts: Sequence[int], relaxed: Relaxed, at_s: float
-) -> float:
-    """A bound of at most `at_s` that counts the slots of every replica, at the prices and of the longest bucket alone."""
-    number = np.asarray(counts, dtype=np.int64)
-    slots = []
-    for usable in kinds:
-        fits = [(j, min(rows, n), s) for j, n in enumerate(counts) if n for rows, s in zip(usable.rows[j], usable.slot_s[j], strict=True)]
-        slots.append(tuple(np.array(column) for column in zip(*fits, strict=True)))
-    bubbles = np.array([usable.config.pp - 1 for usable in kinds])
-    fixed_s = np.array([usable.cost.fixed_s for usable in kinds])
-    bound_s = relaxed.bound_s
-    longest = np.zeros(len(counts))
-    longest[np.flatnonzero(number)[-1]] = 1.0
-    for prices in (longest, relaxed.prices):
-        need = float(number @ prices)
-        bound_s = replica_bound_s(slots, bubbles, fixed_s, np.asarray(multiplicity), prices, need, bound_s, at_s)
-    return bound_s
-
-
 def _settle(
-    slots: _Slots, mu: np.ndarray, size: np.ndarray, start_s: float, basis: np.ndarray | None = None
+    slots: Slots, mu: np.ndarray, size: np.ndarray, start_s: float, basis: np.ndarray | None = None
 ) -> tuple[float, np.ndarray, np.ndarray, np.ndarray | None]:
     """(least T of the relaxation, [K, J] shares of the counts, [J] worth of all sequences of a bucket, last basis).
 
@@ -201,7 +147,7 @@ def _settle(
 
 
 def _covered_s(
-    slots: _Slots, mu: np.ndarray, number: np.ndarray, worth: np.ndarray, relaxed_s: float
+    slots: Slots, mu: np.ndarray, number: np.ndarray, worth: np.ndarray, relaxed_s: float
 ) -> tuple[float, np.ndarray]:
     """(a bound that counts whole slots, [J] by how much a bucket's whole slots exceed fractional ones at these prices).
 
@@ -263,7 +209,7 @@ def quickest_s(kinds: Sequence[UsableConfig], used: Sequence[int]) -> float:
     )
 
 
-def _slot_lines(kinds: Sequence[UsableConfig], used: np.ndarray, number: np.ndarray) -> _Slots:
+def slot_lines(kinds: Sequence[UsableConfig], used: np.ndarray, number: np.ndarray) -> Slots:
     most = max(len(rows) for usable in kinds for rows in usable.rows)
     rows, slot_s = np.zeros((len(kinds), len(used), most)), np.ones((len(kinds), len(used), most))
     for k, usable in enumerate(kinds):
@@ -274,7 +220,7 @@ def _slot_lines(kinds: Sequence[UsableConfig], used: np.ndarray, number: np.ndar
     fixed_s = np.array([usable.cost.fixed_s for usable in kinds])[:, None, None]
     rows = np.minimum(rows, number[:, None])
     rates = rows / slot_s / number[:, None]
-    return _Slots(
+    return Slots(
         rows=rows,
         slot_s=slot_s,
         rates=rates,
@@ -284,7 +230,7 @@ def _slot_lines(kinds: Sequence[UsableConfig], used: np.ndarray, number: np.ndar
     )
 
 
-def _least_s(slots: _Slots, mu: np.ndarray, worth: np.ndarray, size: np.ndarray) -> float:
+def _least_s(slots: Slots, mu: np.ndarray, worth: np.ndarray, size: np.ndarray) -> float:
     """The least T that satisfies (3), by Newton's method on its left side, a convex function of T, from the right."""
     num_kinds = len(mu)
     slopes = (slots.rates * (worth / size)[:, None]).reshape(num_kinds, -1)

@@ -1,37 +1,57 @@
-"""One step's share-out, near its proven bound in milliseconds: prices, then fills towards rising targets.
+"""One step's share-out, near its proven bound in milliseconds: prices, then fills towards targets a little over it.
 
-`planner.prices` bounds the slowest replica and prices every bucket; `planner.fill` makes loads that end by a target a
-little over that bound, `planner.repair` places what did not fit, and `planner.balance.improve` moves slots about. The
-first share-out within the wanted gap is taken. Nothing here looks at a clock: the same step gives the same answer.
+`planner.prices` bounds the slowest replica and prices every bucket; `planner.fill` makes loads that end by a target,
+`planner.repair` places what did not fit, and `planner.balance.improve` moves slots about. The first share-out within
+the wanted gap is taken. Where slots are long, the bound counts them whole (`planner.tighten`). Nothing here looks at a
+clock: the same step gives the same answer.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
-from planner import balance, prices
+from planner import balance, prices, tighten
 from planner.balance import Share, Tables
 from planner.fill import fill, own_worth
 from planner.problem import UsableConfig
 from planner.repair import repair
 
-import os
-JUST_INSIDE = float(os.environ.get("JI",".95"))
-"""The first target is the bound and this share of the wanted gap."""
 
-import os
-MAX_ATTEMPTS = int(os.environ.get("A","4"))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Effort:
+    """How a fleet is searched.
 
-MAX_ROUNDS = int(os.environ.get("M","16"))
+    Attributes:
+      just_inside: the first target is the bound and this share of the wanted gap.
+      attempts: fills at the most. Beyond, the gap that is left is the bound's, or takes seconds to close.
+      again: whether the second fill has the first target too.
+    """
+
+    just_inside: float
+    attempts: int
+    again: bool
+
+
+SMALL_FLEET = 16
+"""Replicas up to which a fleet is small: local search then finds most of what another fill would."""
+
+SMALL = _Effort(just_inside=0.8, attempts=2, again=False)
+LARGE = _Effort(just_inside=0.95, attempts=3, again=True)
+
+RISEN = 5e-4
+"""Rise of the first target, by a bound that came later, from which it is tried again."""
+
+MAX_ROUNDS = 16
 """Rounds of local search on each share-out."""
 
 COARSE = 0.02
 """Share of all time, by worth, that a slot of a kind takes from which its whole slots are counted before any fill."""
 
-TIGHTEN_UP_TO = float(os.environ.get("TU","1.03"))
-"""Multiple of the bound up to which whole slots may raise it."""
+TIGHTEN_UP_TO = 1.03
+"""Multiple of the bound up to which whole slots of one kind may raise it."""
 
 LEAST_WORTH = 0.01
 """Worth of a sequence that prices say is free, as a share of what its time would be worth on its best kind."""
@@ -47,14 +67,17 @@ def share_out(
     kinds = [replicas[int(index)] for index in np.unique(table.kind, return_index=True)[1]]
     multiplicity = np.bincount(table.kind).tolist()
     relaxed = prices.relax(kinds, multiplicity, counts)
-    bound_s, good = relaxed.bound_s, 1 + gap_limit
-    if bound_s <= 0:
-        return _listed(table, counts), 0.0
-    slot_worth = prices.slot_worth(kinds, counts, relaxed)
+    loads = balance.list_schedule(table, counts)
+    best = Share(loads=loads, replica_s=table.replica_s(loads))
+    if relaxed.bound_s <= 0:
+        return best, 0.0
+    effort = SMALL if len(replicas) <= SMALL_FLEET else LARGE
+    good, first = 1 + gap_limit, 1 + effort.just_inside * gap_limit
+    bound_s = relaxed.bound_s
+    slot_worth = tighten.slot_worth(kinds, relaxed)
     coarsest = int(slot_worth.argmax())
-    tightened = slot_worth[coarsest] >= COARSE
-    if tightened:
-        bound_s = prices.tighten(kinds, multiplicity, counts, relaxed, coarsest, bound_s * TIGHTEN_UP_TO)
+    if slot_worth[coarsest] >= COARSE:
+        bound_s = tighten.by_kind(kinds, multiplicity, counts, relaxed, coarsest, relaxed.bound_s * TIGHTEN_UP_TO)
     own = np.max([own_worth(table, kind, counts) for kind in range(len(kinds))], axis=0)
     worth = np.maximum(relaxed.prices, LEAST_WORTH * own)
     second = relaxed.kind_prices + LEAST_WORTH * relaxed.kind_prices.max()
@@ -64,28 +87,22 @@ def share_out(
         loads = repair(table, loads, left, worth, second, target_s)
         return balance.improve(table, loads, max_rounds=MAX_ROUNDS, good_s=bound_s * good)
 
-    failed_s = (1 + JUST_INSIDE * gap_limit) * bound_s
-    best = attempt(failed_s, True)
+    failed_s = first * bound_s
     if best.max_s > bound_s * good:
-        best = min(best, _listed(table, counts), key=lambda share: share.max_s)
-        if not tightened:
-            up_to_s = min(best.max_s, bound_s * TIGHTEN_UP_TO)
-            bound_s = prices.tighten(kinds, multiplicity, counts, relaxed, coarsest, up_to_s)
-        bound_s = max(bound_s, prices.tighten_by_replica(kinds, multiplicity, counts, relaxed, best.max_s))
-    for number in range(1, MAX_ATTEMPTS):
+        best = min(best, attempt(failed_s, True), key=lambda share: share.max_s)
+    if best.max_s > bound_s * good:
+        if slot_worth[coarsest] < COARSE:
+            up_to_s = min(best.max_s, relaxed.bound_s * TIGHTEN_UP_TO)
+            bound_s = tighten.by_kind(kinds, multiplicity, counts, relaxed, coarsest, up_to_s)
+        bound_s = max(bound_s, tighten.by_replica(kinds, multiplicity, counts, relaxed, best.max_s))
+    for number in range(1, effort.attempts):
         if best.max_s <= bound_s * good:
             break
-        if number == 1 and os.environ.get("S2","ff")[0]=="f":
-            target_s = max(failed_s, (1 + JUST_INSIDE * gap_limit) * bound_s)
-        else:
-            target_s = (failed_s + best.max_s) / 2
-        found = attempt(target_s, (number % 2 == 0) ^ (os.environ.get("S2","ff")[1]=="t"))
+        target_s = (failed_s + best.max_s) / 2
+        if number == 1 and (effort.again or first * bound_s > failed_s * (1 + RISEN)):
+            target_s = first * bound_s
+        found = attempt(target_s, number % 2 == 0)
         if found.max_s > target_s:
-            failed_s = target_s
+            failed_s = max(failed_s, target_s)
         best = min(best, found, key=lambda share: share.max_s)
     return best, min(bound_s, best.max_s)
-
-
-def _listed(table: Tables, counts: Sequence[int]) -> Share:
-    loads = balance.list_schedule(table, counts)
-    return Share(loads=loads, replica_s=table.replica_s(loads))

@@ -1,7 +1,7 @@
 """Bounds that count whole slots: of a bucket (`least_covers`), a kind (`kind_bound_s`), a replica (`replica_bound_s`).
 
-`planner.prices` lets a replica's time be shared out in fractions. Where a kind has few replicas and long slots, its time
-cannot be filled exactly without taking more from the other kinds than fractions would. Given the worth v_k of a
+`planner.prices` lets a replica's time be shared out in fractions. Where a kind has few replicas and long slots, its
+time cannot be filled exactly without taking more from the other kinds than fractions would. Given the worth v_k of a
 replica's time, and for bucket j the integers n of its sequences that kind q serves,
 
     tau_j(n)   least share of a replica's time on q that whole slots for n sequences take
@@ -76,7 +76,7 @@ def least_covers(rows: np.ndarray, cost: np.ndarray, number: np.ndarray) -> np.n
 
 
 def _undominated(rows: np.ndarray, cost: np.ndarray, none: int) -> tuple[np.ndarray, np.ndarray]:
-    """([I, P] rows, [I, P] cost) of the slots that hold more than all slots that cost no more; rows `none` elsewhere."""
+    """([I, P] rows, [I, P] cost) of slots that hold more than any slot that costs no more; `none` and inf elsewhere."""
     order = np.lexsort((-rows, cost))
     rows, cost = np.take_along_axis(rows, order, axis=1), np.take_along_axis(cost, order, axis=1)
     most = np.maximum.accumulate(np.where(np.isfinite(cost), rows, 0), axis=1)
@@ -88,8 +88,8 @@ def _undominated(rows: np.ndarray, cost: np.ndarray, none: int) -> tuple[np.ndar
 
 
 def num_blocks(rows: np.ndarray, cost: np.ndarray, number: np.ndarray) -> np.ndarray:
-    """[P] steps that `least_covers` takes for each."""
-    smallest = np.where(np.isfinite(cost), rows, np.inf).min(axis=1, initial=np.inf)
+    """[..., P] steps that `least_covers` takes for each, from rows and cost [..., P, I]."""
+    smallest = np.where(np.isfinite(cost), rows, np.inf).min(axis=-1, initial=np.inf)
     return np.ceil(number / np.minimum(smallest, BLOCK))
 
 
@@ -98,9 +98,10 @@ class _Split:
     """What one kind may take off the others, at T = at_s.
 
     Attributes:
-      least_s, least_cost: share of time on the kind, and worth on the others, that do not depend on what it takes.
-      choices: for each bucket, (shares of time [n], worth left to the others [n]) of numbers of sequences worth taking.
-      line_s, line_gain: of buckets counted in fractions, shares of time in all and worth that each unit of it saves.
+      least_s: share of its time that buckets counted in fractions, which fit no other kind, take.
+      least_cost: worth on the others of all buckets counted in fractions that fit them.
+      choices: for each other bucket, (share of time [n], worth left to the others [n]) of the numbers worth taking.
+      line_s, line_gain: of buckets in `least_cost` that fit the kind, share of its time and worth that a unit saves.
     """
 
     least_s: float
@@ -167,70 +168,68 @@ def kind_bound_s(
 def _split(
     kind: int, fraction: np.ndarray, rows: np.ndarray, number: np.ndarray, mu: np.ndarray, paid: np.ndarray
 ) -> _Split | None:
-    """None where the worth of all time is too little already."""
-    num_buckets = len(number)
-    cost = np.where(np.isfinite(fraction), np.where(np.isfinite(fraction), fraction, 0.0) * paid[:, None, None], np.inf)
-    cost[kind] = fraction[kind]
-    others = np.delete(np.arange(len(fraction)), kind)
-    all_rows = [rows[kind], np.moveaxis(rows[others], 1, 0).reshape(num_buckets, -1)]
-    all_cost = [cost[kind], np.moveaxis(cost[others], 1, 0).reshape(num_buckets, -1)]
-    options = max(all_rows[0].shape[1], all_rows[1].shape[1])
-    slot_rows = np.ones((2, num_buckets, options), dtype=np.int64)
-    slot_cost = np.full((2, num_buckets, options), np.inf)
-    for side in (0, 1):
-        slot_rows[side, :, : all_rows[side].shape[1]] = all_rows[side]
-        slot_cost[side, :, : all_rows[side].shape[1]] = all_cost[side]
-    slot_rows = np.maximum(slot_rows, 1)
+    """None where a slot of some bucket fits no kind, or where the worth of all time is too little already."""
+    slot_rows, slot_cost = _two_sides(kind, fraction, rows, paid)
     fractional = number * (slot_cost / slot_rows).min(axis=2)
     own_able, other_able = np.isfinite(fractional)
-    twice = np.concatenate([number, number])
-    blocks = num_blocks(slot_rows.reshape(2 * num_buckets, -1), slot_cost.reshape(2 * num_buckets, -1), twice)
-    few = (blocks.reshape(2, num_buckets) <= MAX_BLOCKS).all(axis=0)
-    at = np.flatnonzero(few)
-    tables = least_covers(
-        slot_rows[:, at].reshape(2 * len(at), -1),
-        slot_cost[:, at].reshape(2 * len(at), -1),
-        np.concatenate([number[at], number[at]]),
-    ).reshape(2, len(at), -1)
+    if not (own_able | other_able).all():
+        return None
+    few = (num_blocks(slot_rows, slot_cost, number) <= MAX_BLOCKS).all(axis=0)
     line = ~few & own_able & other_able
     least_s = float(fractional[0, ~few & ~other_able].sum())
-    least_cost = float(fractional[1, ~few & other_able].sum())
-    gain = np.maximum(fractional[1, line] / fractional[0, line], 0.0)
-    lagrangian = least_s * paid[kind] + float(fractional[1, ~few & ~own_able].sum())
-    lagrangian += float(np.minimum(fractional[1, line], paid[kind] * fractional[0, line]).sum())
-    reduced = []
-    for own, other, j in zip(*tables, at.tolist(), strict=True):
-        count = int(number[j])
-        own_s, left = own[: count + 1], other[count::-1]
-        last = np.flatnonzero(np.append(own_s[1:] > own_s[:-1], True) & np.isfinite(own_s) & np.isfinite(left))
-        value = left[last] + paid[kind] * own_s[last]
-        least = float(value.min())
-        lagrangian += least
-        reduced.append((value - least, own_s[last], left[last]))
-    slack = float(mu @ paid) * (1 + ROUNDING) - lagrangian
+    least_cost = float(fractional[1, ~few & ~own_able].sum())
+    # Each choice's value at the kind's worth: what exceeds the bucket's least by more than the slack is none.
+    choices = _choices(slot_rows[:, few], slot_cost[:, few], number[few])
+    values = [left + paid[kind] * own_s for own_s, left in choices]
+    slack = float(mu @ paid) * (1 + ROUNDING) - paid[kind] * least_s - least_cost
+    slack -= float(np.minimum(fractional[1, line], paid[kind] * fractional[0, line]).sum())
+    slack -= sum(float(value.min()) for value in values)
     if slack < 0:
         return None
-    choices = []
-    for over, own_s, left in reduced:
-        kept = over <= slack
-        if kept.sum() == 1:
-            least_s += float(own_s[kept][0])
-            least_cost += float(left[kept][0])
-        else:
-            choices.append((own_s[kept], left[kept]))
+    kept = [value <= value.min() + slack for value in values]
     return _Split(
         least_s=least_s,
-        least_cost=least_cost,
-        choices=tuple(choices),
+        least_cost=least_cost + float(fractional[1, line].sum()),
+        choices=tuple((own_s[k], left[k]) for (own_s, left), k in zip(choices, kept, strict=True)),
         line_s=fractional[0, line],
-        line_gain=gain,
+        line_gain=fractional[1, line] / fractional[0, line],
     )
+
+
+def _two_sides(kind: int, fraction: np.ndarray, rows: np.ndarray, paid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(rows [2, J, I], cost [2, J, I]) of the kind's slots, by their share of its time, and the others', by worth."""
+    num_buckets = rows.shape[1]
+    finite = np.isfinite(fraction)
+    cost = np.where(finite, np.where(finite, fraction, 0.0) * paid[:, None, None], np.inf)
+    others = np.delete(np.arange(len(fraction)), kind)
+    options = max(len(others), 1) * rows.shape[2]
+    slot_rows = np.ones((2, num_buckets, options), dtype=np.int64)
+    slot_cost = np.full((2, num_buckets, options), np.inf)
+    slot_rows[0, :, : rows.shape[2]], slot_cost[0, :, : rows.shape[2]] = rows[kind], fraction[kind]
+    if len(others):
+        slot_rows[1] = np.moveaxis(rows[others], 1, 0).reshape(num_buckets, options)
+        slot_cost[1] = np.moveaxis(cost[others], 1, 0).reshape(num_buckets, options)
+    return np.maximum(slot_rows, 1), slot_cost
+
+
+def _choices(slot_rows: np.ndarray, slot_cost: np.ndarray, number: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each bucket (tau_j [n], C_j [n]) of every n after which the kind would need another slot."""
+    _, num_buckets, options = slot_rows.shape
+    tables = least_covers(
+        slot_rows.reshape(2 * num_buckets, options), slot_cost.reshape(2 * num_buckets, options), np.tile(number, 2)
+    )
+    out = []
+    for own, other, count in zip(tables[:num_buckets], tables[num_buckets:], number.tolist(), strict=True):
+        own_s, left = own[: count + 1], other[count::-1]
+        last = np.flatnonzero(np.append(own_s[1:] > own_s[:-1], True) & np.isfinite(own_s) & np.isfinite(left))
+        out.append((own_s[last], left[last]))
+    return out
 
 
 def _least_worth(choices: Sequence[tuple[np.ndarray, np.ndarray]], room: float) -> np.ndarray:
     """[GRID + 1] least worth left to the others when the choices take at most so many cells of `room` on the kind."""
     least = np.zeros(GRID + 1)
-    for own_s, left in choices:
+    for own_s, left in sorted(choices, key=lambda choice: len(choice[0])):
         cells = np.floor(own_s / room * GRID * (1 - ROUNDING)) if room > 0 else np.where(own_s > 0, GRID + 1, 0)
         longer = np.full(GRID + 1, np.inf)
         for cell, worth in zip(cells.tolist(), left.tolist(), strict=True):
