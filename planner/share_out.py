@@ -8,7 +8,6 @@ clock: the same step gives the same answer.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,30 +18,17 @@ from planner.fill import fill, own_worth
 from planner.problem import UsableConfig
 from planner.repair import repair
 
+JUST_INSIDE = 0.95
+"""The first target is the bound and this share of the wanted gap."""
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Effort:
-    """How a fleet is searched.
-
-    Attributes:
-      just_inside: the first target is the bound and this share of the wanted gap.
-      attempts: fills at the most. Beyond, the gap that is left is the bound's, or takes seconds to close.
-      again: whether the second fill has the first target too.
-    """
-
-    just_inside: float
-    attempts: int
-    again: bool
-
+MAX_ATTEMPTS = 3
+"""Fills at the most. Beyond, the gap that is left is the bound's, or takes seconds to close."""
 
 SMALL_FLEET = 16
-"""Replicas up to which a fleet is small: local search then finds most of what another fill would."""
-
-SMALL = _Effort(just_inside=0.8, attempts=2, again=False)
-LARGE = _Effort(just_inside=0.95, attempts=3, again=True)
+"""Replicas up to which one fill less is made: local search then finds most of what another fill would."""
 
 RISEN = 5e-4
-"""Rise of the first target, by a bound that came later, from which it is tried again."""
+"""Rise of the first target, by a bound that came later, from which a small fleet tries it again."""
 
 MAX_ROUNDS = 16
 """Rounds of local search on each share-out."""
@@ -50,7 +36,8 @@ MAX_ROUNDS = 16
 COARSE = 0.02
 """Share of all time, by worth, that a slot of a kind takes from which its whole slots are counted before any fill."""
 
-TIGHTEN_UP_TO = 1.03
+
+TIGHTEN_UP_TO = 1.0125
 """Multiple of the bound up to which whole slots of one kind may raise it."""
 
 LEAST_WORTH = 0.01
@@ -71,8 +58,8 @@ def share_out(
     best = Share(loads=loads, replica_s=table.replica_s(loads))
     if relaxed.bound_s <= 0:
         return best, 0.0
-    effort = SMALL if len(replicas) <= SMALL_FLEET else LARGE
-    good, first = 1 + gap_limit, 1 + effort.just_inside * gap_limit
+    small = len(replicas) <= SMALL_FLEET
+    good, first = 1 + gap_limit, 1 + JUST_INSIDE * gap_limit
     bound_s = relaxed.bound_s
     slot_worth = tighten.slot_worth(kinds, relaxed)
     coarsest = int(slot_worth.argmax())
@@ -91,15 +78,16 @@ def share_out(
     if best.max_s > bound_s * good:
         best = min(best, attempt(failed_s, True), key=lambda share: share.max_s)
     if best.max_s > bound_s * good:
-        if slot_worth[coarsest] < COARSE:
-            up_to_s = min(best.max_s, relaxed.bound_s * TIGHTEN_UP_TO)
-            bound_s = tighten.by_kind(kinds, multiplicity, counts, relaxed, coarsest, up_to_s)
-        bound_s = max(bound_s, tighten.by_replica(kinds, multiplicity, counts, relaxed, best.max_s))
-    for number in range(1, effort.attempts):
+        bound_s = max(
+            bound_s,
+            tighten.by_kind(kinds, multiplicity, counts, relaxed, coarsest, best.max_s),
+            tighten.by_replica(kinds, multiplicity, counts, relaxed, best.max_s),
+        )
+    for number in range(1, MAX_ATTEMPTS - small):
         if best.max_s <= bound_s * good:
             break
         target_s = (failed_s + best.max_s) / 2
-        if number == 1 and (effort.again or first * bound_s > failed_s * (1 + RISEN)):
+        if number == 1 and (not small or first * bound_s > failed_s * (1 + RISEN)):
             target_s = first * bound_s
         found = attempt(target_s, number % 2 == 0)
         if found.max_s > target_s:
