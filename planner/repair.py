@@ -10,12 +10,19 @@ import numpy as np
 
 from planner.balance import ROUNDING, Tables, list_schedule
 
-MAX_PLACEMENTS = 25
-"""Micro-batches placed before the rest goes wherever it ends earliest: a limit that does not depend on the machine."""
+MAX_PLACEMENTS = 400
+"""Rounds of placing before the rest goes wherever it ends earliest: a limit that does not depend on the machine."""
 
 
 def repair(
-    table: Tables, loads: np.ndarray, left: np.ndarray, prices: np.ndarray, kind_worth: np.ndarray, target_s: float
+    table: Tables,
+    loads: np.ndarray,
+    left: np.ndarray,
+    prices: np.ndarray,
+    kind_worth: np.ndarray,
+    target_s: float,
+    *,
+    max_placements: int = MAX_PLACEMENTS,
 ) -> np.ndarray:
     """Loads [R, J] of all of `loads` and `left` [J], as many replicas as can be within `target_s`.
 
@@ -29,7 +36,7 @@ def repair(
         while state.seconds[replica] > target_s and _eject(state, replica, left, prices, target_s):
             pass
     unplaced = np.zeros_like(left)
-    for _ in range(MAX_PLACEMENTS):
+    for _ in range(max_placements):
         waiting = np.flatnonzero(left)
         if not len(waiting):
             break

@@ -30,6 +30,9 @@ SMALL_FLEET = 16
 RISEN = 5e-4
 """Rise of the first target, by a bound that came later, from which a small fleet tries it again."""
 
+MAX_PLACEMENTS = 25
+"""Rounds of `planner.repair` after each fill: a fill that needs more seldom ends by its target."""
+
 MAX_ROUNDS = 16
 """Rounds of local search on each share-out."""
 
@@ -71,7 +74,7 @@ def share_out(
 
     def attempt(target_s: float, widest_first: bool) -> Share:
         loads, left = fill(table, counts, relaxed, target_s, widest_first=widest_first)
-        loads = repair(table, loads, left, worth, second, target_s)
+        loads = repair(table, loads, left, worth, second, target_s, max_placements=MAX_PLACEMENTS)
         return balance.improve(table, loads, max_rounds=MAX_ROUNDS, good_s=bound_s * good)
 
     failed_s = first * bound_s
