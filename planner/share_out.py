@@ -8,7 +8,7 @@ clock: the same step gives the same answer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -27,18 +27,23 @@ MAX_ATTEMPTS = 3
 SMALL_FLEET = 16
 """Replicas up to which one fill less is made: local search then finds most of what another fill would."""
 
+FAR = 1.05
+"""Multiple of the bound beyond which more is looked for: steps that long are worth some milliseconds more."""
+
+MORE_ATTEMPTS = 2
+"""Fills more for a share-out beyond that."""
+
 RISEN = 5e-4
 """Rise of the first target, by a bound that came later, from which a small fleet tries it again."""
 
-MAX_PLACEMENTS = 25
-"""Rounds of `planner.repair` after each fill: a fill that needs more seldom ends by its target."""
+MAX_PLACEMENTS = (25, 200)
+"""Rounds of `planner.repair` after each fill, and after one of those more: what needs many is seldom good."""
 
 MAX_ROUNDS = 16
 """Rounds of local search on each share-out."""
 
 COARSE = 0.02
 """Share of all time, by worth, that a slot of a kind takes from which its whole slots are counted before any fill."""
-
 
 TIGHTEN_UP_TO = 1.0125
 """Multiple of the bound up to which whole slots of one kind may raise it."""
@@ -61,7 +66,6 @@ def share_out(
     best = Share(loads=loads, replica_s=table.replica_s(loads))
     if relaxed.bound_s <= 0:
         return best, 0.0
-    small = len(replicas) <= SMALL_FLEET
     good, first = 1 + gap_limit, 1 + JUST_INSIDE * gap_limit
     bound_s = relaxed.bound_s
     slot_worth = tighten.slot_worth(kinds, relaxed)
@@ -72,28 +76,43 @@ def share_out(
     worth = np.maximum(relaxed.prices, LEAST_WORTH * own)
     second = relaxed.kind_prices + LEAST_WORTH * relaxed.kind_prices.max()
 
-    def attempt(target_s: float, widest_first: bool) -> Share:
+    def attempt(target_s: float, widest_first: bool, max_placements: int) -> Share:
         loads, left = fill(table, counts, relaxed, target_s, widest_first=widest_first)
-        loads = repair(table, loads, left, worth, second, target_s, max_placements=MAX_PLACEMENTS)
+        loads = repair(table, loads, left, worth, second, target_s, max_placements=max_placements)
         return balance.improve(table, loads, max_rounds=MAX_ROUNDS, good_s=bound_s * good)
 
-    failed_s = first * bound_s
     if best.max_s > bound_s * good:
-        best = min(best, attempt(failed_s, True), key=lambda share: share.max_s)
-    if best.max_s > bound_s * good:
-        bound_s = max(
-            bound_s,
-            tighten.by_kind(kinds, multiplicity, counts, relaxed, coarsest, best.max_s),
-            tighten.by_replica(kinds, multiplicity, counts, relaxed, best.max_s),
-        )
-    for number in range(1, MAX_ATTEMPTS - small):
-        if best.max_s <= bound_s * good:
+        target_s = first * bound_s
+        best = min(best, attempt(target_s, True, MAX_PLACEMENTS[0]), key=lambda share: share.max_s)
+        if best.max_s > bound_s * good:
+            bound_s = max(
+                bound_s,
+                tighten.by_kind(kinds, multiplicity, counts, relaxed, coarsest, best.max_s),
+                tighten.by_replica(kinds, multiplicity, counts, relaxed, best.max_s),
+            )
+            best = _more_attempts(attempt, best, bound_s, target_s, gap_limit, len(replicas))
+    return best, min(bound_s, best.max_s)
+
+
+def _more_attempts(
+    attempt: Callable[[float, bool, int], Share],
+    best: Share,
+    bound_s: float,
+    failed_s: float,
+    gap_limit: float,
+    num_replicas: int,
+) -> Share:
+    """The best share-out of `best` and some attempts at targets between `failed_s`, which was tried, and the best."""
+    small = num_replicas <= SMALL_FLEET
+    first_s = (1 + JUST_INSIDE * gap_limit) * bound_s
+    enough = MAX_ATTEMPTS - small
+    for number in range(1, enough + MORE_ATTEMPTS):
+        if best.max_s <= bound_s * (1 + gap_limit if number < enough else FAR):
             break
-        target_s = (failed_s + best.max_s) / 2
-        if number == 1 and (not small or first * bound_s > failed_s * (1 + RISEN)):
-            target_s = first * bound_s
-        found = attempt(target_s, number % 2 == 0)
+        again = number == 1 and (not small or first_s > failed_s * (1 + RISEN))
+        target_s = first_s if again else (failed_s + best.max_s) / 2
+        found = attempt(target_s, number % 2 == 0, MAX_PLACEMENTS[number >= enough])
         if found.max_s > target_s:
             failed_s = max(failed_s, target_s)
         best = min(best, found, key=lambda share: share.max_s)
-    return best, min(bound_s, best.max_s)
+    return best
