@@ -70,8 +70,10 @@ def share_out(
     bound_s = relaxed.bound_s
     slot_worth = tighten.slot_worth(kinds, relaxed)
     coarsest = int(slot_worth.argmax())
+    up_to_s, counted_s = relaxed.bound_s * TIGHTEN_UP_TO, 0.0
     if slot_worth[coarsest] >= COARSE:
-        bound_s = tighten.by_kind(kinds, multiplicity, counts, relaxed, coarsest, relaxed.bound_s * TIGHTEN_UP_TO)
+        bound_s = counted_s = tighten.by_kind(kinds, multiplicity, counts, relaxed, coarsest, up_to_s)
+    exact = not (table.bubbles.any() or table.fixed_s.any())  # then the bound does not depend on where it is looked for
     own = np.max([own_worth(table, kind, counts) for kind in range(len(kinds))], axis=0)
     worth = np.maximum(relaxed.prices, LEAST_WORTH * own)
     second = relaxed.kind_prices + LEAST_WORTH * relaxed.kind_prices.max()
@@ -85,11 +87,9 @@ def share_out(
         target_s = first * bound_s
         best = min(best, attempt(target_s, True, MAX_PLACEMENTS[0]), key=lambda share: share.max_s)
         if best.max_s > bound_s * good:
-            bound_s = max(
-                bound_s,
-                tighten.by_kind(kinds, multiplicity, counts, relaxed, coarsest, best.max_s),
-                tighten.by_replica(kinds, multiplicity, counts, relaxed, best.max_s),
-            )
+            bound_s = max(bound_s, tighten.by_replica(kinds, multiplicity, counts, relaxed, best.max_s))
+            if not (counted_s and exact) or counted_s >= up_to_s:
+                bound_s = max(bound_s, tighten.by_kind(kinds, multiplicity, counts, relaxed, coarsest, best.max_s))
             best = _more_attempts(attempt, best, bound_s, target_s, gap_limit, len(replicas))
     return best, min(bound_s, best.max_s)
 
