@@ -18,7 +18,7 @@ from planner.fill import fill, own_worth
 from planner.problem import UsableConfig
 from planner.repair import repair
 
-JUST_INSIDE = 0.95
+JUST_INSIDE = 0.98
 """The first target is the bound and this share of the wanted gap."""
 
 MAX_ATTEMPTS = 3
@@ -45,6 +45,9 @@ MAX_ROUNDS = 16
 COARSE = 0.02
 """Share of all time, by worth, that a slot of a kind takes from which its whole slots are counted before any fill."""
 
+LONG = 0.125
+"""Share of a replica's time that a slot takes from which the whole slots of every replica are counted."""
+
 TIGHTEN_UP_TO = 1.0125
 """Multiple of the bound up to which whole slots of one kind may raise it."""
 
@@ -68,7 +71,8 @@ def share_out(
         return best, 0.0
     good, first = 1 + gap_limit, 1 + JUST_INSIDE * gap_limit
     bound_s = relaxed.bound_s
-    slot_worth = tighten.slot_worth(kinds, relaxed)
+    slot_shares = tighten.slot_shares(kinds, relaxed)
+    slot_worth = relaxed.kind_prices * slot_shares
     coarsest = int(slot_worth.argmax())
     up_to_s, counted_s = relaxed.bound_s * TIGHTEN_UP_TO, 0.0
     if slot_worth[coarsest] >= COARSE:
@@ -87,7 +91,8 @@ def share_out(
         target_s = first * bound_s
         best = min(best, attempt(target_s, True, MAX_PLACEMENTS[0]), key=lambda share: share.max_s)
         if best.max_s > bound_s * good:
-            bound_s = max(bound_s, tighten.by_replica(kinds, multiplicity, counts, relaxed, best.max_s))
+            if slot_shares.max() >= LONG:
+                bound_s = max(bound_s, tighten.by_replica(kinds, multiplicity, counts, relaxed, best.max_s))
             if not (counted_s and exact) or counted_s >= up_to_s:
                 bound_s = max(bound_s, tighten.by_kind(kinds, multiplicity, counts, relaxed, coarsest, best.max_s))
             best = _more_attempts(attempt, best, bound_s, target_s, gap_limit, len(replicas))

@@ -11,13 +11,13 @@ from planner.problem import UsableConfig
 from planner.whole_slots import kind_bound_s, replica_bound_s
 
 
-def slot_worth(kinds: Sequence[UsableConfig], relaxed: Relaxed) -> np.ndarray:
-    """[K] share of all time, by worth, that the longest of the full slots that the relaxation uses of a kind takes."""
+def slot_shares(kinds: Sequence[UsableConfig], relaxed: Relaxed) -> np.ndarray:
+    """[K] share of a replica's time that the longest of the full slots that the relaxation uses of its kind takes."""
     longest = np.zeros(len(kinds))
     for kind, usable in enumerate(kinds):
         used = np.flatnonzero(relaxed.shares[kind]).tolist()
         longest[kind] = max((usable.slot_s[j][-1] for j in used), default=0.0)
-    return relaxed.kind_prices * longest / relaxed.bound_s
+    return longest / relaxed.bound_s
 
 
 def by_kind(
