@@ -90,17 +90,22 @@ def fill(
         own = dataclasses.replace(table, kind=table.kind[members])
         if relaxed.kind_prices[kind] <= FREE:
             share = np.minimum(np.where(must, left, quotas[kind]), np.where(fitting[kind], left, 0))
-            loads[members] = list_schedule(own, share.tolist())
+            loads[members] = _listed(own, share)
             left -= share
             continue
         if len(members) <= FEW and len(later):
-            loads[members] = list_schedule(own, np.where(must, left, 0).tolist())
+            loads[members] = _listed(own, np.where(must, left, 0))
             offered = np.where(must, 0, offered)
         prices = np.maximum(relaxed.prices, LEAST_WORTH * own_worth(table, kind, offered))
         prices = np.where(must, 1 + MUST_BONUS, np.where(quotas[kind] > 0, 1.0, FOREIGN)) * prices
         loads[members] = _fill_kind(table, kind, loads[members], offered, full, prices, target_s)
         left -= loads[members].sum(axis=0)
     return loads, left
+
+
+def _listed(table: Tables, share: np.ndarray) -> np.ndarray:
+    """Loads [R, J] of `share` [J] on replicas that fit it; one alone takes all."""
+    return share[None, :] if len(table.kind) == 1 else list_schedule(table, share.tolist())
 
 
 def own_worth(table: Tables, kind: int, offered: Sequence[int]) -> np.ndarray:

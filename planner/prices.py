@@ -107,9 +107,10 @@ def relax(kinds: Sequence[UsableConfig], multiplicity: Sequence[int], counts: Se
         return Relaxed(bound_s=0.0, prices=prices, kind_prices=np.zeros(len(kinds)), shares=shares)
     mu, number = np.asarray(multiplicity, dtype=np.float64), wanted[used]
     slots = slot_lines(kinds, used, number)
-    work_s = sum(number[at] * _least_device_s(kinds, j) for at, j in enumerate(used.tolist()))
-    num_devices = float(sum(usable.num_devices * many for usable, many in zip(kinds, mu.tolist(), strict=True)))
-    bound_s = max(quickest_s(kinds, used.tolist()), work_s / num_devices)
+    devices = np.array([usable.num_devices for usable in kinds], dtype=np.float64)
+    each_s = np.where(slots.rows > 0, devices[:, None, None] * slots.slot_s / np.maximum(slots.rows, 1), np.inf)
+    work_s = float(number @ each_s.min(axis=(0, 2)))
+    bound_s = max(quickest_s(kinds, used.tolist()), work_s / float(devices @ mu))
     relaxed_s, share, worth, basis = _settle(slots, mu, np.ones(len(used)), bound_s)
     covered_s, excess = _covered_s(slots, mu, number, worth, relaxed_s)
     if covered_s > relaxed_s * (1 + SETTLED):
@@ -195,10 +196,6 @@ def _covers(
         least = least_covers(rows[few], costs[few], counted)[np.arange(len(few)), counted]
         whole[few] = np.maximum(least, fractional[few])
     return whole, fractional
-
-
-def _least_device_s(kinds: Sequence[UsableConfig], bucket: int) -> float:
-    return min(usable.num_devices * usable.per_sequence_s(bucket) for usable in kinds if usable.fits(bucket))
 
 
 def quickest_s(kinds: Sequence[UsableConfig], used: Sequence[int]) -> float:
