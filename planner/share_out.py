@@ -67,17 +67,16 @@ def share_out(
     relaxed = prices.relax(kinds, multiplicity, counts)
     loads = balance.list_schedule(table, counts)
     best = Share(loads=loads, replica_s=table.replica_s(loads))
-    if relaxed.bound_s <= 0:
-        return best, 0.0
     good, first = 1 + gap_limit, 1 + JUST_INSIDE * gap_limit
     bound_s = relaxed.bound_s
+    if best.max_s <= bound_s * good:
+        return best, min(bound_s, best.max_s)
     slot_shares = tighten.slot_shares(kinds, relaxed)
     slot_worth = relaxed.kind_prices * slot_shares
     coarsest = int(slot_worth.argmax())
     up_to_s, counted_s = relaxed.bound_s * TIGHTEN_UP_TO, 0.0
     if slot_worth[coarsest] >= COARSE:
         bound_s = counted_s = tighten.by_kind(kinds, multiplicity, counts, relaxed, coarsest, up_to_s)
-    exact = not (table.bubbles.any() or table.fixed_s.any())  # then the bound does not depend on where it is looked for
     own = np.max([own_worth(table, kind, counts) for kind in range(len(kinds))], axis=0)
     worth = np.maximum(relaxed.prices, LEAST_WORTH * own)
     second = relaxed.kind_prices + LEAST_WORTH * relaxed.kind_prices.max()
@@ -93,7 +92,8 @@ def share_out(
         if best.max_s > bound_s * good:
             if slot_shares.max() >= LONG:
                 bound_s = max(bound_s, tighten.by_replica(kinds, multiplicity, counts, relaxed, best.max_s))
-            if not (counted_s and exact) or counted_s >= up_to_s:
+            # Without bubbles and fixed seconds what was counted before stands, where it did not end at its limit.
+            if not 0 < counted_s < up_to_s or table.bubbles.any() or table.fixed_s.any():
                 bound_s = max(bound_s, tighten.by_kind(kinds, multiplicity, counts, relaxed, coarsest, best.max_s))
             best = _more_attempts(attempt, best, bound_s, target_s, gap_limit, len(replicas))
     return best, min(bound_s, best.max_s)
