@@ -132,11 +132,12 @@ def kind_bound_s(
       paid: [K] v_k >= 0.
       known_s: a bound.
     """
-    rest = float(mu @ paid - mu[kind] * paid[kind])
+    total = float(mu @ paid)
+    rest = float(np.delete(mu * paid, kind).sum())  # the difference of two sums may cancel to nothing
     split = _split(kind, fraction, rows, number, mu, paid)
     if split is None:
         return max(known_s, at_s)
-    room = float(mu[kind]) - split.least_s
+    room = float(mu[kind]) * (1 + ROUNDING) - split.least_s
     least = _least_worth(split.choices, room)
     order = np.argsort(-split.line_gain, kind="stable")
     line_s = np.concatenate([[0.0], np.cumsum(split.line_s[order])])
@@ -144,14 +145,14 @@ def kind_bound_s(
     grid_s = np.arange(GRID + 1) * (room / GRID)
 
     def ruled_out(seconds: float) -> bool:
-        have, worth = mu[kind] * seconds / at_s - split.least_s, rest * seconds / at_s - split.least_cost
+        have, worth = mu[kind] * (seconds / at_s + ROUNDING) - split.least_s, rest * seconds / at_s - split.least_cost
         if have < 0:
             return True
         inside = int(min(np.floor(have / room * GRID * (1 + ROUNDING)), GRID)) + 1 if room > 0 else 1
         left = least[:inside]
         if len(split.line_s):
             left = left - np.interp(have - grid_s[:inside], line_s, line_worth)
-        return float(left.min()) > worth + ROUNDING * (rest + split.least_cost)
+        return float(left.min()) > worth + ROUNDING * total
 
     if ruled_out(at_s):
         return max(known_s, at_s)

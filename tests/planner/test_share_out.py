@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from planner import balance, prices, tighten
@@ -92,6 +92,7 @@ def test_bound_is_at_most_the_best_share_out_and_the_search_never_beats_it(insta
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(small, st.floats(1.0, 2.0))
+@example(([2, 2, 3], [0, 1, 1], 0.0, 3e-3), 2.0)  # one kind's time is worth next to nothing
 def test_bounds_that_count_whole_slots_are_at_most_the_best_share_out(instance, up_to):
     chosen, counts, fixed_s, slot_s = instance
     replicas = replicas_of(chosen, configs(fixed_s, slot_s))
