@@ -12,6 +12,7 @@ bound and looks further, starting from it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Sequence
@@ -93,10 +94,8 @@ def tables(replicas: Sequence[UsableConfig], counts: Sequence[int]) -> Tables:
     tops = np.full((len(kinds), len(counts), width), np.inf)
     sums[:, :, 0] = tops[:, :, 0] = 0.0
     for index, usable in enumerate(kinds):
-        for bucket, count in enumerate(counts):
-            if usable.fits(bucket):
-                n = count + 1
-                sums[index, bucket, :n], tops[index, bucket, :n] = _bucket_table(usable, bucket, count)
+        fitting = [bucket for bucket in range(len(counts)) if usable.fits(bucket)]
+        sums[index, fitting], tops[index, fitting] = _slots_of(usable, fitting, counts, width)
     return Tables(
         kind=np.array(kind, dtype=np.int64),
         sums=sums,
@@ -107,12 +106,26 @@ def tables(replicas: Sequence[UsableConfig], counts: Sequence[int]) -> Tables:
     )
 
 
-def _bucket_table(usable: UsableConfig, bucket: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    options, slot_s = np.array(usable.rows[bucket]), np.array(usable.slot_s[bucket])
-    num_full, rest = np.divmod(np.arange(count + 1), options[-1])
-    rest_s = np.where(rest > 0, slot_s[np.searchsorted(options, rest)], 0.0)
-    full_s = slot_s[-1]
-    return num_full * full_s + rest_s, np.maximum(np.where(num_full > 0, full_s, 0.0), rest_s)
+def _slots_of(
+    usable: UsableConfig, buckets: Sequence[int], counts: Sequence[int], width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """([n, width] seconds in all, the same of the largest) of the slots of 0, 1, ... sequences of each of n buckets."""
+    most = max((len(usable.rows[bucket]) for bucket in buckets), default=1)
+    # Buckets with fewer options than others repeat their largest.
+    rows = np.array([(*usable.rows[j], *usable.rows[j][-1:] * (most - len(usable.rows[j]))) for j in buckets])
+    slot_s = np.array([(*usable.slot_s[j], *usable.slot_s[j][-1:] * (most - len(usable.slot_s[j]))) for j in buckets])
+    rows, slot_s = rows.reshape(-1, most, 1), slot_s.reshape(-1, most, 1)
+    number = np.arange(width)
+    num_full, rest = np.divmod(number, rows[:, -1])
+    rest_s = np.zeros(rest.shape)
+    for option in reversed(range(most)):
+        rest_s = np.where(rest <= rows[:, option], slot_s[:, option], rest_s)
+    rest_s[rest == 0] = 0.0
+    sums = num_full * slot_s[:, -1] + rest_s
+    tops = np.maximum(np.where(num_full > 0, slot_s[:, -1], 0.0), rest_s)
+    beyond = number > np.array([counts[bucket] for bucket in buckets], dtype=np.int64).reshape(-1, 1)
+    sums[beyond] = tops[beyond] = np.inf
+    return sums, tops
 
 
 def heuristic(table: Tables, counts: Sequence[int], *, time_limit_s: float = math.inf) -> Share:
@@ -207,15 +220,20 @@ def _some_replica_s(table: Tables, loads: np.ndarray, which: np.ndarray) -> np.n
 def _pieces(table: Tables, loads: np.ndarray, replica: int) -> tuple[np.ndarray, np.ndarray]:
     """(bucket [Q], sequences [Q]) worth moving off a replica: whole slots, or what drops its remainder an option."""
     buckets, amounts = [], []
-    for bucket in np.flatnonzero(loads[replica]).tolist():
-        load = int(loads[replica, bucket])
-        options = table.options[table.kind[replica]][bucket]
-        rest = load % options[-1]
-        sizes = {1, rest, *options, *(rest - o for o in options), *(rest + options[-1] - o for o in options)}
-        useful = sorted(size for size in sizes if 0 < size <= load)[:MAX_CHUNKS]
-        buckets += [bucket] * len(useful)
-        amounts += useful
+    options = table.options[table.kind[replica]]
+    for bucket, load in enumerate(loads[replica].tolist()):
+        if load:
+            useful = _amounts(options[bucket], load)
+            buckets += [bucket] * len(useful)
+            amounts += useful
     return np.array(buckets, dtype=np.int64), np.array(amounts, dtype=np.int64)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _amounts(options: tuple[int, ...], load: int) -> tuple[int, ...]:
+    rest = load % options[-1]
+    sizes = {1, rest, *options, *(rest - o for o in options), *(rest + options[-1] - o for o in options)}
+    return tuple(sorted(size for size in sizes if 0 < size <= load)[:MAX_CHUNKS])
 
 
 def _times_with(
@@ -259,58 +277,66 @@ def _best_move(table: Tables, loads: np.ndarray, replica_s: np.ndarray, slowest:
 
 def _best_swap(table: Tables, loads: np.ndarray, replica_s: np.ndarray, slowest: int) -> Change | None:
     """Gives a piece to another replica and takes one of another bucket back."""
-    if loads.shape[1] == 1:
-        return None
+    others = [other for other in np.argsort(replica_s, kind="stable")[:SWAP_PARTNERS].tolist() if other != slowest]
     given = _pieces(table, loads, slowest)
-    best_s, best = replica_s[slowest] * (1 - IMPROVEMENT), None
-    for other in np.argsort(replica_s)[:SWAP_PARTNERS].tolist():
-        if other == slowest:
-            continue
-        taken = _pieces(table, loads, other)
-        if not len(given[0]) or not len(taken[0]):
-            continue
-        left = _exchanged_s(table, loads, slowest, given, taken)
-        right = _exchanged_s(table, loads, other, taken, given).T
-        worst = np.where(given[0][:, None] == taken[0][None, :], np.inf, np.maximum(left, right))
-        give, take = np.unravel_index(int(worst.argmin()), worst.shape)
-        if worst[give, take] < best_s:
-            best_s = worst[give, take]
-            mine, theirs = (int(given[0][give]), int(given[1][give])), (int(taken[0][take]), int(taken[1][take]))
-            best = [
-                (slowest, mine[0], -mine[1]),
-                (other, mine[0], mine[1]),
-                (slowest, theirs[0], theirs[1]),
-                (other, theirs[0], -theirs[1]),
-            ]
-    return best
+    taken = [_pieces(table, loads, other) for other in others]
+    who = np.repeat(np.arange(len(others)), [len(amounts) for _, amounts in taken])
+    if not len(given[0]) or not len(who):
+        return None
+    buckets, amounts = (np.concatenate([piece[side] for piece in taken]) for side in (0, 1))
+    here, there = np.array([slowest]), np.array(others)
+    left = _exchanged_s(table, loads, here, given, np.zeros_like(who), (buckets, amounts), sign=-1)
+    right = _exchanged_s(table, loads, there, given, who, (buckets, amounts), sign=1)
+    worst = np.where(given[0][:, None] == buckets[None, :], np.inf, np.maximum(left, right))
+    give, take = np.unravel_index(int(worst.argmin()), worst.shape)
+    if not worst[give, take] < replica_s[slowest] * (1 - IMPROVEMENT):
+        return None
+    other = others[int(who[take])]
+    mine, theirs = (int(given[0][give]), int(given[1][give])), (int(buckets[take]), int(amounts[take]))
+    return [
+        (slowest, mine[0], -mine[1]),
+        (other, mine[0], mine[1]),
+        (slowest, theirs[0], theirs[1]),
+        (other, theirs[0], -theirs[1]),
+    ]
 
 
 def _exchanged_s(
     table: Tables,
     loads: np.ndarray,
-    replica: int,
-    out: tuple[np.ndarray, np.ndarray],
-    into: tuple[np.ndarray, np.ndarray],
+    which: np.ndarray,
+    given: tuple[np.ndarray, np.ndarray],
+    who: np.ndarray,
+    taken: tuple[np.ndarray, np.ndarray],
+    *,
+    sign: int,
 ) -> np.ndarray:
-    """[Qo, Qi] seconds of a replica that gives piece qo of `out` and gets piece qi of `into`, unlike buckets."""
-    kind = int(table.kind[replica])
-    mine = loads[replica]
-    every = np.arange(len(mine))
-    sums, tops = table.sums[kind, every, mine], table.tops[kind, every, mine]
-    (out_bucket, out_size), (in_bucket, in_size) = out, into
-    after_out = mine[out_bucket] - out_size
-    after_in = np.minimum(mine[in_bucket] + in_size, table.sums.shape[2] - 1)
-    delta_out = table.sums[kind, out_bucket, after_out] - sums[out_bucket]
-    delta_in = table.sums[kind, in_bucket, after_in] - sums[in_bucket]
-    total = sums.sum() + delta_out[:, None] + delta_in[None, :] + table.fixed_s[kind]
-    if table.bubbles[kind] == 0:
+    """[G, T] seconds of replica which[who[t]] when piece g of `given` comes (sign 1; -1: goes), piece t of `taken` goes
+    (comes), of unlike buckets."""
+    kind, every = table.kind[which], np.arange(loads.shape[1])[None, :]
+    mine, most = loads[which], table.sums.shape[2] - 1
+    (in_bucket, in_size), (out_bucket, out_size) = given, taken
+    after_in = np.minimum(mine[:, in_bucket] + sign * in_size, most)  # [P, G]
+    after_out = np.minimum(mine[who, out_bucket] - sign * out_size, most)  # [T]
+    sums = table.sums[kind[:, None], every, mine]
+    in_s = table.sums[kind[:, None], in_bucket, after_in] - sums[:, in_bucket]
+    out_s = table.sums[kind[who], out_bucket, after_out] - sums[who, out_bucket]
+    own_s = table.fixed_s[kind] + sums.sum(axis=1)
+    total = (in_s.T + own_s)[:, who] + out_s
+    bubbles = table.bubbles[kind]
+    if not bubbles.any():
         return total
-    without = np.where(every[None, :] == out_bucket[:, None], 0.0, tops[None, :])  # [Qo, J]
-    first, second = np.sort(without, axis=1)[:, -1:], np.sort(without, axis=1)[:, -2:-1]
-    rest_top = np.where(without.argmax(axis=1)[:, None] == in_bucket[None, :], second, first)
-    top = np.maximum(rest_top, table.tops[kind, out_bucket, after_out][:, None])
-    top = np.maximum(top, table.tops[kind, in_bucket, after_in][None, :])
-    return total + table.bubbles[kind] * top
+    tops = table.tops[kind[:, None], every, mine]
+    order = np.argsort(-tops, axis=1, kind="stable")[:, :3]
+    ranked = np.take_along_axis(tops, order, axis=1)
+    top = np.zeros_like(total)
+    for rank in reversed(range(order.shape[1])):
+        bucket = order[who, rank]
+        untouched = (bucket != in_bucket[:, None]) & (bucket != out_bucket)
+        top = np.where(untouched, ranked[who, rank], top)
+    top = np.maximum(top, table.tops[kind[:, None], in_bucket, after_in].T[:, who])
+    top = np.maximum(top, table.tops[kind[who], out_bucket, after_out])
+    return total + bubbles[who] * np.where(np.isfinite(top), top, 0.0)
 
 
 def quick_bound_s(replicas: Sequence[UsableConfig], counts: Sequence[int]) -> float:

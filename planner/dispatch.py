@@ -4,7 +4,7 @@ Sequences are padded to a few of the plan's buckets (`planner.bucketing`), count
 replicas by a method, and dealt out to them task by task:
 
     balance   least time of the slowest replica: prices, then fills near their bound (`planner.share_out`), then SCIP
-              from there where few replicas leave a gap (`planner.balance_model`)
+              from there where a handful of replicas and buckets leave a gap (`planner.balance_model`)
     group     each bucket to the replicas of the smallest capacity that fits it (LobRA's length-based dispatch)
     uniform   each bucket in equal numbers to all replicas that fit it, whatever their speed
 
@@ -38,11 +38,8 @@ GAP_LIMIT = 0.01
 NODE_LIMIT = 20
 """Branch-and-bound nodes of SCIP for one dispatch: most of what it finds, it finds at the root."""
 
-SCIP_MAX_CELLS = 160
-"""Pairs of replica and bucket up to which SCIP is asked at all."""
-
-SCIP_MAX_PIPELINE_CELLS = 24
-"""The same where a replica is a pipeline."""
+SCIP_MAX_CELLS = 24
+"""Pairs of replica and bucket up to which SCIP is asked: it takes milliseconds there, and nothing is left to luck."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,7 +180,7 @@ def _share(
         return loads, bound_s, method == "balance"
     deadline = time.perf_counter() + time_limit_s
     share, bound_s = share_out(replicas, table, counts, gap_limit=GAP_LIMIT)
-    if share.max_s <= bound_s * (1 + GAP_LIMIT) or not _suits_scip(replicas, counts):
+    if share.max_s <= bound_s * (1 + GAP_LIMIT) or len(replicas) * np.count_nonzero(counts) > SCIP_MAX_CELLS:
         return share.loads, min(bound_s, share.max_s), False
     left_s = deadline - time.perf_counter()
     if left_s > 0:
@@ -201,16 +198,6 @@ def _share(
         )
         bound_s = max(bound_s, proven_s)
     return share.loads, min(bound_s, share.max_s), time.perf_counter() >= deadline
-
-
-def _suits_scip(replicas: Sequence[UsableConfig], counts: Sequence[int]) -> bool:
-    """Whether SCIP's model gains anything on `share_out`: few replicas, and fewer with pipelines.
-
-    It takes pipelines' largest slots by big-M constraints, whose bound is below that of the prices.
-    """
-    cells = len(replicas) * sum(count > 0 for count in counts)
-    pipelined = any(usable.config.pp > 1 for usable in replicas)
-    return cells <= (SCIP_MAX_PIPELINE_CELLS if pipelined else SCIP_MAX_CELLS)
 
 
 def _smallest_only(table: Tables, replicas: Sequence[UsableConfig]) -> Tables:

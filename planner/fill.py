@@ -55,7 +55,7 @@ class _Slots:
     """Slots that a replica of a kind may be closed with, [n] each, and all pairs of them by time, [P] each.
 
     The first is nothing, so that pairs stand for single slots too. `room_s`: seconds that a replica has for slots, its
-    pipeline's largest paid for.
+    pipeline's largest paid for. `shortest_s`: of the shortest slot.
     """
 
     bucket: np.ndarray
@@ -67,6 +67,7 @@ class _Slots:
     pair_s: np.ndarray
     full: np.ndarray
     room_s: float
+    shortest_s: float
 
 
 def fill(
@@ -89,17 +90,22 @@ def fill(
         own = dataclasses.replace(table, kind=table.kind[members])
         if relaxed.kind_prices[kind] <= FREE:
             share = np.minimum(np.where(must, left, quotas[kind]), np.where(fitting[kind], left, 0))
-            loads[members] = list_schedule(own, share.tolist())
+            loads[members] = _listed(own, share)
             left -= share
             continue
         if len(members) <= FEW and len(later):
-            loads[members] = list_schedule(own, np.where(must, left, 0).tolist())
+            loads[members] = _listed(own, np.where(must, left, 0))
             offered = np.where(must, 0, offered)
         prices = np.maximum(relaxed.prices, LEAST_WORTH * own_worth(table, kind, offered))
         prices = np.where(must, 1 + MUST_BONUS, np.where(quotas[kind] > 0, 1.0, FOREIGN)) * prices
         loads[members] = _fill_kind(table, kind, loads[members], offered, full, prices, target_s)
         left -= loads[members].sum(axis=0)
     return loads, left
+
+
+def _listed(table: Tables, share: np.ndarray) -> np.ndarray:
+    """Loads [R, J] of `share` [J] on replicas that fit it; one alone takes all."""
+    return share[None, :] if len(table.kind) == 1 else list_schedule(table, share.tolist())
 
 
 def own_worth(table: Tables, kind: int, offered: Sequence[int]) -> np.ndarray:
@@ -160,6 +166,15 @@ def _fill_kind(
     left = offered - each * full * number
     at = 0
     while at < number:
+        if at and table.bubbles[kind]:
+            again = _slots(table, kind, left, prices, target_s)
+            if again is None:
+                break
+            room_s = room_s + (again.room_s - slots.room_s)
+            slots = again
+            whole[:] = False
+            whole[slots.bucket[slots.rows == full[slots.bucket]]] = True
+            whole &= full > 0
         pattern, open_s = np.zeros_like(left), float(room_s[at])
         while open_s > MAX_CLOSING_SLOTS * typical_s:
             plenty = np.where(whole & (full <= left - pattern), (left - pattern) / np.maximum(full, 1), 0.0)
@@ -168,7 +183,7 @@ def _fill_kind(
                 break
             pattern[bucket] += full[bucket]
             open_s -= full_s[bucket]
-        while True:
+        while open_s >= slots.shortest_s:
             closing = _closing(slots, left - pattern, open_s, number - at)
             if not closing.any():
                 break
@@ -221,6 +236,7 @@ def _slots(table: Tables, kind: int, offered: np.ndarray, prices: np.ndarray, ta
         pair_s=pair_s[order],
         full=np.array([options[-1] if options else 0 for options in table.options[kind]]),
         room_s=room_s,
+        shortest_s=float(seconds[1:].min()),
     )
 
 

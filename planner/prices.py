@@ -30,11 +30,12 @@ import numpy as np
 
 from planner.balance import ROUNDING
 from planner.problem import UsableConfig
+from planner.whole_slots import MAX_BLOCKS, least_covers, num_blocks
 
 MAX_SOLVES = 6
 """Linear programmes solved while T settles: each raises the bound, the third hardly."""
 
-SETTLED = 1e-4
+SETTLED = 1e-3
 """Relative rise of the bound below which T has settled."""
 
 PIVOTS_PER_ROW = 20
@@ -43,10 +44,8 @@ PIVOTS_PER_ROW = 20
 PIVOT_TOLERANCE = 1e-11
 NEWTON_STEPS = 50
 
-MAX_COVERED = 64
-"""Buckets of at most so many sequences are counted in whole slots; of more, the one that is not full hardly counts."""
-
-COVER_TRIES = 6
+MOST_COVERED = 2.0
+"""Multiple of the relaxation's time up to which whole slots may raise it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +66,7 @@ class Relaxed:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Slots:
+class Slots:
     """Every slot: `rows` sequences of a bucket with a count, `slot_s` seconds; 0 and 1 where there is none.
 
     Attributes:
@@ -107,14 +106,16 @@ def relax(kinds: Sequence[UsableConfig], multiplicity: Sequence[int], counts: Se
     if not len(used):
         return Relaxed(bound_s=0.0, prices=prices, kind_prices=np.zeros(len(kinds)), shares=shares)
     mu, number = np.asarray(multiplicity, dtype=np.float64), wanted[used]
-    slots = _slot_lines(kinds, used, number)
-    bound_s = quickest_s(kinds, used.tolist())
-    relaxed_s, share, worth = _settle(slots, mu, np.ones(len(used)), bound_s)
+    slots = slot_lines(kinds, used, number)
+    devices = np.array([usable.num_devices for usable in kinds], dtype=np.float64)
+    each_s = np.where(slots.rows > 0, devices[:, None, None] * slots.slot_s / np.maximum(slots.rows, 1), np.inf)
+    work_s = float(number @ each_s.min(axis=(0, 2)))
+    bound_s = max(quickest_s(kinds, used.tolist()), work_s / float(devices @ mu))
+    relaxed_s, share, worth, basis = _settle(slots, mu, np.ones(len(used)), bound_s)
     covered_s, excess = _covered_s(slots, mu, number, worth, relaxed_s)
     if covered_s > relaxed_s * (1 + SETTLED):
         # Prices that know of the slots that cannot be full prove more, and share the work out better.
-        _, share, worth = _settle(slots, mu, excess, relaxed_s)
-        covered_s = max(covered_s, _covered_s(slots, mu, number, worth, relaxed_s)[0])
+        _, share, worth, _ = _settle(slots, mu, excess, relaxed_s, basis)
     prices[used] = worth / number / max(worth.sum(), PIVOT_TOLERANCE)
     kind_prices = (slots.most(relaxed_s) * worth).max(axis=1)
     served = share.sum(axis=0)
@@ -127,25 +128,27 @@ def relax(kinds: Sequence[UsableConfig], multiplicity: Sequence[int], counts: Se
     )
 
 
-def _settle(slots: _Slots, mu: np.ndarray, size: np.ndarray, start_s: float) -> tuple[float, np.ndarray, np.ndarray]:
-    """(least T of the relaxation, [K, J] shares of the counts, [J] worth of all sequences of a bucket).
+def _settle(
+    slots: Slots, mu: np.ndarray, size: np.ndarray, start_s: float, basis: np.ndarray | None = None
+) -> tuple[float, np.ndarray, np.ndarray, np.ndarray | None]:
+    """(least T of the relaxation, [K, J] shares of the counts, [J] worth of all sequences of a bucket, last basis).
 
-    `size` [J] multiplies the counts.
+    `size` [J] multiplies the counts; `basis` is one to start from.
     """
-    seconds, basis = start_s, None
+    seconds = start_s
     share, worth = np.zeros(0), np.zeros(0)
     for _ in range(MAX_SOLVES):
         share, worth, basis = _transport(slots.most(seconds) / size, mu, basis)
         raised = _least_s(slots, mu, worth, size)
-        settled = raised <= seconds * (1 + SETTLED)
+        settled = raised <= seconds * (1 + SETTLED) or not slots.is_curved  # else prices do not depend on T
         seconds = max(seconds, raised)
         if settled:
             break
-    return seconds, share, worth / size
+    return seconds, share, worth / size, basis
 
 
 def _covered_s(
-    slots: _Slots, mu: np.ndarray, number: np.ndarray, worth: np.ndarray, relaxed_s: float
+    slots: Slots, mu: np.ndarray, number: np.ndarray, worth: np.ndarray, relaxed_s: float
 ) -> tuple[float, np.ndarray]:
     """(a bound that counts whole slots, [J] by how much a bucket's whole slots exceed fractional ones at these prices).
 
@@ -164,14 +167,11 @@ def _covered_s(
 
     whole, fractional = needs(relaxed_s)
     excess = np.where(fractional > 0, whole / np.where(fractional > 0, fractional, 1.0), 1.0)
-    seconds = relaxed_s * min(float(whole.sum()) / have, 2.0) * (1 - ROUNDING)
-    for _ in range(COVER_TRIES if slots.is_curved else 0):
-        if seconds <= relaxed_s or float(needs(seconds)[0].sum()) > have:
-            break
-        seconds = float(np.sqrt(seconds * relaxed_s))
-    else:
-        seconds = relaxed_s if slots.is_curved else seconds
-    return max(seconds, relaxed_s), excess
+    seconds = relaxed_s * min(float(whole.sum()) / have, MOST_COVERED)
+    if slots.is_curved and seconds > relaxed_s:
+        # Shares of T seconds grow at least as T falls, so what is needed at one T tells of all below.
+        seconds *= min(float(needs(seconds)[0].sum()) / have, 1.0)
+    return max(seconds * (1 - ROUNDING), relaxed_s), excess
 
 
 def _covers(
@@ -180,23 +180,21 @@ def _covers(
     """([J] least worth of whole slots that hold number [J] sequences, the same with fractions of slots).
 
     A slot is worth its `fraction` [K, J, options] of paid[k]; inf, or rows of 0, where there is none. Whole slots are
-    counted up to MAX_COVERED sequences; beyond, fractions.
+    counted where that takes MAX_BLOCKS steps at the most; elsewhere fractions.
     """
     num_buckets = len(number)
     costs = np.where(
         np.isfinite(fraction), np.where(np.isfinite(fraction), fraction, 0.0) * paid[:, None, None], np.inf
     )
     costs, rows = (np.moveaxis(x, 1, 0).reshape(num_buckets, -1) for x in (costs, rows))
-    costs = np.where(rows > 0, costs, np.inf)
-    fractional = number * (costs / np.maximum(rows, 1)).min(axis=1)
-    few = np.flatnonzero(number <= MAX_COVERED)
+    costs, rows = np.where(rows > 0, costs, np.inf), np.maximum(rows, 1).astype(np.int64)
+    fractional = number * (costs / rows).min(axis=1)
+    few = np.flatnonzero(num_blocks(rows, costs, number) <= MAX_BLOCKS)
     whole = fractional.copy()
     if len(few):
-        few_rows, few_costs, at = rows[few].astype(np.int64), costs[few], np.arange(len(few))[:, None]
-        least = np.zeros((len(few), int(number[few].max()) + 1))
-        for covered in range(1, least.shape[1]):
-            least[:, covered] = (few_costs + least[at, np.maximum(covered - few_rows, 0)]).min(axis=1)
-        whole[few] = np.maximum(least[at[:, 0], number[few].astype(np.int64)], fractional[few])
+        counted = number[few].astype(np.int64)
+        least = least_covers(rows[few], costs[few], counted)[np.arange(len(few)), counted]
+        whole[few] = np.maximum(least, fractional[few])
     return whole, fractional
 
 
@@ -208,7 +206,7 @@ def quickest_s(kinds: Sequence[UsableConfig], used: Sequence[int]) -> float:
     )
 
 
-def _slot_lines(kinds: Sequence[UsableConfig], used: np.ndarray, number: np.ndarray) -> _Slots:
+def slot_lines(kinds: Sequence[UsableConfig], used: np.ndarray, number: np.ndarray) -> Slots:
     most = max(len(rows) for usable in kinds for rows in usable.rows)
     rows, slot_s = np.zeros((len(kinds), len(used), most)), np.ones((len(kinds), len(used), most))
     for k, usable in enumerate(kinds):
@@ -219,7 +217,7 @@ def _slot_lines(kinds: Sequence[UsableConfig], used: np.ndarray, number: np.ndar
     fixed_s = np.array([usable.cost.fixed_s for usable in kinds])[:, None, None]
     rows = np.minimum(rows, number[:, None])
     rates = rows / slot_s / number[:, None]
-    return _Slots(
+    return Slots(
         rows=rows,
         slot_s=slot_s,
         rates=rates,
@@ -229,7 +227,7 @@ def _slot_lines(kinds: Sequence[UsableConfig], used: np.ndarray, number: np.ndar
     )
 
 
-def _least_s(slots: _Slots, mu: np.ndarray, worth: np.ndarray, size: np.ndarray) -> float:
+def _least_s(slots: Slots, mu: np.ndarray, worth: np.ndarray, size: np.ndarray) -> float:
     """The least T that satisfies (3), by Newton's method on its left side, a convex function of T, from the right."""
     num_kinds = len(mu)
     slopes = (slots.rates * (worth / size)[:, None]).reshape(num_kinds, -1)

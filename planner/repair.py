@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.balance import Tables, list_schedule
+from planner.balance import ROUNDING, Tables, list_schedule
 
 MAX_PLACEMENTS = 400
-"""Micro-batches placed before the rest goes wherever it ends earliest: a limit that does not depend on the machine."""
+"""Rounds of placing before the rest goes wherever it ends earliest: a limit that does not depend on the machine."""
 
 
 def repair(
-    table: Tables, loads: np.ndarray, left: np.ndarray, prices: np.ndarray, kind_worth: np.ndarray, target_s: float
+    table: Tables,
+    loads: np.ndarray,
+    left: np.ndarray,
+    prices: np.ndarray,
+    kind_worth: np.ndarray,
+    target_s: float,
+    *,
+    max_placements: int = MAX_PLACEMENTS,
 ) -> np.ndarray:
     """Loads [R, J] of all of `loads` and `left` [J], as many replicas as can be within `target_s`.
 
@@ -29,7 +36,7 @@ def repair(
         while state.seconds[replica] > target_s and _eject(state, replica, left, prices, target_s):
             pass
     unplaced = np.zeros_like(left)
-    for _ in range(MAX_PLACEMENTS):
+    for _ in range(max_placements):
         waiting = np.flatnonzero(left)
         if not len(waiting):
             break
@@ -53,15 +60,16 @@ class _State:
         self.top = table.tops[self.kind, self.every, loads].max(axis=1, initial=0.0)
         self.seconds = table.fixed_s[table.kind] + self.sums.sum(axis=1) + self.bubbles * self.top
 
-    def add(self, replica: int, bucket: int, number: int) -> None:
-        kind, table = int(self.table.kind[replica]), self.table
-        self.loads[replica, bucket] += number
-        row = self.loads[replica]
-        self.sums[replica] = table.sums[kind, self.every[0], row]
-        self.top[replica] = table.tops[kind, self.every[0], row].max()
-        self.seconds[replica] = (
-            table.fixed_s[kind] + self.sums[replica].sum() + self.bubbles[replica] * self.top[replica]
-        )
+    def add(self, which: np.ndarray, bucket: int, number: np.ndarray) -> None:
+        """Adds number [n] of a bucket to replicas which [n], each listed once."""
+        kind, table = self.table.kind[which], self.table
+        self.loads[which, bucket] += number
+        rows = self.loads[which]
+        sums = table.sums[kind[:, None], self.every, rows]
+        self.sums[which] = sums
+        top = table.tops[kind[:, None], self.every, rows].max(axis=1)
+        self.top[which] = top
+        self.seconds[which] = table.fixed_s[kind] + sums.sum(axis=1) + self.bubbles[which] * top
 
     def added_s(self, bucket: int, number: np.ndarray) -> np.ndarray:
         """[R] more seconds of each replica with number [R] more of a bucket; inf for none."""
@@ -90,7 +98,7 @@ def _eject(state: _State, replica: int, left: np.ndarray, prices: np.ndarray, ta
     worth = np.where(enough, number * prices, np.inf)
     choice, bucket = np.unravel_index(int(worth.argmin() if enough.any() else saved.argmax()), worth.shape)
     left[bucket] += number[choice, bucket]
-    state.add(replica, int(bucket), -int(number[choice, bucket]))
+    state.add(np.array([replica]), int(bucket), -number[choice, bucket])
     return True
 
 
@@ -103,9 +111,10 @@ def _place(state: _State, bucket: int, left: np.ndarray, kind_worth: np.ndarray,
         if fits.any():
             seconds = np.where(fits, added_s, 0.0)  # inf times a worth of 0 is no number
             cost = np.where(fits, seconds * kind_worth[state.table.kind] / np.maximum(number, 1), np.inf)
-            replica = int(cost.argmin())
-            left[bucket] -= number[replica]
-            state.add(replica, bucket, int(number[replica]))
+            alike = np.flatnonzero(cost <= cost.min() * (1 + ROUNDING))
+            alike = alike[: max(1, int((np.cumsum(number[alike]) <= left[bucket]).sum()))]
+            left[bucket] -= number[alike].sum()
+            state.add(alike, bucket, number[alike])
             return True
     return False
 
@@ -127,7 +136,7 @@ def _exchange(state: _State, bucket: int, left: np.ndarray, prices: np.ndarray, 
             replica, amount = int(which[at]), int(leaves[choice, at, other])
             left[bucket] -= number[replica]
             left[other] += amount
-            state.add(replica, int(other), -amount)
-            state.add(replica, bucket, int(number[replica]))
+            state.add(which[at : at + 1], int(other), np.array([-amount]))
+            state.add(which[at : at + 1], bucket, number[replica : replica + 1])
             return True
     return False

@@ -1,30 +1,55 @@
-"""One step's share-out, near its proven bound in milliseconds: prices, then fills towards rising targets.
+"""One step's share-out, near its proven bound in milliseconds: prices, then fills towards targets a little over it.
 
-`planner.prices` bounds the slowest replica and prices every bucket; `planner.fill` makes loads that end by a target a
-little over that bound, `planner.repair` places what did not fit, and `planner.balance.improve` moves slots about. The
-first share-out within the wanted gap is taken. Nothing here looks at a clock: the same step gives the same answer.
+`planner.prices` bounds the slowest replica and prices every bucket; `planner.fill` makes loads that end by a target,
+`planner.repair` places what did not fit, and `planner.balance.improve` moves slots about. The first share-out within
+the wanted gap is taken. Where slots are long, the bound counts them whole (`planner.tighten`). Nothing here looks at a
+clock: the same step gives the same answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from planner import balance, prices
+from planner import balance, prices, tighten
 from planner.balance import Share, Tables
 from planner.fill import fill, own_worth
 from planner.problem import UsableConfig
 from planner.repair import repair
 
-JUST_INSIDE = 0.95
+JUST_INSIDE = 0.98
 """The first target is the bound and this share of the wanted gap."""
 
-LATER_TARGETS = (1.02, 1.05)
-"""Targets as multiples of the bound when the first cannot be met."""
+MAX_ATTEMPTS = 3
+"""Fills at the most. Beyond, the gap that is left is the bound's, or takes seconds to close."""
+
+SMALL_FLEET = 16
+"""Replicas up to which one fill less is made: local search then finds most of what another fill would."""
+
+FAR = 1.05
+"""Multiple of the bound beyond which more is looked for: steps that long are worth some milliseconds more."""
+
+MORE_ATTEMPTS = 2
+"""Fills more for a share-out beyond that."""
+
+RISEN = 5e-4
+"""Rise of the first target, by a bound that came later, from which a small fleet tries it again."""
+
+MAX_PLACEMENTS = (25, 200)
+"""Rounds of `planner.repair` after each fill, and after one of those more: what needs many is seldom good."""
 
 MAX_ROUNDS = 16
 """Rounds of local search on each share-out."""
+
+COARSE = 0.02
+"""Share of all time, by worth, that a slot of a kind takes from which its whole slots are counted before any fill."""
+
+LONG = 0.125
+"""Share of a replica's time that a slot takes from which the whole slots of every replica are counted."""
+
+TIGHTEN_UP_TO = 1.0125
+"""Multiple of the bound up to which whole slots of one kind may raise it."""
 
 LEAST_WORTH = 0.01
 """Worth of a sequence that prices say is free, as a share of what its time would be worth on its best kind."""
@@ -38,22 +63,61 @@ def share_out(
     Every bucket with counts[j] > 0 must fit some replica.
     """
     kinds = [replicas[int(index)] for index in np.unique(table.kind, return_index=True)[1]]
-    relaxed = prices.relax(kinds, np.bincount(table.kind).tolist(), counts)
+    multiplicity = np.bincount(table.kind).tolist()
+    relaxed = prices.relax(kinds, multiplicity, counts)
     loads = balance.list_schedule(table, counts)
     best = Share(loads=loads, replica_s=table.replica_s(loads))
-    if relaxed.bound_s <= 0:
-        return best, 0.0
+    good, first = 1 + gap_limit, 1 + JUST_INSIDE * gap_limit
+    bound_s = relaxed.bound_s
+    if best.max_s <= bound_s * good:
+        return best, min(bound_s, best.max_s)
+    slot_shares = tighten.slot_shares(kinds, relaxed)
+    slot_worth = relaxed.kind_prices * slot_shares
+    coarsest = int(slot_worth.argmax())
+    up_to_s, counted_s = relaxed.bound_s * TIGHTEN_UP_TO, 0.0
+    if slot_worth[coarsest] >= COARSE:
+        bound_s = counted_s = tighten.by_kind(kinds, multiplicity, counts, relaxed, coarsest, up_to_s)
     own = np.max([own_worth(table, kind, counts) for kind in range(len(kinds))], axis=0)
     worth = np.maximum(relaxed.prices, LEAST_WORTH * own)
     second = relaxed.kind_prices + LEAST_WORTH * relaxed.kind_prices.max()
-    good_s = relaxed.bound_s * (1 + gap_limit)
-    first = 1 + JUST_INSIDE * gap_limit
-    for target, widest_first in ((first, True), (first, False), *((later, True) for later in LATER_TARGETS)):
-        if best.max_s <= max(good_s, target * relaxed.bound_s):
-            break
-        target_s = target * relaxed.bound_s
+
+    def attempt(target_s: float, widest_first: bool, max_placements: int) -> Share:
         loads, left = fill(table, counts, relaxed, target_s, widest_first=widest_first)
-        loads = repair(table, loads, left, worth, second, target_s)
-        found = balance.improve(table, loads, max_rounds=MAX_ROUNDS, good_s=good_s)
+        loads = repair(table, loads, left, worth, second, target_s, max_placements=max_placements)
+        return balance.improve(table, loads, max_rounds=MAX_ROUNDS, good_s=bound_s * good)
+
+    if best.max_s > bound_s * good:
+        target_s = first * bound_s
+        best = min(best, attempt(target_s, True, MAX_PLACEMENTS[0]), key=lambda share: share.max_s)
+        if best.max_s > bound_s * good:
+            if slot_shares.max() >= LONG:
+                bound_s = max(bound_s, tighten.by_replica(kinds, multiplicity, counts, relaxed, best.max_s))
+            # Without bubbles and fixed seconds what was counted before stands, where it did not end at its limit.
+            if not 0 < counted_s < up_to_s or table.bubbles.any() or table.fixed_s.any():
+                bound_s = max(bound_s, tighten.by_kind(kinds, multiplicity, counts, relaxed, coarsest, best.max_s))
+            best = _more_attempts(attempt, best, bound_s, target_s, gap_limit, len(replicas))
+    return best, min(bound_s, best.max_s)
+
+
+def _more_attempts(
+    attempt: Callable[[float, bool, int], Share],
+    best: Share,
+    bound_s: float,
+    failed_s: float,
+    gap_limit: float,
+    num_replicas: int,
+) -> Share:
+    """The best share-out of `best` and some attempts at targets between `failed_s`, which was tried, and the best."""
+    small = num_replicas <= SMALL_FLEET
+    first_s = (1 + JUST_INSIDE * gap_limit) * bound_s
+    enough = MAX_ATTEMPTS - small
+    for number in range(1, enough + MORE_ATTEMPTS):
+        if best.max_s <= bound_s * (1 + gap_limit if number < enough else FAR):
+            break
+        again = number == 1 and (not small or first_s > failed_s * (1 + RISEN))
+        target_s = first_s if again else (failed_s + best.max_s) / 2
+        found = attempt(target_s, number % 2 == 0, MAX_PLACEMENTS[number >= enough])
+        if found.max_s > target_s:
+            failed_s = max(failed_s, target_s)
         best = min(best, found, key=lambda share: share.max_s)
-    return best, min(relaxed.bound_s, best.max_s)
+    return best

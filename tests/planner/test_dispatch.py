@@ -138,10 +138,10 @@ def test_dispatch_does_not_depend_on_the_time_limit(step, method, max_buckets):
 
 
 def test_a_search_far_from_its_gap_is_ended_by_the_node_limit(monkeypatch):
-    # Eight like replicas: the gap is not proven within the node limit, and the time limit is far off.
-    lengths = np.random.default_rng(0).geometric(1 / 8, size=100).clip(max=40)
-    tasks = np.arange(100) % 4
-    plan = make_plan((8, 0, 0, 0, 0), (5, 10, 20, 30, 40))
+    # Six like replicas: the gap is not proven within the node limit, and the time limit is far off.
+    lengths = np.random.default_rng(0).geometric(1 / 8, size=60).clip(max=40)
+    tasks = np.arange(60) % 4
+    plan = make_plan((6, 0, 0, 0, 0), (10, 20, 40))
     outcomes = []
     solve = scip.solve
     monkeypatch.setattr(scip, "solve", lambda *args, **limits: outcomes.append(solve(*args, **limits)) or outcomes[-1])

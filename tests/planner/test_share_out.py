@@ -4,10 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from planner import balance, prices
+from planner import balance, prices, tighten
 from planner.cost import ConfigCost, CostTable
 from planner.dispatch import GAP_LIMIT, dispatch
 from planner.fill import fill
@@ -88,6 +88,20 @@ def test_bound_is_at_most_the_best_share_out_and_the_search_never_beats_it(insta
     assert bound_s <= best_s * (1 + 1e-9)
     assert share.max_s >= best_s * (1 - 1e-9)
     assert share.loads.sum(axis=0).tolist() == counts
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(small, st.floats(1.0, 2.0))
+@example(([2, 2, 3], [0, 1, 1], 0.0, 3e-3), 2.0)  # one kind's time is worth next to nothing
+def test_bounds_that_count_whole_slots_are_at_most_the_best_share_out(instance, up_to):
+    chosen, counts, fixed_s, slot_s = instance
+    replicas = replicas_of(chosen, configs(fixed_s, slot_s))
+    best_s = brute_force_s(replicas, counts)
+    kinds, multiplicity = kinds_of(replicas)
+    relaxed = prices.relax(kinds, multiplicity, counts)
+    for kind in range(len(kinds)):
+        assert tighten.by_kind(kinds, multiplicity, counts, relaxed, kind, relaxed.bound_s * up_to) <= best_s
+    assert tighten.by_replica(kinds, multiplicity, counts, relaxed, best_s * up_to) <= best_s
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
