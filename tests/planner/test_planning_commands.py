@@ -53,14 +53,14 @@ def test_explain_needs_the_plan_alone_when_its_inputs_lie_beside_it(folder):
     shown = run(explain, folder / "plan.yaml", "--html", folder / "plan.html", "--time-limit", 5)
 
     assert "replica 0 (tp2,pp1,none)" in shown
-    assert "best plan found" in shown
+    assert "planned anew" in shown
     assert "replica 1 (tp1,pp1,none)" in (folder / "plan.html").read_text()
 
 
 def test_inputs_of_a_run_folder_are_found_too(folder):
     (folder / "plan.costs.json").rename(folder / "costs.json")
     (folder / "plan.lengths.json").rename(folder / "lengths.json")
-    assert "best plan found" not in run(explain, folder / "plan.yaml", "--no-compare")
+    assert "planned anew" not in run(explain, folder / "plan.yaml", "--no-compare")
 
 
 def test_named_inputs_win_over_those_beside_the_plan(folder):
