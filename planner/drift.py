@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from planner.constraints import Constraints
 from planner.cost import CostTable
 from planner.plan import Plan
 from planner.planners import solver
@@ -21,8 +22,8 @@ class Drift:
 
     Attributes:
       present, present_times: the plan in use.
-      best, best_times: the faster, in the mean, of the plan in use and of what the exact planner makes now, with the
-        buckets in use and with new ones.
+      best, best_times: the faster, in the mean, of the plan in use and of what the exact planner makes now under the
+        constraints, with the buckets in use and with new ones.
     """
 
     present: Plan
@@ -41,9 +42,18 @@ class Drift:
 
 
 def check_drift(
-    plan: Plan, costs: CostTable, seen: Workload, *, num_samples: int, seed: int, time_limit_s: float
+    plan: Plan,
+    costs: CostTable,
+    seen: Workload,
+    *,
+    num_samples: int,
+    seed: int,
+    time_limit_s: float,
+    constraints: Constraints | None = None,
 ) -> Drift:
-    """Judges `plan` on batches sampled from the lengths seen.
+    """Judges `plan` on batches sampled from the lengths seen, beside plans that keep to `constraints`.
+
+    Each of the two other plans has half of the time limit.
 
     Raises:
       UserError: the cost table lacks a config of the plan, or no plan can serve the lengths.
@@ -70,7 +80,8 @@ def check_drift(
             buckets=buckets,
             num_buckets=number or len(plan.buckets),
             row_options=plan.row_options,
-            time_limit_s=time_limit_s,
+            constraints=None if table is in_use else constraints,
+            time_limit_s=time_limit_s / 2,
         )
         chosen = plan if table is in_use else solver("exact")(problem)
         samples = sampled_counts(problem, num_samples, seed)
