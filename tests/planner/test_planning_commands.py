@@ -96,7 +96,8 @@ def test_simulate_prints_and_writes_the_totals(folder):
     ("command", "arguments", "complaint"),
     [
         (explain, ["nowhere.yaml"], r"nowhere.yaml: no such file"),
-        (explain, [], r"--costs: missing"),
+        (explain, [], r"PLAN: name one plan"),
+        (simulate, [], r"PLAN: name one plan"),
         (explain, ["plan.yaml", *LISTS], r"PLAN: name one plan"),
         (explain, ["bare.yaml"], r"bare.yaml: no costs beside the plan; expected bare.costs.json or costs.json"),
         (simulate, ["--plan", "plan.yaml", "--lobra-time", "t.csv"], r"--lobra-memory: missing"),
