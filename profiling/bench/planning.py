@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -131,9 +132,14 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("devices", "planner", "wall s", "CPU s", "step s", "bound s", "gap", "gap to best bound", "ended")
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("devices", justify="right", no_wrap=True)
+    table.add_column("planner", no_wrap=True)
+    for name in ("wall s", "CPU s", "step s", "bound s", "gap", "to best bound"):
+        table.add_column(name, justify="right")
+    table.add_column("ended", min_width=8)
     for row in rows:
-        numbers = (f"{row['wall_s']:.2f}", f"{row['cpu_s']:.2f}", f"{row['step_s']:.4f}", f"{row['bound_s']:.4f}")
+        numbers = (f"{row['wall_s']:.2f}", f"{row['cpu_s']:.2f}", f"{row['step_s']:#.4g}", f"{row['bound_s']:#.4g}")
         gaps = (f"{row['gap']:.2%}", f"{row['gap_to_best_bound']:.2%}")
         table.add_row(str(row["num_devices"]), row["planner"], *numbers, *gaps, row["status"] or "")
     return table
