@@ -86,7 +86,7 @@ class Simulation:
     def idle_shares(self) -> tuple[float, ...]:
         """Share of each replica's time that it waits for the slowest, over all steps."""
         slowest = sum(max(step.replica_s) for step in self.steps)
-        return tuple(1 - float(busy) for busy in np.sum([step.replica_s for step in self.steps], axis=0) / slowest)
+        return tuple(max(0.0, 1 - float(busy)) for busy in np.sum([step.replica_s for step in self.steps], axis=0) / slowest)
 
     @property
     def idle_share(self) -> float:

@@ -301,7 +301,7 @@ def _print(title: str, rows: Sequence[Row]) -> None:
     reference = next((row.gpu_seconds for row in rows if row.name == "LobRA"), rows[-1].gpu_seconds)
     for row in rows:
         click.echo(
-            f"  {row.name:16} {row.step_s:8.3f} s  {row.gpu_seconds:9.1f} GPU-s  {row.gpu_seconds / reference:6.3f} x  "
+            f"  {row.name:20} {row.step_s:8.3f} s  {row.gpu_seconds:9.1f} GPU-s  {row.gpu_seconds / reference:6.3f} x  "
             f"padding {row.padding_share:5.1%}  idle {row.idle_share:5.1%}  {row.plan}"
         )
 

@@ -27,6 +27,9 @@ from planner.synthetic import read_statistics, synthetic_workload
 from planner.workload import Workload
 from profiling.bench.provenance import provenance
 
+TABLE_WIDTH = 100
+"""Columns that the table takes where nothing says how wide the terminal is."""
+
 TIMES = "lobra_time_llama_7b_a100_40g.csv"
 MEMORY = "lobra_memory_llama_7b_a100_40g_6tasks.csv"
 STATISTICS = "table4_datasets.csv"
@@ -68,6 +71,7 @@ def bench(
 ) -> None:
     """Times the planners and writes a table as JSON."""
     console = Console()
+    console.width = max(console.width, TABLE_WIDTH)
     costs = read_cost_table(reference / TIMES, reference / MEMORY, num_layers=NUM_LAYERS, model="llama-7b")
     workload, _ = synthetic_workload(read_tasks(reference / tasks), read_statistics(reference / STATISTICS), seed=0)
     rows: list[dict[str, Any]] = []
