@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from planner import drift
+from planner.cli import robust_lines
 from planner.constraints import Constraints
 from planner.cost import ConfigCost, CostTable
 from planner.drift import check_drift
@@ -107,6 +108,8 @@ def test_a_short_limit_leaves_out_the_search_but_not_the_times():
     found = solve_robust(problem, solver("exact"), objective="p95", num_samples=8)
     assert found.num_candidates == 1 and found.plan.replicas == found.mean_plan.replicas and found.regret == 0
     assert found.times.p95_s >= found.times.p50_s > 0
+    assert "the only one that the time limit left time for" in robust_lines(found)[0]
+    assert "of 7 deployments" in robust_lines(dataclasses.replace(found, num_candidates=7))[0]
 
 
 @pytest.mark.parametrize("objective", ["median", "p0", "p100", "95", "p9.5"])
