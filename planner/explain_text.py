@@ -35,7 +35,7 @@ POLICIES = {
 DOUBTS = "What does not add up"
 BATCH_NOTE = (
     "The expected batch has as many sequences of each padded length as a step has on average, rounded up; sampled "
-    "batches (lobra simulate) scatter around it."
+    "batches (lobra simulate) scatter around it, and a plan made with --robust is chosen for those instead."
 )
 WAITS_NOTE = "waits: share of the time until the last replica is done, in which this one has nothing to do."
 START_UP_NOTE = "start up: what a step costs a replica whatever it holds, and filling and draining its pipeline."

@@ -158,6 +158,7 @@ def test_text_names_replicas_limits_and_what_a_replica_is():
         "The 4 devices hold 3 copies (replicas) of m",
         "Planner prune expected 2.00 s a step",
         "A step of the expected batch (18 sequences) takes",
+        "--robust",
         "What limits the step",
         "to 64",
         "to 256",
