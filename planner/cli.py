@@ -21,7 +21,17 @@ from planner.bucket_choice import (
 from planner.cost import CostTable
 from planner.dispatch import METHODS
 from planner.errors import UserError
-from planner.inputs import FILE, Inputs, beside, input_options, load_plan, plan_argument, read_costs, read_lengths
+from planner.inputs import (
+    FILE,
+    Inputs,
+    beside,
+    check_one_plan,
+    input_options,
+    load_plan,
+    plan_argument,
+    read_costs,
+    read_lengths,
+)
 from planner.lattice import MAX_ROW_OPTIONS
 from planner.plan import REMATS, Plan, Prediction
 from planner.planners import PLANNERS
@@ -193,10 +203,12 @@ def bucket_table(rows: Sequence[BucketRow]) -> Table:
 
 def robust_lines(robust: Robust) -> tuple[str, ...]:
     """What choosing over sampled batches gave, a line each."""
+    alone = robust.num_candidates == 1
+    searched = "the only one that the time limit left time for" if alone else f"of {robust.num_candidates} deployments"
     measure = "mean" if robust.objective == MEAN else f"{robust.objective.removeprefix('p')}th percentile"
     return (
-        f"chosen by the {measure} of the step over {robust.num_samples} sampled batches, of {robust.num_candidates} "
-        f"deployments; on {robust.num_samples} other batches: {times_text(robust.times)}",
+        f"chosen by the {measure} of the step over {robust.num_samples} sampled batches, {searched}; "
+        f"on {robust.num_samples} other batches: {times_text(robust.times)}",
         f"the plan of the expected batch, {robust.mean_plan}: {times_text(robust.mean_plan_times)}; "
         f"its regret is {robust.regret:.2%} of the {measure}",
     )
@@ -363,6 +375,7 @@ def _read(
     path: Path | None, lists: tuple[str, str, str, str] | None, inputs: Inputs, console: Console
 ) -> tuple[Plan, CostTable, Workload]:
     """Costs, lengths and the plan that the options name; prints what synthetic lengths reached."""
+    check_one_plan(path, lists)
     if path is not None and not path.is_file():
         raise UserError("no such file", file=path, expected="a plan.yaml")
     costs = read_costs(inputs, path)

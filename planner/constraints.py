@@ -18,6 +18,9 @@ from planner.plan import REMATS, ParallelConfig
 REPLICAS = re.compile(r"(?:([0-9]+)x)?\(tp([0-9]+),pp([0-9]+)(?:,([a-z]+))?\)")
 """How plans print a group of replicas: 6x(tp1,pp1,none)."""
 
+MOST_LISTED = 8
+"""Configs that an error names one by one."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Constraints:
@@ -61,8 +64,9 @@ class Constraints:
         )
 
     def __str__(self) -> str:
-        fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
-        return ", ".join(f"{name} = {value}" for name, value in fields if value not in (None, ()))
+        given = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        given = [(name, value if isinstance(value, tuple) else (value,)) for name, value in given if value is not None]
+        return ", ".join(f"{name} = {' '.join(map(str, values))}" for name, values in given if values)
 
 
 def allowed_configs(
@@ -80,13 +84,14 @@ def allowed_configs(
             "the constraints allow no config of the cost table",
             key="planner",
             value=str(constraints),
-            expected="at least one of " + ", ".join(str(cost.config) for cost in costs.configs),
+            expected=f"at least one of {_choices(costs.configs)}",
         )
     fitting = [cost for cost in allowed if cost.capacity_tokens >= max_length]
     if not fitting:
         largest = max(allowed, key=lambda cost: cost.capacity_tokens)
+        asked = f" that the constraints ({constraints}) allow" if len(allowed) < len(costs.configs) else ""
         raise UserError(
-            f"sequences of {max_length} tokens fit no config",
+            f"sequences of {max_length} tokens fit no config{asked}",
             key="workload",
             expected=f"lengths up to {largest.capacity_tokens} tokens, the capacity of {largest.config}",
         )
@@ -103,6 +108,16 @@ def allowed_configs(
     if constraints.devices_per_host is not None:
         _check_layout(allowed)
     return tuple(cost for cost in allowed if cost.config.num_devices <= num_devices)
+
+
+def _choices(configs: Sequence[ConfigCost]) -> str:
+    """The configs, or where there are many the values they have: errors are one line."""
+    if len(configs) <= MOST_LISTED:
+        return ", ".join(str(cost.config) for cost in configs)
+    tps, pps = sorted({cost.config.tp for cost in configs}), sorted({cost.config.pp for cost in configs})
+    remats = [remat for remat in REMATS if any(cost.config.remat == remat for cost in configs)]
+    axes = (("tp", tps), ("pp", pps), ("remat", remats))
+    return f"{len(configs)} configs with " + ", ".join(f"{name} {'|'.join(map(str, values))}" for name, values in axes)
 
 
 def _check_layout(allowed: Sequence[ConfigCost]) -> None:
@@ -128,8 +143,9 @@ def pinned_counts(
     for text in constraints.pinned:
         count, config = parse_replicas(text)
         if config not in [cost.config for cost in configs]:
-            known = ", ".join(str(cost.config) for cost in configs)
-            raise UserError("not a config that a plan may use", key="pinned", value=text, expected=f"one of {known}")
+            raise UserError(
+                "not a config that a plan may use", key="pinned", value=text, expected=f"one of {_choices(configs)}"
+            )
         pins[config] += count
     counts = tuple(pins[cost.config] for cost in configs)
     left = num_devices - sum(n * cost.config.num_devices for n, cost in zip(counts, configs, strict=True))

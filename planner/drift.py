@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+from planner.constraints import Constraints
 from planner.cost import CostTable
 from planner.plan import Plan
 from planner.planners import solver
 from planner.problem import build_problem
-from planner.robust import StepTimes, replica_counts, sampled_counts, step_times
+from planner.robust import MEAN, StepTimes, replica_counts, sampled_counts, solve_robust, step_times
 from planner.workload import Workload
 
 GOOD_SHARE = 0.05
@@ -21,8 +22,8 @@ class Drift:
 
     Attributes:
       present, present_times: the plan in use.
-      best, best_times: the faster, in the mean, of the plan in use and of what the exact planner makes now, with the
-        buckets in use and with new ones.
+      best, best_times: the faster, in the mean, of the plan in use and of what is chosen now under the
+        constraints, with the buckets in use and with new ones.
     """
 
     present: Plan
@@ -41,9 +42,19 @@ class Drift:
 
 
 def check_drift(
-    plan: Plan, costs: CostTable, seen: Workload, *, num_samples: int, seed: int, time_limit_s: float
+    plan: Plan,
+    costs: CostTable,
+    seen: Workload,
+    *,
+    num_samples: int,
+    seed: int,
+    time_limit_s: float,
+    constraints: Constraints | None = None,
 ) -> Drift:
-    """Judges `plan` on batches sampled from the lengths seen.
+    """Judges `plan` on batches sampled from the lengths seen, beside plans that keep to `constraints`.
+
+    The other plans are chosen over sampled batches too (`planner.robust`), each in half of the time limit; all are
+    judged on batches that took no part in choosing.
 
     Raises:
       UserError: the cost table lacks a config of the plan, or no plan can serve the lengths.
@@ -70,10 +81,14 @@ def check_drift(
             buckets=buckets,
             num_buckets=number or len(plan.buckets),
             row_options=plan.row_options,
-            time_limit_s=time_limit_s,
+            constraints=None if table is in_use else constraints,
+            time_limit_s=time_limit_s / 2,
         )
-        chosen = plan if table is in_use else solver("exact")(problem)
-        samples = sampled_counts(problem, num_samples, seed)
-        found.append((chosen, step_times(problem, replica_counts(problem, chosen), samples)))
+        if table is in_use:
+            fresh = sampled_counts(problem, num_samples, seed, first=num_samples)
+            found.append((plan, step_times(problem, replica_counts(problem, plan), fresh)))
+        else:
+            robust = solve_robust(problem, solver("exact"), objective=MEAN, num_samples=num_samples, seed=seed)
+            found.append((robust.plan, robust.times))
     best, best_times = min(found, key=lambda item: item[1].mean_s)
     return Drift(present=plan, present_times=found[0][1], best=best, best_times=best_times)

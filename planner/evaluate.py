@@ -93,8 +93,9 @@ def evaluate(
 
 
 def plan_violations(plan: Plan, costs: CostTable, workload: Workload) -> tuple[str, ...]:
-    """What stops `plan` from serving any batch of `workload` at the capacities of `costs`; empty when nothing does."""
-    violations = _replica_violations(plan, costs)
+    """What stops `plan` from serving any batch of `workload` at the capacities of `costs`, and what its own numbers
+    contradict; empty when nothing does."""
+    violations = [*_replica_violations(plan, costs), *prediction_violations(plan)]
     longest = max(length for task in workload.tasks for length in task.lengths)
     bucket = next((s for s in plan.buckets if s >= longest), None)
     if bucket is None:
@@ -102,6 +103,28 @@ def plan_violations(plan: Plan, costs: CostTable, workload: Workload) -> tuple[s
     elif all(group.capacity_tokens < bucket for group in plan.replicas):
         violations.append(f"sequences of {longest} tokens, padded to {bucket}, fit no replica")
     return tuple(violations)
+
+
+def prediction_violations(plan: Plan) -> tuple[str, ...]:
+    """Where the numbers that a plan predicts contradict each other or its replicas."""
+    made = plan.predicted
+    if made is None:
+        return ()
+    out = []
+    if not 0 < made.step_s < float("inf"):
+        return (f"predicted step_s is {made.step_s:.6g} s, no time",)
+    if made.bound_s > made.step_s * (1 + RELATIVE_TOLERANCE):
+        out.append(f"predicted bound_s, {made.bound_s:.6g} s, exceeds step_s, {made.step_s:.6g} s")
+    gap = (made.step_s - made.bound_s) / made.step_s
+    if abs(made.gap - gap) > RELATIVE_TOLERANCE:
+        out.append(f"predicted gap is {made.gap:.6g}, but step_s and bound_s make {gap:.6g}")
+    used = sum(group.count * group.config.tp * group.config.pp for group in plan.replicas)
+    if abs(made.gpu_seconds - made.step_s * used) > RELATIVE_TOLERANCE * made.step_s * used:
+        out.append(
+            f"predicted gpu_seconds are {made.gpu_seconds:.6g}, but {used} devices for {made.step_s:.6g} s make "
+            f"{made.step_s * used:.6g}"
+        )
+    return tuple(out)
 
 
 def _replica_violations(plan: Plan, costs: CostTable) -> list[str]:

@@ -15,6 +15,7 @@ from planner import task_fused
 from planner.cost import ConfigCost, CostTable
 from planner.dispatch import MicroBatch, dispatch
 from planner.errors import UserError
+from planner.evaluate import prediction_violations
 from planner.more_memory import MORE_ROOM, extra_bytes, with_more_memory, with_more_room
 from planner.plan import Plan
 from planner.planners import PLANNERS, solver
@@ -30,6 +31,9 @@ MOSTLY = 0.5
 
 WORTH_SAYING = 0.02
 """Smaller shares of a step are not mentioned."""
+
+NEAR = 0.03
+"""A step that differs from the plan's own prediction by more than this share is not of the same costs and lengths."""
 
 DISPATCH_TIME_LIMIT_S = 30.0
 """A safety net, see `planner.dispatch.dispatch`."""
@@ -93,6 +97,7 @@ class Explanation:
       counts: padded length -> sequences of the expected batch.
       replicas: where each replica's time goes.
       limits: sentences on what limits the step.
+      doubts: sentences on what in the plan's own prediction does not agree with itself, or with costs and lengths.
       alternatives: other plans on the same batch, fastest first; those on other devices last.
     """
 
@@ -103,6 +108,7 @@ class Explanation:
     counts: dict[int, int]
     replicas: tuple[ReplicaTime, ...]
     limits: tuple[str, ...]
+    doubts: tuple[str, ...]
     alternatives: tuple[Alternative, ...]
 
     @property
@@ -148,6 +154,7 @@ def explain(
         counts={length: count for length, count in zip(problem.buckets, problem.counts, strict=True) if count},
         replicas=replicas,
         limits=limits(plan, replicas, costs.step_overhead_s),
+        doubts=_doubts(plan, step_s),
         alternatives=alternatives,
     )
 
@@ -220,6 +227,17 @@ def limits(plan: Plan, replicas: Sequence[ReplicaTime], overhead_s: float) -> tu
     return tuple(said)
 
 
+def _doubts(plan: Plan, step_s: float) -> tuple[str, ...]:
+    said = [f"In the plan, {violation}." for violation in prediction_violations(plan)]
+    made = plan.predicted
+    if made is not None and abs(step_s - made.step_s) > NEAR * step_s:
+        said.append(
+            f"The plan predicts {in_seconds(made.step_s)} a step, these costs and lengths give {in_seconds(step_s)} "
+            "with padded rows: it was made for others, for packed rows, or changed by hand."
+        )
+    return tuple(said)
+
+
 def in_seconds(seconds: float) -> str:
     """Three digits and the unit."""
     return f"{seconds:#.3g} s".replace(". s", " s")
@@ -261,7 +279,7 @@ def _what_fills(slowest: ReplicaTime, replicas: Sequence[ReplicaTime]) -> list[s
     return []
 
 
-BEST = "best plan found (exact planner)"
+BEST = "planned anew (exact planner)"
 ONE_CONFIG = "one kind of replica only (Task-Fused)"
 
 
@@ -275,7 +293,7 @@ def _alternatives(
     ]
     same += [(f"planner {name}", lambda: problem, solver(name)) for name in PLANNERS if name != "exact"]
     same += [
-        (f"without {group.config}", lambda group=group: _without(problem, group.config), exact)
+        (f"planned without {group.config}", lambda group=group: _without(problem, group.config), exact)
         for group in plan.replicas
     ]
     same.append((ONE_CONFIG, lambda: problem, task_fused.solve))
@@ -316,7 +334,9 @@ def _with_more_memory(costs: CostTable) -> CostTable:
 
 
 def _tells_bytes(costs: CostTable) -> bool:
-    return costs.hardware.get("memory_bytes") is not None
+    """Whether the devices' memory is known, and of some config what two sizes of micro-batch took of it."""
+    sizes = ({point.rows * point.length for point in cost.points if point.peak_bytes} for cost in costs.configs)
+    return costs.hardware.get("memory_bytes") is not None and any(len(own) > 1 for own in sizes)
 
 
 def _without(problem: PlanningProblem, config: object) -> PlanningProblem:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from planner.explain import Explanation, ReplicaTime, in_seconds
-from planner.explain_text import alternative_cells, verdict, words
+from planner.explain_text import BATCH_NOTE, DOUBTS, OTHERS_NOTE, alternative_cells, verdict, words
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c2330; }
@@ -22,6 +22,10 @@ table { border-collapse: collapse; }
 td, th { padding: .25rem .7rem; border-bottom: 1px solid #d6dbe4; text-align: left; }
 td.number, th.number { text-align: right; }
 """
+CHART_NOTE = (
+    "A bar a replica, in seconds of one step and by padded length of the sequences it computes; the empty part of a "
+    "bar is waiting for the slowest replica."
+)
 START_UP_COLOUR = "#7a8191"
 
 
@@ -35,14 +39,14 @@ def html(explanation: Explanation) -> str:
         f"<p><code>{escape(str(explanation.plan))}</code></p>",
         *(f"<p>{escape(sentence)}</p>" for sentence in (*words(explanation), verdict(explanation))),
         "<h2>Where each replica's time goes</h2>",
+        f"<p>{CHART_NOTE}</p>",
         _legend(colours, any(replica.filling_s + replica.fixed_s for replica in explanation.replicas)),
         *(_bar(replica, colours, explanation.slowest_s) for replica in explanation.replicas),
-        "<h2>What limits the step</h2>",
-        "<ul>",
-        *(f"<li>{escape(sentence)}</li>" for sentence in explanation.limits),
-        "</ul>",
+        *_list("What limits the step", explanation.limits),
+        *(_list(DOUBTS, explanation.doubts) if explanation.doubts else ()),
         _alternatives(explanation),
         "<h2>The expected batch</h2>",
+        f"<p>{escape(BATCH_NOTE)}</p>",
         _batch(explanation),
     ]
     return (
@@ -93,7 +97,12 @@ def _alternatives(explanation: Explanation) -> str:
         _row([other.change, *alternative_cells(explanation, other)], numbers=2) for other in explanation.alternatives
     )
     head = _row(["what", "plan", "step (s)", "against this plan"], numbers=2, tag="th")
-    return f"<h2>Other plans on the same batch</h2><table>{head}{''.join(rows)}</table>"
+    return f"<h2>Other plans on the same batch</h2><table>{head}{''.join(rows)}</table><p>{escape(OTHERS_NOTE)}</p>"
+
+
+def _list(title: str, sentences: Sequence[str]) -> tuple[str, ...]:
+    items = (f"<li>{escape(sentence)}</li>" for sentence in sentences)
+    return f"<h2>{escape(title)}</h2>", "<ul>", *items, "</ul>"
 
 
 def _batch(explanation: Explanation) -> str:

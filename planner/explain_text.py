@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
@@ -9,8 +10,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from planner.dispatch import GAP_LIMIT
 from planner.explain import WORTH_SAYING, Alternative, Explanation, ReplicaTime, in_seconds
-from planner.plan import ReplicaGroup
+from planner.plan import Plan, ReplicaGroup
 from planner.simulate import Simulation, replica_names
 from planner.synthetic import Reached
 
@@ -18,6 +20,29 @@ NUM_RANGES = 4
 """Padded lengths are summed up in about this many ranges, to fit a terminal."""
 
 NO_VALUE = "-"
+
+DIGITS = 3
+"""Digits of the slowest replica's seconds; all others have as many decimals."""
+
+POLICIES = {
+    "none": "nothing",
+    "dots": "all but matrix products and attention",
+    "attention": "all but attention",
+    "full": "the whole layer",
+}
+"""Rematerialisation policy -> what the backward pass computes again."""
+
+DOUBTS = "What does not add up"
+BATCH_NOTE = (
+    "The expected batch has as many sequences of each padded length as a step has on average, rounded up; sampled "
+    "batches (lobra simulate) scatter around it, and a plan made with --robust is chosen for those instead."
+)
+WAITS_NOTE = "waits: share of the time until the last replica is done, in which this one has nothing to do."
+START_UP_NOTE = "start up: what a step costs a replica whatever it holds, and filling and draining its pipeline."
+OTHERS_NOTE = (
+    f"Each dispatches the batch to within about {GAP_LIMIT:.0%} of its best, so smaller differences mean nothing. All "
+    "kinds of replica in the cost table may be used, whatever constraints the plan was made under."
+)
 
 
 def words(explanation: Explanation) -> tuple[str, ...]:
@@ -29,13 +54,13 @@ def words(explanation: Explanation) -> tuple[str, ...]:
     first = (
         f"The {plan.num_devices} devices hold {plan.num_replicas} "
         f"{'copies' if plan.num_replicas > 1 else 'copy'} (replicas) of {plan.model}: {kinds}."
-        + (f" {idle} devices stay idle." if idle else "")
+        + (f" {idle} {'devices stay' if idle > 1 else 'device stays'} idle." if idle else "")
     )
     second = (
         "tp is how many devices share every layer"
         + (", pp how many stages the layers are cut into" if pipeline else "")
-        + ", and the last word what is recomputed to save memory. A sequence only fits a replica that holds its padded "
-        "length; the step ends when the last replica is done."
+        + f", and the last word what is computed a second time to save memory ({_policies(plan)}). A sequence only "
+        "fits a replica that holds its padded length; the step ends when the last replica is done."
     )
     if plan.predicted is None:
         return first, second
@@ -45,6 +70,12 @@ def words(explanation: Explanation) -> tuple[str, ...]:
         f"no plan takes less than {in_seconds(made.bound_s)}."
     )
     return first, second, third
+
+
+def _policies(plan: Plan) -> str:
+    """What the rematerialisation policies of a plan's replicas mean."""
+    used = {group.config.remat for group in plan.replicas}
+    return "; ".join(f"{policy}: {meaning}" for policy, meaning in POLICIES.items() if policy in used)
 
 
 def _kind(group: ReplicaGroup) -> str:
@@ -71,34 +102,50 @@ def render(explanation: Explanation) -> RenderableType:
     """Everything as one rich renderable."""
     parts: list[RenderableType] = [Text(str(explanation.plan), style="bold"), Text()]
     parts += [Text(sentence) for sentence in words(explanation)]
-    parts += [Text(), Text(verdict(explanation)), Text(), replica_table(explanation), Text()]
-    parts.append(Text("What limits the step", style="bold"))
-    bullets = Table.grid(padding=(0, 1))
-    for sentence in explanation.limits:
-        bullets.add_row(" -", Text(sentence))
-    parts.append(bullets)
+    parts += [Text(), Text(verdict(explanation)), Text(BATCH_NOTE), Text(), replica_table(explanation)]
+    parts += [Text(note, style="dim") for note in replica_notes(explanation)]
+    parts += [Text(), *_bullets("What limits the step", explanation.limits)]
+    if explanation.doubts:
+        parts += [Text(), *_bullets(DOUBTS, explanation.doubts)]
     if explanation.alternatives:
-        parts += [Text(), alternatives_table(explanation)]
+        parts += [Text(), alternatives_table(explanation), Text(OTHERS_NOTE, style="dim")]
     return Group(*parts)
+
+
+def replica_notes(explanation: Explanation) -> tuple[str, ...]:
+    """What the last columns of the table of replicas mean."""
+    return (START_UP_NOTE, WAITS_NOTE) if _starts_up(explanation) else (WAITS_NOTE,)
+
+
+def _starts_up(explanation: Explanation) -> bool:
+    return any(replica.filling_s + replica.fixed_s for replica in explanation.replicas)
+
+
+def _bullets(title: str, sentences: Sequence[str]) -> tuple[RenderableType, RenderableType]:
+    bullets = Table.grid(padding=(0, 1))
+    for sentence in sentences:
+        bullets.add_row(" -", Text(sentence))
+    return Text(title, style="bold"), bullets
 
 
 def replica_table(explanation: Explanation) -> Table:
     """Seconds of each replica by padded length."""
     ends = length_ranges(explanation)
-    start_up = any(replica.filling_s + replica.fixed_s for replica in explanation.replicas)
+    start_up = _starts_up(explanation)
+    decimals = max(0, DIGITS - 1 - math.floor(math.log10(explanation.slowest_s)))
     table = Table(title="Seconds of a step by padded length (tokens) of the sequences", box=SIMPLE_HEAD)
     table.add_column("replica", no_wrap=True)
-    for name in [f"to {end}" for end in ends] + ["start up"] * start_up + ["total", "waits"]:
-        table.add_column(name, justify="right", min_width=max(map(len, name.split())))
+    rows = []
     for replica in explanation.replicas:
         cells = by_range(replica, ends) + [replica.filling_s + replica.fixed_s] * start_up
-        table.add_row(
-            replica.name,
-            *(f"{cell:#.3g}" if cell else NO_VALUE for cell in cells),
-            f"{replica.seconds:#.3g}",
-            f"{1 - replica.seconds / explanation.slowest_s:.1%}",
-            style="bold" if replica.seconds == explanation.slowest_s else None,
-        )
+        seconds = [f"{cell:.{decimals}f}" if cell else NO_VALUE for cell in cells]
+        seconds.append(f"{replica.seconds:.{decimals}f}")
+        rows.append([*seconds, f"{1 - replica.seconds / explanation.slowest_s:.1%}"])
+    names = [f"to {end}" for end in ends] + ["start up"] * start_up + ["total", "waits"]
+    for name, cells in zip(names, zip(*rows, strict=True), strict=True):
+        table.add_column(name, justify="right", min_width=max(map(len, (*name.split(), *cells))))
+    for replica, row in zip(explanation.replicas, rows, strict=True):
+        table.add_row(replica.name, *row, style="bold" if replica.seconds == explanation.slowest_s else None)
     return table
 
 

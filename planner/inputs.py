@@ -98,6 +98,12 @@ def read_lengths(inputs: Inputs, plan: Path | None = None) -> tuple[Workload, tu
     return Workload.load(inputs.lengths or _found(plan, "lengths")), ()
 
 
+def check_one_plan(path: Path | None, lists: tuple[str, str, str, str] | None) -> None:
+    """Raises `UserError` unless a plan is named in exactly one of the ways `load_plan` knows."""
+    if (path is None) == (lists is None):
+        raise UserError("name one plan", key="PLAN", expected="a plan file or --lobra-plan TOKENS DPS TPS PPS")
+
+
 def load_plan(
     path: Path | None, lists: tuple[str, str, str, str] | None, *, costs: CostTable, workload: Workload
 ) -> Plan:
@@ -106,8 +112,7 @@ def load_plan(
     The original's formats name neither model nor buckets: such a plan gets the cost table's model and buckets that pad
     the workload least.
     """
-    if (path is None) == (lists is None):
-        raise UserError("name one plan", key="PLAN", expected="a plan file or --lobra-plan TOKENS DPS TPS PPS")
+    check_one_plan(path, lists)
     if path is not None and not is_strategy_file(path):
         return Plan.load(path)
     groups = parse_plan_lists(*lists) if path is None else read_strategy(path)

@@ -66,7 +66,7 @@ def read_cost_table(
         raise UserError("bad value", key="num_layers", value=num_layers, expected="an integer >= 1")
     times = _read_times(time_csv)
     configs = []
-    for line, row in _csv_rows(memory_csv, MEMORY_COLUMNS):
+    for line, row in csv_rows(memory_csv, MEMORY_COLUMNS):
         tp, pp, row_sp, tokens = (_integer(row, name, memory_csv, line) for name in MEMORY_COLUMNS)
         if row_sp != sp or tokens == 0:
             continue
@@ -156,7 +156,7 @@ def _group(*, dp: int, tp: int, pp: int, max_tokens: int) -> ReplicaGroup:
 def _read_times(path: str | Path) -> dict[int, tuple[CostPoint, ...]]:
     """Seconds of one layer by tp, held-out points marked."""
     times: dict[int, list[CostPoint]] = {}
-    for line, row in _csv_rows(path, TIME_COLUMNS):
+    for line, row in csv_rows(path, TIME_COLUMNS):
         tp, length, rows = (_integer(row, name, path, line, least=1) for name in TIME_COLUMNS[:3])
         try:
             milliseconds = float(row["time"])
@@ -234,7 +234,8 @@ def _positive(entry: Mapping[str, Any], name: str, path: str | Path, key: str) -
 def _integer(row: Mapping[str, str], name: str, path: str | Path, line: int, least: int | None = None) -> int:
     least = (0 if name in ("sp", "max_tokens") else 1) if least is None else least
     try:
-        value = int(row[name])
+        number = float(row[name])
+        value = int(number) if number.is_integer() else least - 1
     except ValueError:
         value = least - 1
     if value < least:
@@ -244,8 +245,12 @@ def _integer(row: Mapping[str, str], name: str, path: str | Path, line: int, lea
     return value
 
 
-def _csv_rows(path: str | Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
-    """(line number, row) of a CSV whose header names at least `columns`."""
+def csv_rows(path: str | Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
+    """(line number, row) of a CSV whose header names at least `columns`; blanks around names and values are cut.
+
+    Raises:
+      UserError: the file cannot be read, lacks a column, or has a row of another number of columns.
+    """
     reader = csv.DictReader(_text(path).splitlines())
     header = [name.strip() for name in reader.fieldnames or ()]
     missing = [name for name in columns if name not in header]
@@ -254,6 +259,8 @@ def _csv_rows(path: str | Path, columns: Sequence[str]) -> list[tuple[int, dict[
     reader.fieldnames = header
     rows = []
     for row in reader:
+        if not any(value and value.strip() for value in row.values() if isinstance(value, str | None)):
+            continue
         if any(row[name] is None for name in columns) or None in row:
             raise UserError("wrong number of columns", file=f"{path}:{reader.line_num}", expected=",".join(header))
         rows.append((reader.line_num, {name: row[name].strip() for name in columns}))
@@ -281,8 +288,9 @@ def _yaml(path: str | Path) -> Any:
 
 
 def _text(path: str | Path) -> str:
+    """The file's text; a byte order mark, as spreadsheets write it, is no part of it."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read: {error.strerror}", file=path) from error
     except UnicodeDecodeError as error:

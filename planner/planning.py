@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 from planner.batching import choose_batching, packed_prices
 from planner.bucket_choice import DEFAULT_COMPILE_S, DEFAULT_STEPS, BucketRow, best_row, choose_num_buckets
@@ -17,6 +18,9 @@ from planner.simulate import DEFAULT_MAX_BUCKETS
 from planner.workload import Workload
 
 DEFAULT_PLANNER = "exact"
+
+LEAST_PLANNING_SHARE = 0.5
+"""Share of the time limit that the plan has at the least, however long the choice of its lengths took."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +74,7 @@ def choose_plan(workload: Workload, costs: CostTable, num_devices: int, flags: P
     """Plans as the flags say; what they leave open has the defaults of this package.
 
     For packed rows the planner is given packed prices. With batching auto it plans both ways and takes the plan whose
-    sampled steps, batched in its better way, are shorter.
+    sampled steps, batched in its better way, are shorter, with half of the time limit for each.
 
     Raises:
       UserError: a constraint that the planner does not know, or no plan exists (see `build_problem`).
@@ -79,6 +83,8 @@ def choose_plan(workload: Workload, costs: CostTable, num_devices: int, flags: P
         flags.batching == "auto" and all(c.packed is None for c in costs.configs)
     ):
         return _choose(workload, costs, num_devices, flags)
+    if flags.batching == "auto":
+        flags = dataclasses.replace(flags, time_limit=(flags.time_limit or DEFAULT_TIME_LIMIT_S) / 2)
     packed = _choose(workload, packed_prices(costs), num_devices, flags)
     if flags.batching == "packed":
         return packed
@@ -92,9 +98,12 @@ def choose_plan(workload: Workload, costs: CostTable, num_devices: int, flags: P
 
 def _choose(workload: Workload, costs: CostTable, num_devices: int, flags: PlanningFlags) -> Chosen:
     solve = solver(flags.planner or DEFAULT_PLANNER)
+    limit_s = flags.time_limit or DEFAULT_TIME_LIMIT_S
+    started = time.perf_counter()
     lengths = None
     if flags.num_buckets is None and flags.buckets in (None, "dynamic"):
         lengths = best_row(bucket_report(workload, costs, num_devices, flags))
+    left_s = max(limit_s - (time.perf_counter() - started), LEAST_PLANNING_SHARE * limit_s)
     problem = build_problem(
         workload,
         costs,
@@ -104,7 +113,7 @@ def _choose(workload: Workload, costs: CostTable, num_devices: int, flags: Plann
         row_options=flags.row_options or DEFAULT_ROW_OPTIONS,
         constraints=flags.constraints,
         proposal=flags.proposal is not False,
-        time_limit_s=flags.time_limit or DEFAULT_TIME_LIMIT_S,
+        time_limit_s=left_s,
     )
     if flags.robust in (None, "off"):
         return Chosen(plan=solve(problem), lengths=lengths, robust=None)

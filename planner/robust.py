@@ -4,16 +4,18 @@ The expected batch hides what a step waits for: how many of the longest sequence
 judged on sampled batches, by the mean of the step time or by a percentile of it.
 
 1. Candidates: what a planner makes of the expected batch, of some sampled batches, and of a batch that holds of every
-   bucket its upper quantile; then their neighbours, one replica replaced by others on its devices and the idle ones.
+   bucket its upper quantile; then neighbours of the best so far, one or two replicas replaced by others on their
+   devices and the idle ones, in a seeded order, from each better one on.
 2. Every candidate is screened by the mean (or percentile) of its bounds over the samples (`planner.prices`: a proven
    bound for each batch, usually within 1 % of the dispatch).
-3. The best few are judged by the dispatch's own search on every sample (`planner.share_out`), and compared with the
-   plan of the expected batch on samples that took no part in choosing.
+3. The best few are judged by the dispatch's own search on every sample (`planner.share_out`) where time allows, and the
+   choice is compared with the plan of the expected batch on samples that took no part in choosing.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -30,6 +32,8 @@ from planner.simulate import batch
 MEAN = "mean"
 OBJECTIVES = "mean or a percentile p1 to p99"
 DEFAULT_SAMPLES = 64
+DEFAULT_SEED = 10_000
+"""Of the batches that plans are chosen on: not that of simulations, which would else judge a plan on them."""
 
 UPPER = 0.95
 """Quantile of every bucket in the batch that stands for a hard one."""
@@ -40,15 +44,21 @@ NUM_PLANNED_BATCHES = 4
 SCREENED_BATCHES = 8
 """Samples that neighbours are screened on."""
 
-MAX_ROUNDS = 4
-"""Times that the neighbours of the best candidate so far are looked at."""
+MOST_REMOVED = 2
+"""Replicas that are replaced at once: none (only idle devices are filled), one, or where that does not help two."""
 
-NUM_JUDGED = 4
-"""Candidates that are dispatched on every sample."""
+NUM_JUDGED = 5
+"""Candidates that are dispatched on every sample, the plan of the expected batch among them."""
 
-PLANNING_SHARE = 0.4
-JUDGING_SHARE = 0.3
-"""Shares of the time limit for making candidates by the planner and for judging them; neighbours have the rest."""
+MEAN_SHARE = 0.2
+PLANNED_SHARE = 0.02
+"""Shares of the time limit for the plan of the expected batch and for the plan of each other batch."""
+
+JUDGING_SHARE = 0.4
+"""Most of the time left that goes to dispatching candidates, at least two or none; neighbours have the rest."""
+
+NUM_REPORTED = 2
+"""Deployments that are dispatched on fresh samples at the end: the one chosen and that of the expected batch."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,27 +119,36 @@ def solve_robust(
     *,
     objective: str,
     num_samples: int = DEFAULT_SAMPLES,
-    seed: int = 0,
+    seed: int = DEFAULT_SEED,
 ) -> Robust:
     """The best candidate over `num_samples` batches; at the problem's time limit the best of those judged.
 
-    The plan of the expected batch and the most promising other are always judged, and so are their times afterwards.
+    How long a deployment takes to dispatch on every sample is measured first, so that the search ends in time for what
+    comes after it. A limit that leaves too little for dispatching candidates goes by their bounds, one that leaves none
+    for a search gives the plan of the expected batch; times on fresh samples come in any case.
     """
     quantile = percentile(objective)
     started = time.perf_counter()
     samples = sampled_counts(problem, num_samples, seed)
-    mean_plan = solve(_within(problem, problem.counts, PLANNING_SHARE / (NUM_PLANNED_BATCHES + 2)))
-    deadline = started + problem.time_limit_s
-    screened = _screen(problem, solve, mean_plan, samples, quantile, deadline - JUDGING_SHARE * problem.time_limit_s)
+    mean_plan = solve(_within(problem, problem.counts, MEAN_SHARE * problem.time_limit_s))
     mean_counts = replica_counts(problem, mean_plan)
-    shortlist = [counts for counts in sorted(screened, key=screened.__getitem__)[:NUM_JUDGED] if counts != mean_counts]
-    judged = {mean_counts: step_times(problem, mean_counts, samples, quantile)}
-    for counts in shortlist:
-        if len(judged) == 1 or time.perf_counter() < deadline:
-            judged[counts] = step_times(problem, counts, samples, quantile)
-    best = min(judged, key=lambda counts: judged[counts].objective_s)
+    once_s = _dispatching_s(problem, mean_counts, samples)
+    deadline = started + problem.time_limit_s - NUM_REPORTED * once_s
+    left_s = deadline - time.perf_counter()
+    num_judged = min(NUM_JUDGED, int(JUDGING_SHARE * left_s / once_s))
+    judging_s = num_judged * once_s if num_judged > 1 else 0.0
+    screened = _screen(problem, solve, mean_counts, samples, quantile, seed, deadline - judging_s)
+    best = min(screened, key=screened.__getitem__)
+    if num_judged > 1:
+        others = sorted((counts for counts in screened if counts != mean_counts), key=screened.__getitem__)
+        judged = {
+            counts: step_times(problem, counts, samples, quantile).objective_s
+            for counts in (mean_counts, *others[: num_judged - 1])
+        }
+        best = min(judged, key=judged.__getitem__)
     fresh = sampled_counts(problem, num_samples, seed, first=num_samples)
     times = step_times(problem, best, fresh, quantile)
+    mean_times = times if best == mean_counts else step_times(problem, mean_counts, fresh, quantile)
     return Robust(
         plan=_plan(problem, best, mean_plan, time.perf_counter() - started),
         objective=objective,
@@ -137,7 +156,7 @@ def solve_robust(
         seed=seed,
         times=times,
         mean_plan=mean_plan,
-        mean_plan_times=times if best == mean_counts else step_times(problem, mean_counts, fresh, quantile),
+        mean_plan_times=mean_times,
         num_candidates=len(screened),
     )
 
@@ -178,15 +197,24 @@ def step_times(
     )
 
 
+def _dispatching_s(problem: PlanningProblem, counts: Sequence[int], samples: np.ndarray) -> float:
+    """Seconds that dispatching every sample on a deployment takes, as measured on a few of them."""
+    few = samples[:SCREENED_BATCHES]
+    started = time.perf_counter()
+    step_times(problem, counts, few)
+    return (time.perf_counter() - started) * len(samples) / len(few)
+
+
 def _screen(
     problem: PlanningProblem,
     solve: Callable[[PlanningProblem], Plan],
-    mean_plan: Plan,
+    mean_counts: tuple[int, ...],
     samples: np.ndarray,
     quantile: float | None,
+    seed: int,
     deadline: float,
 ) -> dict[tuple[int, ...], float]:
-    """Deployment -> objective of its bounds over all samples, for the candidates and the best of their neighbours."""
+    """Deployment -> objective of its bounds over all samples, infinite for those that fewer samples ruled out."""
     few = samples[:: max(1, len(samples) // SCREENED_BATCHES)]
     quick: dict[tuple[int, ...], float] = {}
 
@@ -195,28 +223,44 @@ def _screen(
             quick[counts] = _bound_objective(problem, counts, few, quantile)
         return quick[counts]
 
-    look(replica_counts(problem, mean_plan))
+    looking = time.perf_counter()
+    look(mean_counts)
+    sample_s = (time.perf_counter() - looking) / len(few)
+    search_until = deadline - NUM_JUDGED * len(samples) * sample_s
     upper = np.quantile(samples, UPPER, axis=0, method="higher").astype(np.int64)
-    share = PLANNING_SHARE / (NUM_PLANNED_BATCHES + 2)
     for row in (upper, *samples[:NUM_PLANNED_BATCHES]):
-        if time.perf_counter() < deadline:
-            look(replica_counts(problem, solve(_within(problem, tuple(row.tolist()), share))))
-    for _ in range(MAX_ROUNDS):
-        best = min(quick, key=quick.__getitem__)
-        for counts in neighbours(problem, best):
+        left_s = min(search_until - time.perf_counter(), PLANNED_SHARE * problem.time_limit_s)
+        if left_s > 0:
+            look(replica_counts(problem, solve(_within(problem, row.tolist(), left_s))))
+    better: tuple[int, ...] | None = min(quick, key=quick.__getitem__)
+    order = np.random.default_rng(seed)
+    while better is not None:
+        better = _better_neighbour(problem, better, look, order, search_until)
+    kept = sorted(quick, key=quick.__getitem__)[:NUM_JUDGED]
+    screened = dict.fromkeys(quick, float("inf"))
+    return screened | {counts: _bound_objective(problem, counts, samples, quantile) for counts in kept}
+
+
+def _better_neighbour(
+    problem: PlanningProblem,
+    counts: tuple[int, ...],
+    look: Callable[[tuple[int, ...]], float],
+    order: np.random.Generator,
+    deadline: float,
+) -> tuple[int, ...] | None:
+    """The first neighbour, in an order drawn anew, that looks better than `counts`; None if there is none in time."""
+    for num_removed in range(MOST_REMOVED + 1):
+        others = list(neighbours(problem, counts, num_removed))
+        for index in order.permutation(len(others)):
             if time.perf_counter() >= deadline:
-                break
-            look(counts)
-        if min(quick, key=quick.__getitem__) == best:
-            break
-    kept = sorted(quick, key=quick.__getitem__)[: NUM_JUDGED + 1]
-    return {counts: _bound_objective(problem, counts, samples, quantile) for counts in kept} | {
-        counts: float("inf") for counts in quick if counts not in kept
-    }
+                return None
+            if look(others[index]) < look(counts):
+                return others[index]
+    return None
 
 
-def _within(problem: PlanningProblem, counts: Sequence[int], share: float) -> PlanningProblem:
-    return dataclasses.replace(problem, counts=tuple(counts), time_limit_s=problem.time_limit_s * share)
+def _within(problem: PlanningProblem, counts: Sequence[int], seconds: float) -> PlanningProblem:
+    return dataclasses.replace(problem, counts=tuple(counts), time_limit_s=seconds)
 
 
 def _bound_objective(
@@ -232,35 +276,49 @@ def _objective(seconds: Sequence[float], quantile: float | None) -> float:
     return float(np.mean(seconds) if quantile is None else np.quantile(seconds, quantile))
 
 
-def neighbours(problem: PlanningProblem, counts: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Deployments with one replica less and the room filled by one or two other configs; the longest bucket still fits.
+def neighbours(problem: PlanningProblem, counts: Sequence[int], num_removed: int = 1) -> Iterator[tuple[int, ...]]:
+    """Deployments with `num_removed` replicas less and the room filled by one or two other configs, each once.
 
-    Also those with idle devices filled and nothing taken away.
+    Idle devices count as room. All hold the longest bucket and the pinned replicas, and no more configs than allowed.
     """
     devices = [usable.num_devices for usable in problem.configs]
-    idle = problem.num_devices - sum(count * number for count, number in zip(counts, devices, strict=True))
+    pinned = problem.pinned or (0,) * len(counts)
+    most_configs = len(counts) if problem.max_configs is None else problem.max_configs
     last = len(problem.buckets) - 1
-    for removed in (None, *(index for index, count in enumerate(counts) if count)):
-        room = idle + (0 if removed is None else devices[removed])
-        for one in range(len(counts)):
-            for two in range(one, len(counts)):
-                changed = list(counts)
-                if removed is not None:
-                    changed[removed] -= 1
-                left = room
-                for index in (one, two):
-                    added = (left // devices[index]) if index == two else min(1, left // devices[index])
-                    changed[index] += added
-                    left -= added * devices[index]
-                serves = any(count and problem.configs[i].fits(last) for i, count in enumerate(changed))
-                if serves and tuple(changed) != tuple(counts):
-                    yield tuple(changed)
+    present = [index for index, count in enumerate(counts) if count]
+    seen = {tuple(counts)}
+    for removed in itertools.combinations_with_replacement(present, num_removed):
+        kept = list(counts)
+        for index in removed:
+            kept[index] -= 1
+        if any(count < least for count, least in zip(kept, pinned, strict=True)):
+            continue
+        room = problem.num_devices - sum(count * number for count, number in zip(kept, devices, strict=True))
+        for changed in _filled(kept, devices, room):
+            serves = any(count and problem.configs[i].fits(last) for i, count in enumerate(changed))
+            if serves and sum(count > 0 for count in changed) <= most_configs and changed not in seen:
+                seen.add(changed)
+                yield changed
+
+
+def _filled(counts: Sequence[int], devices: Sequence[int], room: int) -> Iterator[tuple[int, ...]]:
+    """`counts` with a replica of one config and as many of another as fit beside it into `room` devices."""
+    for one in range(len(counts)):
+        for two in range(one, len(counts)):
+            changed = list(counts)
+            left = room
+            for index, most in ((one, 1), (two, room)):
+                added = min(most, left // devices[index])
+                changed[index] += added
+                left -= added * devices[index]
+            yield tuple(changed)
 
 
 def _plan(problem: PlanningProblem, counts: tuple[int, ...], mean_plan: Plan, solve_s: float) -> Plan:
     """The deployment as a plan, its prediction that of the expected batch, its bound that of the planner's own plan."""
     if counts == replica_counts(problem, mean_plan):
-        return mean_plan
+        made = mean_plan.predicted
+        return dataclasses.replace(mean_plan, predicted=made and dataclasses.replace(made, solve_s=solve_s))
     replicas = [usable for usable, count in zip(problem.configs, counts, strict=True) for _ in range(count)]
     share, _ = share_out(replicas, balance.tables(replicas, problem.counts), problem.counts, gap_limit=GAP_LIMIT)
     step_s = share.max_s + problem.costs.step_overhead_s

@@ -86,7 +86,8 @@ class Simulation:
     def idle_shares(self) -> tuple[float, ...]:
         """Share of each replica's time that it waits for the slowest, over all steps."""
         slowest = sum(max(step.replica_s) for step in self.steps)
-        return tuple(1 - float(busy) for busy in np.sum([step.replica_s for step in self.steps], axis=0) / slowest)
+        busy = np.sum([step.replica_s for step in self.steps], axis=0) / slowest
+        return tuple(np.maximum(1 - busy, 0.0).tolist())
 
     @property
     def idle_share(self) -> float:

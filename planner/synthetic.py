@@ -9,7 +9,6 @@ distribution below the context length has: it then comes as near as it can, the 
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from scipy.special import logsumexp
 
 from planner.errors import UserError
-from planner.lobra_files import LobraTask
+from planner.lobra_files import LobraTask, csv_rows
 from planner.workload import TaskLengths, Workload
 
 COLUMNS = ("dataset", "mean_length", "skewness", "kurtosis", "context_length")
@@ -78,15 +77,8 @@ class Reached:
 
 def read_statistics(path: str | Path) -> tuple[DatasetStatistics, ...]:
     """Reads a CSV with the columns dataset, mean_length, skewness, kurtosis, context_length (others are ignored)."""
-    try:
-        reader = csv.DictReader(Path(path).read_text(encoding="utf-8").splitlines())
-    except OSError as error:
-        raise UserError(f"cannot read: {error.strerror}", file=path, expected=",".join(COLUMNS)) from error
-    missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-    if missing:
-        raise UserError(f"no column {missing[0]}", file=f"{path}:1", expected=",".join(COLUMNS))
     found = []
-    for row in reader:
+    for line, row in csv_rows(path, COLUMNS):
         try:
             found.append(
                 DatasetStatistics(
@@ -97,10 +89,8 @@ def read_statistics(path: str | Path) -> tuple[DatasetStatistics, ...]:
                     context_length=int(row["context_length"]),
                 )
             )
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"bad row: {error}", file=f"{path}:{reader.line_num}", expected=",".join(COLUMNS)
-            ) from error
+        except ValueError as error:
+            raise UserError(f"bad row: {error}", file=f"{path}:{line}", expected=",".join(COLUMNS)) from error
     if not found:
         raise UserError("no rows", file=path, expected=",".join(COLUMNS))
     return tuple(found)

@@ -45,7 +45,7 @@ REMAT_FACTORS = {"dots": (4, 1.05), "full": (16, 1.5)}
 LOBRA_PLAN = ("2048,4096,16384", "6,1,1", "1,2,8", "1,1,1")
 """LobRA's own plan for six tasks on 16 devices, as its scripts give it: capacities, replicas, tp, pp."""
 
-METHODS = ("task-sequential", "task-fused", "lobra", "ours", "ours-remat")
+METHODS = ("task-sequential", "task-fused", "lobra", "ours", "ours-remat", "ours-robust")
 LOBRA_REMAT = "none"
 """LobRA keeps everything for the backward pass, and so do the baselines."""
 
@@ -148,7 +148,7 @@ def with_remat(costs: CostTable) -> CostTable:
 def methods(
     workload: Workload, costs: CostTable, num_devices: int, settings: Settings, *, lobra: Plan | None = None
 ) -> list[Row]:
-    """Task-Sequential, Task-Fused, LobRA's plan (its planner's where none is given), ours without and with remat."""
+    """A row for each of `METHODS`; LobRA's plan is `lobra`, or its planner's where none is given."""
     table = with_remat(costs)
     rows = []
     for key in METHODS:
@@ -301,7 +301,7 @@ def _print(title: str, rows: Sequence[Row]) -> None:
     reference = next((row.gpu_seconds for row in rows if row.name == "LobRA"), rows[-1].gpu_seconds)
     for row in rows:
         click.echo(
-            f"  {row.name:16} {row.step_s:8.3f} s  {row.gpu_seconds:9.1f} GPU-s  {row.gpu_seconds / reference:6.3f} x  "
+            f"  {row.name:20} {row.step_s:8.3f} s  {row.gpu_seconds:9.1f} GPU-s  {row.gpu_seconds / reference:6.3f} x  "
             f"padding {row.padding_share:5.1%}  idle {row.idle_share:5.1%}  {row.plan}"
         )
 

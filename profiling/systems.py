@@ -8,6 +8,7 @@
 | ours                 | jointly         | unlike, by the exact planner            | one       |
 | Task-Fused, remat    | jointly         | the best one config                     | of config |
 | ours, remat          | jointly         | unlike, by the exact planner            | of config |
+| ours, remat, robust  | jointly         | unlike, best over sampled batches       | of config |
 
 Where remat is "one", all replicas have the same policy, given from outside: LobRA has none to choose from.
 """
@@ -23,6 +24,7 @@ from planner.cost import CostTable
 from planner.plan import Plan
 from planner.planners import solver
 from planner.problem import PlanningProblem
+from planner.robust import MEAN, solve_robust
 from planner.workload import Workload
 
 BuildProblem = Callable[[Workload, CostTable, Constraints], PlanningProblem]
@@ -40,12 +42,14 @@ class System:
       planner: "task-fused", or one of `planner.planners`.
       is_joint: all tasks at once; else one after the other.
       chooses_remat: whether a config's remat is the planner's choice.
+      is_robust: whether plans are chosen by the mean over sampled batches (`planner.robust`), not on the expected one.
     """
 
     name: str
     planner: str
     is_joint: bool = True
     chooses_remat: bool = False
+    is_robust: bool = False
 
 
 SEQUENTIAL = System(name="Task-Sequential", planner=HOMOGENEOUS, is_joint=False)
@@ -56,6 +60,7 @@ SYSTEMS = {
     "ours": System(name="ours", planner="exact"),
     "task-fused-remat": System(name="Task-Fused, remat", planner=HOMOGENEOUS, chooses_remat=True),
     "ours-remat": System(name="ours, remat", planner="exact", chooses_remat=True),
+    "ours-robust": System(name="ours, remat, robust", planner="exact", chooses_remat=True, is_robust=True),
 }
 
 
@@ -72,4 +77,5 @@ def plan_part(system: System, part: Workload, costs: CostTable, remat: str, buil
     """
     constraints = Constraints() if system.chooses_remat else Constraints(remats=(remat,))
     solve = task_fused.solve if system.planner == HOMOGENEOUS else solver(system.planner)
-    return solve(build(part, costs, constraints))
+    problem = build(part, costs, constraints)
+    return solve_robust(problem, solve, objective=MEAN).plan if system.is_robust else solve(problem)

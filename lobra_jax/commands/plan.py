@@ -107,6 +107,7 @@ def _check(run: Path, flags: PlanningFlags, console: Any) -> None:
 
     present, costs = Plan.load(run / "plan.yaml"), CostTable.load(run / "costs.json")
     seen, num_steps = seen_lengths(run, present.buckets[-1])
+    constraints = _run_flags(run, flags).constraints
     with console.status("planning for the lengths seen"):
         drift = check_drift(
             present,
@@ -115,6 +116,7 @@ def _check(run: Path, flags: PlanningFlags, console: Any) -> None:
             num_samples=flags.samples or DEFAULT_SAMPLES,
             seed=0,
             time_limit_s=flags.time_limit or DEFAULT_TIME_LIMIT_S,
+            constraints=constraints,
         )
     lines = [f"lengths of {num_steps} steps; present plan {present}: {times_text(drift.present_times)}"]
     if drift.best is not present:
@@ -123,6 +125,14 @@ def _check(run: Path, flags: PlanningFlags, console: Any) -> None:
     lines.append(f"{verdict}: {drift.excess:.1%} over the best plan found, where up to {GOOD_SHARE:.0%} counts as good")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def _run_flags(run: Path, flags: PlanningFlags) -> PlanningFlags:
+    """The flags, with what the run's own config says where a flag was not given."""
+    from lobra_jax.config import load_config
+
+    path = run / "config.yaml"
+    return merged_flags(load_config(path, check_files=False), flags) if path.is_file() else flags
 
 
 def seen_lengths(run: Path, longest: int) -> tuple[Workload, int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -25,6 +26,9 @@ from planner.problem import PlanningProblem, build_problem
 from planner.synthetic import read_statistics, synthetic_workload
 from planner.workload import Workload
 from profiling.bench.provenance import provenance
+
+TABLE_WIDTH = 100
+"""Columns that the table takes where nothing says how wide the terminal is."""
 
 TIMES = "lobra_time_llama_7b_a100_40g.csv"
 MEMORY = "lobra_memory_llama_7b_a100_40g_6tasks.csv"
@@ -67,6 +71,7 @@ def bench(
 ) -> None:
     """Times the planners and writes a table as JSON."""
     console = Console()
+    console.width = max(console.width, TABLE_WIDTH)
     costs = read_cost_table(reference / TIMES, reference / MEMORY, num_layers=NUM_LAYERS, model="llama-7b")
     workload, _ = synthetic_workload(read_tasks(reference / tasks), read_statistics(reference / STATISTICS), seed=0)
     rows: list[dict[str, Any]] = []
@@ -131,9 +136,14 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("devices", "planner", "wall s", "CPU s", "step s", "bound s", "gap", "gap to best bound", "ended")
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("devices", justify="right", no_wrap=True)
+    table.add_column("planner", no_wrap=True)
+    for name in ("wall s", "CPU s", "step s", "bound s", "gap", "to best bound"):
+        table.add_column(name, justify="right")
+    table.add_column("ended", min_width=8)
     for row in rows:
-        numbers = (f"{row['wall_s']:.2f}", f"{row['cpu_s']:.2f}", f"{row['step_s']:.4f}", f"{row['bound_s']:.4f}")
+        numbers = (f"{row['wall_s']:.2f}", f"{row['cpu_s']:.2f}", f"{row['step_s']:#.4g}", f"{row['bound_s']:#.4g}")
         gaps = (f"{row['gap']:.2%}", f"{row['gap_to_best_bound']:.2%}")
         table.add_row(str(row["num_devices"]), row["planner"], *numbers, *gaps, row["status"] or "")
     return table

@@ -212,6 +212,18 @@ def test_check_says_whether_a_runs_plan_suits_the_lengths_seen(folder, capsys):
     assert "lengths of 2 steps" in printed and "still good" in printed
 
 
+def test_check_compares_with_plans_that_keep_to_the_runs_constraints(folder, capsys):
+    write_run(folder, {"a": {"32": 8}, "b": {"64": 4}})
+    assert lobra("plan", "--check", "run", "--samples", 4, "--time-limit", 2) == 0
+    assert "worth planning anew" in capsys.readouterr().out
+    text = (folder / "C.yaml").read_text()
+    config = yaml.safe_load(text)
+    config["planner"] = config.get("planner", {}) | {"pinned": str(Plan.load("run/plan.yaml")).split()}
+    (folder / "run/config.yaml").write_text(yaml.safe_dump(config))
+    assert lobra("plan", "--check", "run", "--samples", 4, "--time-limit", 2) == 0
+    assert "still good" in capsys.readouterr().out
+
+
 def test_check_of_a_run_without_lengths_is_one_line(folder, capsys):
     write_run(folder, {})
     assert lobra("plan", "--check", "run") == 2

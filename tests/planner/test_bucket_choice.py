@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from planner import planning
 from planner.bucket_choice import best_row, bucket_rows, choose_num_buckets, num_programs
 from planner.cost import ConfigCost, CostTable
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
@@ -70,3 +71,23 @@ def test_a_longer_run_affords_no_fewer_lengths():
         return best_row(rows).num_buckets
 
     assert chosen(10) <= chosen(100_000)
+
+
+@pytest.mark.parametrize(("took_s", "left_s"), [(4.0, 16.0), (19.0, 10.0)])
+def test_the_choice_of_lengths_counts_towards_the_time_limit(monkeypatch, took_s, left_s):
+    clock, given = [0.0], []
+
+    def report(*_):
+        clock[0] += took_s
+        return rows_of(choices=(2,))
+
+    def solve(problem):
+        given.append(problem.time_limit_s)
+        return PLAN
+
+    monkeypatch.setattr(planning, "bucket_report", report)
+    monkeypatch.setattr(planning, "solver", lambda _: solve)
+    monkeypatch.setattr(planning.time, "perf_counter", lambda: clock[0])
+    flags = planning.PlanningFlags(**dict.fromkeys(planning.PlanningFlags.__dataclass_fields__) | {"time_limit": 20.0})
+    planning.choose_plan(WORKLOAD, COSTS, 6, flags)
+    assert given == [left_s]

@@ -207,6 +207,19 @@ def test_constraints_that_leave_no_plan_say_why(constraints, complaint):
         planned(**constraints)
 
 
+def test_a_length_that_constraints_keep_out_names_them_and_many_configs_are_summed_up():
+    configs = [ParallelConfig(tp=t, pp=p, remat=r) for t in (1, 2, 4) for p in (1, 2) for r in ("none", "full")]
+    table = table_of(*(cost(config, 64 if config.remat == "full" else 32) for config in configs))
+    workload = workload_of((1, 0, 0, 1), BUCKETS)
+    with pytest.raises(UserError, match=r"64 tokens fit no config that the constraints \(remats = none\) allow.*32 "):
+        build_problem(workload, table, 8, buckets=BUCKETS, constraints=Constraints(remats=("none",)))
+    listed = r"12 configs with tp 1\|2\|4, pp 1\|2, remat none\|full"
+    with pytest.raises(UserError, match=r"tps = 8 16.*" + listed):
+        build_problem(workload, table, 8, buckets=BUCKETS, constraints=Constraints(tps=(8, 16)))
+    with pytest.raises(UserError, match=r"not a config that a plan may use.*" + listed):
+        build_problem(workload, table, 8, buckets=BUCKETS, constraints=Constraints(pinned=("(tp8,pp1)",)))
+
+
 @pytest.mark.parametrize("planner", ["minlp", "prune", "group"])
 @pytest.mark.parametrize("constraints", [{"pinned": ("(tp2,pp1,none)",)}, {"max_configs": 2}])
 def test_lobras_planners_refuse_what_they_do_not_know(planner, constraints):

@@ -13,7 +13,7 @@ from planner.cost import ConfigCost, CostTable
 from planner.dispatch import METHODS, MicroBatch, dispatch
 from planner.errors import UserError
 from planner.evaluate import evaluate, plan_violations
-from planner.plan import ParallelConfig, Plan, ReplicaGroup
+from planner.plan import ParallelConfig, Plan, Prediction, ReplicaGroup
 from planner.problem import usable_config
 from planner.workload import TaskLengths, Workload
 
@@ -283,6 +283,18 @@ def test_plan_violations_are_found():
     )
     greedy = dataclasses.replace(good, replicas=(dataclasses.replace(good.replicas[0], capacity_tokens=64),))
     assert any("is given 64 tokens of 40" in v for v in plan_violations(greedy, costs, workload))
+    used = sum(group.num_devices for group in good.replicas)
+    honest = Prediction(step_s=2.0, bound_s=1.5, gap=0.25, gpu_seconds=2.0 * used, solve_s=0.1)
+    assert plan_violations(dataclasses.replace(good, predicted=honest), costs, workload) == ()
+    for change, complaint in (
+        ({"bound_s": 2.5, "gap": -0.25}, "exceeds step_s"),
+        ({"gap": 0.01}, "make 0.25"),
+        ({"gpu_seconds": 1.0}, f"{used} devices for 2 s make"),
+        ({"step_s": 0.0}, "no time"),
+    ):
+        told = dataclasses.replace(good, predicted=dataclasses.replace(honest, **change))
+        (said,) = plan_violations(told, costs, workload)
+        assert complaint in said
     other = dataclasses.replace(costs, model="other", configs=costs.configs[1:])
     assert any("not in the cost table" in v for v in plan_violations(good, other, workload))
     assert any("model" in v for v in plan_violations(good, other, workload))

@@ -1,6 +1,7 @@
 """The explanation of a plan, as numbers, text and HTML."""
 
 import dataclasses
+import html
 import html.parser
 import io
 
@@ -11,8 +12,8 @@ from planner.cost import ConfigCost, CostTable
 from planner.errors import UserError
 from planner.explain import BEST, ONE_CONFIG, explain
 from planner.explain_html import html as page
-from planner.explain_text import length_ranges, render, verdict
-from planner.plan import ParallelConfig, Plan, Prediction, ReplicaGroup
+from planner.explain_text import DOUBTS, POLICIES, length_ranges, render, verdict
+from planner.plan import REMATS, ParallelConfig, Plan, Prediction, ReplicaGroup
 from planner.workload import TaskLengths, Workload
 
 NARROW, WIDE = ParallelConfig(tp=1, pp=1, remat="none"), ParallelConfig(tp=2, pp=1, remat="none")
@@ -122,7 +123,8 @@ def test_comparison_gives_bound_gap_and_runner_ups_in_order():
 
     changes = [other.change for other in explanation.alternatives]
     assert set(changes) == set(progress)
-    for expected in (BEST, ONE_CONFIG, "planner minlp", "without (tp2,pp1,none)", "without (tp1,pp1,none)"):
+    without = ["planned without (tp2,pp1,none)", "planned without (tp1,pp1,none)"]
+    for expected in (BEST, ONE_CONFIG, "planner minlp", *without):
         assert expected in changes
     assert changes[-2:] == ["one more device (5)", "memory for 25% more tokens (the costs tell no bytes)"]
     roomier = explanation.alternatives[-1].plan
@@ -139,7 +141,7 @@ def test_config_that_alone_holds_the_longest_bucket_cannot_be_left_out():
     only = dataclasses.replace(COSTS, configs=COSTS.configs[:2])
     explanation = explain(UNBALANCED, only, WORKLOAD, time_limit_s=5)
 
-    without = next(other for other in explanation.alternatives if other.change == "without (tp2,pp1,none)")
+    without = next(other for other in explanation.alternatives if other.change == "planned without (tp2,pp1,none)")
     assert without.plan is None and without.step_s is None
     assert "256 tokens" in without.note
     assert "none: no other config holds 256 tokens" in text(explanation)
@@ -156,11 +158,38 @@ def test_text_names_replicas_limits_and_what_a_replica_is():
         "The 4 devices hold 3 copies (replicas) of m",
         "Planner prune expected 2.00 s a step",
         "A step of the expected batch (18 sequences) takes",
+        "--robust",
         "What limits the step",
         "to 64",
         "to 256",
     ):
         assert expected in shown
+
+
+def test_numbers_of_the_plan_that_contradict_each_other_or_the_costs_are_said():
+    step_s = explain(UNBALANCED, COSTS, WORKLOAD, compare=False).step_s
+    honest = Prediction(step_s=step_s, bound_s=step_s, gap=0.0, gpu_seconds=4 * step_s, solve_s=0.1)
+    told = explain(dataclasses.replace(UNBALANCED, predicted=honest), COSTS, WORKLOAD, compare=False)
+    assert told.doubts == () and DOUBTS not in text(told) and DOUBTS not in page(told)
+    wrong = dataclasses.replace(honest, step_s=0.9 * step_s)
+    doubted = explain(dataclasses.replace(UNBALANCED, predicted=wrong), COSTS, WORKLOAD, compare=False)
+    assert len(doubted.doubts) == 4  # bound, gap, GPU-seconds, and the costs
+    for sentence in doubted.doubts:
+        assert sentence in text(doubted) and sentence in html.unescape(page(doubted))
+
+
+def test_seconds_have_alike_decimals_and_fit_eighty_columns():
+    explanation = explain(plan((1, PIPELINE), (2, NARROW)), COSTS, WORKLOAD, compare=False)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(render(explanation))
+    shown = console.file.getvalue()
+    assert "…" not in shown and "start up: what a step costs" in shown
+    (row,) = [line for line in shown.splitlines() if line.strip().startswith("replica 0 (tp1,pp2")]
+    assert {len(cell.split(".")[1]) for cell in row.split() if cell.replace(".", "").isdigit() and "." in cell} == {2}
+
+
+def test_every_policy_has_its_meaning():
+    assert tuple(POLICIES) == REMATS
 
 
 def test_ranges_of_lengths_end_at_the_capacities_and_the_longest_bucket():

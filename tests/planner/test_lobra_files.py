@@ -80,6 +80,21 @@ def test_extra_columns_and_crlf_are_read(tmp_path):
     assert read_cost_table(time_csv, memory_csv, num_layers=4).configs == plain.configs
 
 
+def test_columns_in_another_order_blanks_and_a_byte_order_mark_are_read(tmp_path):
+    plain = read_cost_table(*write_profiles(tmp_path), num_layers=4)
+    for path in write_profiles(tmp_path):
+        rows = [line.split(",") for line in path.read_text().splitlines()]
+        turned = "\r\n".join(" ,".join(f" {cell} " for cell in reversed(row)) for row in rows)
+        path.write_bytes(b"\xef\xbb\xbf" + turned.encode() + b"\r\n  \r\n , , , \r\n\r\n")
+    again = read_cost_table(tmp_path / "time.csv", tmp_path / "memory.csv", num_layers=4)
+    assert again.configs == plain.configs
+    (tmp_path / "memory.csv").write_text(MEMORY_HEADER + "1.0,1,1,2048.0\n")
+    assert read_cost_table(tmp_path / "time.csv", tmp_path / "memory.csv", num_layers=4).configs[0] == plain.configs[0]
+    (tmp_path / "memory.csv").write_text(MEMORY_HEADER + "1,1,1,2048.5\n")
+    with pytest.raises(UserError, match=r"memory.csv:2: max_tokens: bad number .*'2048.5'"):
+        read_cost_table(tmp_path / "time.csv", tmp_path / "memory.csv", num_layers=4)
+
+
 @pytest.mark.parametrize(
     ("which", "text", "complaint"),
     [

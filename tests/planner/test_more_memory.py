@@ -64,3 +64,11 @@ def test_the_explanation_says_what_more_memory_would_give():
     (found,) = [a for a in explanation.alternatives if a.change == "10 GiB more memory a device"]
     assert str(found.plan) == "4x(tp1,pp1,none)" and not found.same_devices
     assert found.step_s == pytest.approx(explanation.step_s / 4)
+
+
+def test_a_table_without_measured_bytes_is_asked_for_more_room_though_it_tells_the_memory():
+    costs = table(cost(NARROW, 128), cost(WIDE, 256), memory_bytes=11 * GIB)
+    workload = Workload(tasks=(TaskLengths(name="t", batch_size=8, lengths={128: 1.0}),))
+    replicas = (ReplicaGroup(count=4, config=NARROW, capacity_tokens=128),)
+    explanation = explain(Plan(model="m", num_devices=4, replicas=replicas, buckets=(128,)), costs, workload)
+    assert [a.change for a in explanation.alternatives][-1] == "memory for 25% more tokens (the costs tell no bytes)"

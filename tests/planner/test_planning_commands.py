@@ -53,14 +53,14 @@ def test_explain_needs_the_plan_alone_when_its_inputs_lie_beside_it(folder):
     shown = run(explain, folder / "plan.yaml", "--html", folder / "plan.html", "--time-limit", 5)
 
     assert "replica 0 (tp2,pp1,none)" in shown
-    assert "best plan found" in shown
+    assert "planned anew" in shown
     assert "replica 1 (tp1,pp1,none)" in (folder / "plan.html").read_text()
 
 
 def test_inputs_of_a_run_folder_are_found_too(folder):
     (folder / "plan.costs.json").rename(folder / "costs.json")
     (folder / "plan.lengths.json").rename(folder / "lengths.json")
-    assert "best plan found" not in run(explain, folder / "plan.yaml", "--no-compare")
+    assert "planned anew" not in run(explain, folder / "plan.yaml", "--no-compare")
 
 
 def test_named_inputs_win_over_those_beside_the_plan(folder):
@@ -96,7 +96,8 @@ def test_simulate_prints_and_writes_the_totals(folder):
     ("command", "arguments", "complaint"),
     [
         (explain, ["nowhere.yaml"], r"nowhere.yaml: no such file"),
-        (explain, [], r"--costs: missing"),
+        (explain, [], r"PLAN: name one plan"),
+        (simulate, [], r"PLAN: name one plan"),
         (explain, ["plan.yaml", *LISTS], r"PLAN: name one plan"),
         (explain, ["bare.yaml"], r"bare.yaml: no costs beside the plan; expected bare.costs.json or costs.json"),
         (simulate, ["--plan", "plan.yaml", "--lobra-time", "t.csv"], r"--lobra-memory: missing"),

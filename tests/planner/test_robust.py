@@ -1,9 +1,13 @@
 """Plans chosen over sampled batches, and whether a plan still suits the lengths seen."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from planner import drift
+from planner.cli import robust_lines
+from planner.constraints import Constraints
 from planner.cost import ConfigCost, CostTable
 from planner.drift import check_drift
 from planner.errors import UserError
@@ -28,6 +32,8 @@ COSTS = CostTable(
     step_overhead_s=0.01,
     configs=(cost(NARROW, 64, 1e-3), cost(WIDE, 256, 4e-4)),
 )
+MIDDLE = ParallelConfig(tp=2, pp=1, remat="none")
+THREE = dataclasses.replace(COSTS, configs=(*COSTS.configs, cost(MIDDLE, 256, 6e-4)))
 RARE = Workload(tasks=(TaskLengths(name="t", batch_size=40, lengths={20: 0.975, 250: 0.025}),))
 """One long sequence expected in a batch; often there are none, or several."""
 
@@ -65,7 +71,7 @@ def test_the_chosen_plan_is_the_best_of_all_deployments_on_its_samples(objective
 
 
 def test_a_plan_for_the_tail_beats_the_plan_of_the_mean_where_long_ones_bunch():
-    found = solve_robust(problem_of(), solver("exact"), objective="p95", num_samples=48)
+    found = solve_robust(problem_of(), solver("exact"), objective="p95", num_samples=48, seed=0)
     fresh = sampled_counts(problem_of(), 48, seed=0, first=48)
     mean = step_times(problem_of(), replica_counts(problem_of(), found.mean_plan), fresh, 0.95)
     assert found.mean_plan_times == mean
@@ -82,6 +88,28 @@ def test_neighbours_stay_within_the_devices_and_serve_the_longest():
     for other in found:
         assert other[wide] >= 1
         assert np.dot(other, [usable.num_devices for usable in problem.configs]) <= 12
+
+
+def test_pinned_replicas_and_the_limit_on_configs_hold_for_every_candidate():
+    asked = Constraints(pinned=("2x(tp1,pp1,none)", "1x(tp4,pp1,none)"), max_configs=2)
+    problem = build_problem(RARE, THREE, 12, time_limit_s=3.0, constraints=asked)
+    narrow, wide = (next(i for i, u in enumerate(problem.configs) if u.config == c) for c in (NARROW, WIDE))
+    counts = [0] * len(problem.configs)
+    counts[narrow], counts[wide] = 8, 1
+    found = [other for removed in (0, 1, 2) for other in neighbours(problem, counts, removed)]
+    assert found and all(o[narrow] >= 2 and o[wide] >= 1 and np.count_nonzero(o) == 2 for o in found)
+    chosen = solve_robust(problem, solver("exact"), objective="p90", num_samples=16).plan
+    assert {group.config: group.count >= 2 for group in chosen.replicas}[NARROW]
+    assert {group.config for group in chosen.replicas} == {NARROW, WIDE}
+
+
+def test_a_short_limit_leaves_out_the_search_but_not_the_times():
+    problem = dataclasses.replace(problem_of(), time_limit_s=1e-3)
+    found = solve_robust(problem, solver("exact"), objective="p95", num_samples=8)
+    assert found.num_candidates == 1 and found.plan.replicas == found.mean_plan.replicas and found.regret == 0
+    assert found.times.p95_s >= found.times.p50_s > 0
+    assert "the only one that the time limit left time for" in robust_lines(found)[0]
+    assert "of 7 deployments" in robust_lines(dataclasses.replace(found, num_candidates=7))[0]
 
 
 @pytest.mark.parametrize("objective", ["median", "p0", "p100", "95", "p9.5"])

@@ -1,5 +1,6 @@
 """The simulated experiments: what they compare is the same work, and the numbers are the evaluator's."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,6 +10,9 @@ from click.testing import CliRunner
 from planner.cost import CostTable
 from planner.evaluate import evaluate
 from planner.plan import ParallelConfig
+from planner.planners import solver
+from planner.problem import build_problem
+from planner.robust import DEFAULT_SAMPLES, DEFAULT_SEED, replica_counts, sampled_counts, step_times
 from planner.simulate import batch
 from planner.workload import Workload
 from profiling import experiments
@@ -22,7 +26,7 @@ from profiling.experiments import (
     tasks_of_statistics,
     with_remat,
 )
-from profiling.systems import SEQUENTIAL
+from profiling.systems import SEQUENTIAL, SYSTEMS, plan_part
 
 COSTS = CostTable.load(CONFIGS / "costs" / "llama2_7b_a100_40g.json")
 SIX = Workload.load(CONFIGS / "lengths" / "lobra_six_tasks.json")
@@ -59,6 +63,25 @@ def test_sequential_adds_up_its_tasks():
     both = simulated(SEQUENTIAL, two, COSTS, 16, QUICK)
     alone = [simulated(SEQUENTIAL, Workload(tasks=(task,)), COSTS, 16, QUICK) for task in two.tasks]
     assert both.gpu_seconds == pytest.approx(sum(row.gpu_seconds for row in alone))
+
+
+def test_robust_plans_are_chosen_over_batches_that_the_experiment_does_not_judge_on():
+    names = [SYSTEMS[key].name for key in experiments.METHODS]
+    assert names[-2:] == ["ours, remat", "ours, remat, robust"] and len(set(names)) == len(names)
+    few = Workload(tasks=tuple(dataclasses.replace(task, batch_size=8) for task in SIX.tasks[:2]))
+    problems = []
+
+    def build(part, costs, constraints):
+        problems.append(build_problem(part, costs, 8, num_buckets=6, constraints=constraints, time_limit_s=2.0))
+        return problems[-1]
+
+    plan = plan_part(SYSTEMS["ours-robust"], few, with_remat(COSTS), "none", build)
+    chosen_on, judged_on = (sampled_counts(problems[0], 16, seed) for seed in (DEFAULT_SEED, QUICK.seed))
+    assert not np.array_equal(chosen_on, judged_on)
+    counts = replica_counts(problems[0], plan)
+    plain = replica_counts(problems[0], solver("exact")(problems[0]))
+    chosen = sampled_counts(problems[0], DEFAULT_SAMPLES, DEFAULT_SEED)
+    assert step_times(problems[0], counts, chosen).mean_s <= 1.02 * step_times(problems[0], plain, chosen).mean_s
 
 
 def test_each_step_of_the_ablation_is_cheaper():
