@@ -59,7 +59,7 @@ NOTHING_GIVEN: Mapping[int, TaskAdapter] = types.MappingProxyType({})
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IssuedStep:
-    """A step handed to the devices and not yet waited for; `settle_s` of its issuing went to waiting for the last."""
+    """A step handed to the devices and not yet waited for; `settle_s` of its issuing went to waiting for devices."""
 
     issued_at: float
     settle_s: float
