@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import time
 from pathlib import Path
 
 import jax
@@ -361,6 +362,17 @@ def test_a_step_without_room_leaves_the_engine_as_it_was_where_updates_are_in_pl
         patch.setattr(reduce, "_update_in_place", Once(reduce._update_in_place, now))
         with pytest.raises(UserError, match="out of device memory at the update of adapters"):
             engine.issue(*steps[2])
+
+
+def test_an_update_in_place_waits_for_those_who_look_at_the_adapters_before(ready, monkeypatch):
+    engine, start, steps, states = ready
+    engine.set_state(copy_of(start))
+    monkeypatch.setattr(engine_module, "has_room", lambda *_, **__: False)
+    await_all = engine_module._await_all
+    monkeypatch.setattr(engine_module, "_await_all", lambda *arguments: (time.sleep(0.3), await_all(*arguments))[1])
+    for issued in [engine.issue(*arguments) for arguments in steps]:
+        engine.finish(issued)
+    assert_same(engine.state, states[-1])
 
 
 def copy_of(state):
