@@ -7,7 +7,7 @@ it for all replicas would be what they wait for; XLA does it without Python's lo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, wait
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -15,10 +15,16 @@ Result = TypeVar("Result")
 
 def at_once(executor: Executor, calls: Sequence[Callable[[], Result]]) -> list[Result]:
     """The calls' results, in order, when all have ended; if any failed, what the first of those raised."""
-    if len(calls) == 1:
-        return [calls[0]()]
+    if len(calls) < 2:
+        return [call() for call in calls]
     futures = [executor.submit(call) for call in calls]
-    failed = [error for future in futures if (error := future.exception()) is not None]
-    if failed:
-        raise failed[0]
-    return [future.result() for future in futures]
+    wait(futures)
+    results = []
+    try:
+        for future in futures:
+            results.append(future.result())
+    finally:
+        # A failure's traceback holds this frame: were the frame to hold the failure, arrays of the failed calls would
+        # stay on devices until Python looks for cycles.
+        del future, futures
+    return results

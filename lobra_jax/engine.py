@@ -36,12 +36,12 @@ from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.weights import WeightSource
 from lobra_jax.optim import OPTIMIZERS, HyperInputs, no_inputs
 from lobra_jax.out_of_memory import (
+    NoRoomForUpdateError,
     OutOfMemoryError,
     await_gradients,
     blaming,
     failures,
     is_out_of_memory,
-    no_room_for_update,
 )
 from lobra_jax.peft_folder import TaskAdapter
 from lobra_jax.reduce import AdapterState, GradientSum
@@ -151,8 +151,8 @@ class Engine:
         self.set_state(self.gradient_sum.init(adapters))
 
     def set_state(self, state: AdapterState) -> None:
-        self.state = state
-        self._spread = self.gradient_sum.spread(state.adapters)
+        spread = self.gradient_sum.spread(state.adapters)
+        self.state, self._spread = state, spread
 
     def shapes(self) -> list[list[Shape]]:
         """The plan's shape lattice, by replica."""
@@ -202,7 +202,7 @@ class Engine:
 
         Raises:
           OutOfMemoryError: nothing of this step has happened; or of the one before, which `finish` then says again.
-          UserError: there was room for the micro-batches but not for an update in place.
+          NoRoomForUpdateError: there was room for the micro-batches but not for an update in place.
         """
         with jax.profiler.StepTraceAnnotation(ISSUE_MARK, step_num=step):
             return self._issue(batches, hyper, step)
@@ -267,7 +267,7 @@ class Engine:
                 self.set_state(state)
         except OutOfMemoryError as error:
             if in_place:
-                raise no_room_for_update() from error
+                raise NoRoomForUpdateError() from error
             raise
         return state, norms
 
@@ -304,7 +304,8 @@ class Engine:
 
         Raises:
           OutOfMemoryError: the engine is as it was before the step was issued.
-          UserError: there was room for the micro-batches but not for the update, found when the next had been issued.
+          NoRoomForUpdateError: there was room for the micro-batches but not for the update, which was in place, or was
+            found to lack it when the next step had been issued.
         """
         error, is_last, before = step.adapters_ready.exception(), step is self._unsettled, self._before
         if is_last:
@@ -317,14 +318,14 @@ class Engine:
             self.set_state(before)
             self.pause()
         elif is_last or self._unsettled is not None:
-            raise no_room_for_update() from error
+            raise NoRoomForUpdateError() from error
         raise OutOfMemoryError(failures(step.runs)) from error
 
     def finish(self, step: IssuedStep) -> StepResult:
         """Waits for a step; losses, norms and times.
 
         Raises:
-          OutOfMemoryError: a device had no room for it; the engine is as it was before it.
+          OutOfMemoryError, NoRoomForUpdateError: as `_settle`.
         """
         self._settle(step)
         start, host_wait_s, ready = step.issued_at, 0.0, step.adapters_ready.result()

@@ -68,7 +68,7 @@ def has_room(
     """
     stages = [list(stage.mesh.devices.flat) for stage in replica.submesh.stages]
     free = [min(free_bytes(d, limit_bytes) - beside.get(d, 0) for d in devices) for devices in stages]
-    if math.inf in free:
+    if math.inf in free or not shapes:
         return True
     peaks = zip(*(stage_bytes(replica, shape) for shape in shapes), strict=True)
     held = [leaf_bytes(layout.params) + 2 * leaf_bytes(layout.adapters) for layout in replica.layouts]

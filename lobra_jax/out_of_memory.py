@@ -75,9 +75,12 @@ def await_gradients(runs: Sequence[ReplicaRun]) -> None:
         raise OutOfMemoryError(failures(runs)) from error
 
 
-def no_room_for_update() -> UserError:
-    return UserError(
-        "out of device memory at the update of adapters",
-        key="tasks",
-        expected="fewer tasks or lower ranks at a time; --resume goes on from the last checkpoint",
-    )
+class NoRoomForUpdateError(UserError):
+    """A device had no room for the update of adapters, and the state before it is gone."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "out of device memory at the update of adapters",
+            key="tasks",
+            expected="fewer tasks or lower ranks at a time; --resume goes on from the last checkpoint, if there is one",
+        )

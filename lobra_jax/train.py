@@ -245,6 +245,7 @@ class Trainer:
             except OutOfMemoryError as error:
                 failures, self._step = error.failures, pending.step
         del pending
+        self.engine.pause()
         self.room.lower(failures, f"step {self._step + 1}")
 
     def _issue(self, step: int, task_steps: dict[str, int | None], feeder: Feeder) -> PendingStep:

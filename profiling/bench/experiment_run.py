@@ -25,7 +25,7 @@ from lobra_jax.feeder import Feeder
 from lobra_jax.joint_step import PendingStep, issue_step, make_engine, step_record
 from lobra_jax.metrics import StepRecord, compile_bar
 from lobra_jax.optim import TaskOptimizer
-from lobra_jax.out_of_memory import OutOfMemoryError, is_out_of_memory
+from lobra_jax.out_of_memory import NoRoomForUpdateError, OutOfMemoryError, is_out_of_memory
 from lobra_jax.tasks import adapter_seed, task_optimizer
 from lobra_jax.timeline import save_timeline, step_timeline
 from planner.cost import CostTable
@@ -98,7 +98,7 @@ def run_part(scene: Scene, plan: Plan, timeline: Path) -> dict[str, Any]:
     failure = ""
     try:
         return _run(scene, plan, timeline)
-    except OutOfMemoryError as error:
+    except (OutOfMemoryError, NoRoomForUpdateError) as error:
         failure = str(error)
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):

@@ -23,7 +23,7 @@ from lobra_jax.loss import weighted_row_losses
 from lobra_jax.memory import memory_bytes
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.optim import HyperInputs, TaskOptimizer, step_inputs
-from lobra_jax.out_of_memory import OutOfMemoryError
+from lobra_jax.out_of_memory import NoRoomForUpdateError, OutOfMemoryError
 from lobra_jax.replica import Replica
 from lobra_jax.stage import BatchInputs
 from lobra_jax.step_times import StepResult
@@ -209,7 +209,7 @@ class Bench:
         try:
             results, issue_s = run_case(case, engine, self._params, steps=self._steps)
             trace = None if self._trace is None else _traced(case, engine, self._trace)
-        except OutOfMemoryError as error:
+        except (OutOfMemoryError, NoRoomForUpdateError) as error:
             return {**case.described, "predicted_bytes": predicted, "out_of_memory": str(error)}
         after = peak_bytes(self._devices)
         step_s = statistics.median(result.total_s for result in results)

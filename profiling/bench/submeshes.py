@@ -146,7 +146,7 @@ def _compiled(cases: Sequence[Case], devices: Sequence[Any]) -> list[tuple[Engin
 
 def _row(case: Case, engine: Engine, devices: Sequence[Any], steps: int, one_device: float | None) -> dict[str, Any]:
     """What was measured, or {"left_out": why}."""
-    from lobra_jax.out_of_memory import OutOfMemoryError
+    from lobra_jax.out_of_memory import NoRoomForUpdateError, OutOfMemoryError
     from profiling.bench.step_case import predicted_bytes, run_case
     from profiling.made_up import random_params
 
@@ -157,7 +157,7 @@ def _row(case: Case, engine: Engine, devices: Sequence[Any], steps: int, one_dev
     try:
         results, issue_s = run_case(case, engine, [random_params(r) for r in engine.replicas], steps=steps)
         predicted_s = _predicted_s(case, engine)
-    except OutOfMemoryError as error:
+    except (OutOfMemoryError, NoRoomForUpdateError) as error:
         return {"left_out": str(error), "predicted_bytes": needed}
     step_s = statistics.median(result.total_s for result in results)
     tokens_per_s = case.tokens / step_s / case.num_devices

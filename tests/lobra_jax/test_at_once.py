@@ -1,6 +1,10 @@
 """Work for several replicas at once."""
 
+import contextlib
+import gc
 import threading
+import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -35,3 +39,29 @@ def test_the_first_failure_is_raised_when_all_have_ended():
         with pytest.raises(ValueError, match="second"):
             at_once(executor, [work, lambda: fail("second"), lambda: fail("third")])
         assert ended == [True]
+
+
+def test_nothing_of_a_failed_call_is_kept():
+    """Not even until Python looks for cycles."""
+
+    class Arrays:
+        pass
+
+    kept: list[weakref.ref] = []
+
+    def fail() -> None:
+        arrays = Arrays()
+        kept.append(weakref.ref(arrays))
+        raise ValueError("no room")
+
+    gc.disable()
+    try:
+        with ThreadPoolExecutor(2) as executor:
+            with contextlib.suppress(ValueError):
+                at_once(executor, [fail, fail])
+            deadline = time.monotonic() + PATIENCE_S
+            while any(ref() is not None for ref in kept) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert [ref() for ref in kept] == [None, None]
+    finally:
+        gc.enable()

@@ -166,6 +166,12 @@ def test_a_sum_without_room_is_nobodys_fault(ready, monkeypatch):
                 engine.finish(engine.issue(*steps[1]))
         assert raised.value.failures == ()
         assert_same(engine.state, states[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.gradient_sum, "spread", Once(engine.gradient_sum.spread, now))
+        with pytest.raises(OutOfMemoryError):
+            engine.issue(*steps[1])
+    engine.finish(engine.issue(*steps[1]))
+    assert_same(engine.state, states[1])
 
 
 def test_an_update_found_to_have_failed_under_a_further_step_ends_the_run(ready, monkeypatch):
