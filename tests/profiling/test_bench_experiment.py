@@ -12,21 +12,6 @@ from lobra_jax.config import load_config, model_config
 from planner.cost import ConfigCost, CostTable
 from planner.plan import ParallelConfig
 
-MODEL = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-}
 LENGTHS = {"short": {"10": 0.5, "16": 0.5}, "long": {"12": 0.5, "30": 0.5}}
 BATCH_SIZES = {"short": 8, "long": 4}
 SYSTEMS = ("task-sequential", "task-fused", "lobra", "ours-remat")
@@ -35,9 +20,9 @@ NUM_DEVICES = 2
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, tiny_config_json):
     folder = tmp_path_factory.mktemp("experiment")
-    (folder / "config.json").write_text(json.dumps(MODEL))
+    (folder / "config.json").write_text(tiny_config_json)
     tasks = [{"name": name, "batch_size": size, "lengths": LENGTHS[name]} for name, size in BATCH_SIZES.items()]
     (folder / "lengths.json").write_text(json.dumps({"tasks": tasks}))
     task = {"context_length": 64, "steps": 1, "rank": 2, "targets": ["q", "down"]}

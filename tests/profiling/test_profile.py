@@ -18,21 +18,6 @@ from profiling.measure import Bench, Setup, reserve_bytes
 from profiling.packed import measure_packed
 from profiling.table import partial_path
 
-MODEL = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-}
 LIMIT = 1_500_000
 SMALLER_LIMIT = 800_000
 SHAPES = ("--lengths", "16,128", "--repeats", "1", "--max-tokens", "256")
@@ -41,9 +26,9 @@ WIDE = ParallelConfig(tp=2, pp=1, remat="none")
 
 
 @pytest.fixture(scope="module")
-def config_file(tmp_path_factory):
+def config_file(tmp_path_factory, tiny_config_json):
     folder = tmp_path_factory.mktemp("profile")
-    (folder / "config.json").write_text(json.dumps(MODEL))
+    (folder / "config.json").write_text(tiny_config_json)
     task = {"files": "none.jsonl", "batch_size": 2, "steps": 1}
     content = {
         "model": {"path": ".", "dtype": "float32"},
