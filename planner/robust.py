@@ -45,7 +45,9 @@ SCREENED_BATCHES = 8
 """Samples that neighbours are screened on."""
 
 MOST_REMOVED = 2
-"""Replicas that are replaced at once: none (only idle devices are filled), one, or where that does not help two."""
+"""Replicas that are replaced at once: none (only idle devices are filled), one, or where that does not help two.
+
+Beside two come as many of one config as one replica of another needs the devices of."""
 
 NUM_JUDGED = 5
 """Candidates that are dispatched on every sample, the plan of the expected batch among them."""
@@ -279,18 +281,15 @@ def _objective(seconds: Sequence[float], quantile: float | None) -> float:
 def neighbours(problem: PlanningProblem, counts: Sequence[int], num_removed: int = 1) -> Iterator[tuple[int, ...]]:
     """Deployments with `num_removed` replicas less and the room filled by one or two other configs, each once.
 
-    Idle devices count as room. All hold the longest bucket and the pinned replicas, and no more configs than allowed.
+    `MOST_REMOVED` stands also for more replicas of one config, where a replica of another needs so many devices. Idle
+    devices count as room. All hold the longest bucket and the pinned replicas, and no more configs than allowed.
     """
     devices = [usable.num_devices for usable in problem.configs]
     pinned = problem.pinned or (0,) * len(counts)
     most_configs = len(counts) if problem.max_configs is None else problem.max_configs
     last = len(problem.buckets) - 1
-    present = [index for index, count in enumerate(counts) if count]
     seen = {tuple(counts)}
-    for removed in itertools.combinations_with_replacement(present, num_removed):
-        kept = list(counts)
-        for index in removed:
-            kept[index] -= 1
+    for kept in _removals(counts, devices, problem.num_devices, num_removed):
         if any(count < least for count, least in zip(kept, pinned, strict=True)):
             continue
         room = problem.num_devices - sum(count * number for count, number in zip(kept, devices, strict=True))
@@ -299,6 +298,21 @@ def neighbours(problem: PlanningProblem, counts: Sequence[int], num_removed: int
             if serves and sum(count > 0 for count in changed) <= most_configs and changed not in seen:
                 seen.add(changed)
                 yield changed
+
+
+def _removals(counts: Sequence[int], devices: Sequence[int], num_devices: int, num_removed: int) -> Iterator[list[int]]:
+    """`counts` without `num_removed` replicas; for `MOST_REMOVED` also without as many as a larger one needs."""
+    present = [index for index, count in enumerate(counts) if count]
+    removals = set(itertools.combinations_with_replacement(present, num_removed))
+    if num_removed == MOST_REMOVED:
+        idle = num_devices - sum(count * number for count, number in zip(counts, devices, strict=True))
+        needed = ((index, -(-(size - idle) // devices[index])) for index in present for size in devices)
+        removals |= {(index,) * number for index, number in needed if MOST_REMOVED < number <= counts[index]}
+    for removed in sorted(removals):
+        kept = list(counts)
+        for index in removed:
+            kept[index] -= 1
+        yield kept
 
 
 def _filled(counts: Sequence[int], devices: Sequence[int], room: int) -> Iterator[tuple[int, ...]]:
