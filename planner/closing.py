@@ -90,7 +90,7 @@ def close(search: Search, *, most_settled: int, most_ruled_out: int) -> None:
         before_s = search.best.max_s
         start = dive(search, chosen.replica_counts, chosen.replica_counts, decided_s)
         one = Settled(replica_counts=chosen.replica_counts, max_s=start.max_s, bound_s=search.bound_s)
-        if start.loads.size <= balance_model.MAX_SINGLE_CELLS:  # larger models tell little
+        if not search.is_done() and start.loads.size <= balance_model.MAX_SINGLE_CELLS:  # larger models tell little
             one = settle(
                 problem,
                 chosen.replica_counts,

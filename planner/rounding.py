@@ -19,10 +19,12 @@ from planner.balance import Share
 from planner.cuts import Cut, violated
 from planner.master import Master
 from planner.patterns import Lattice, Pattern, lattice_of, slots_of
+from planner.prices import Relaxed
 from planner.pricing import Pricer
-from planner.problem import PlanningProblem, UsableConfig
+from planner.problem import PlanningProblem
 from planner.relaxation import STRICT, SURPLUS, WORTHWHILE
 from planner.repair import repair
+from planner.resplit import resplit
 
 ROUNDS = 4
 """Rounds of pricing before each hand-out."""
@@ -44,6 +46,9 @@ POLISH_NODES = 40
 POLISH_LIMIT_S = 0.3
 POLISH_GAP = 1e-3
 """Limits of one model."""
+
+RESPLITS = 4000
+"""Pairs of replicas whose loads a dive shares out anew at the end."""
 
 MAX_FAILURES = 6
 """Polishing ends when so many groups around the slowest replica did not help."""
@@ -225,22 +230,30 @@ def _finished(
             left[bucket] -= piece[chosen]
     share = balance.improve(table, loads, time_limit_s=improve_s, good_s=replica_s)
     if share.max_s > replica_s:
-        share = _repaired(kinds, table, problem.counts, share, replica_s, improve_s)
+        members = [kinds[int(index)] for index in np.unique(table.kind, return_index=True)[1]]
+        relaxed = prices.relax(members, np.bincount(table.kind).tolist(), problem.counts)
+        share = _repaired(table, relaxed, share, replica_s, improve_s)
+        share = resplit(
+            table,
+            share,
+            replica_s,
+            relaxed.prices,
+            relaxed.kind_prices,
+            max_pairs=RESPLITS,
+            deadline=time.perf_counter() + improve_s,
+        )
     return RoundedShare(replicas=tuple(replicas), share=share)
 
 
 def _repaired(
-    kinds: Sequence[UsableConfig],
     table: balance.Tables,
-    counts: Sequence[int],
+    relaxed: Relaxed,
     share: Share,
     replica_s: float,
     improve_s: float,
 ) -> Share:
     """The share-out with what is over `replica_s`, or over half as much too long, placed anew; never a slower one."""
-    members = [kinds[int(index)] for index in np.unique(table.kind, return_index=True)[1]]
-    relaxed = prices.relax(members, np.bincount(table.kind).tolist(), counts)
-    nothing = np.zeros(len(counts), dtype=np.int64)
+    nothing = np.zeros(share.loads.shape[1], dtype=np.int64)
     best = share
     for target_s in (replica_s, (replica_s + share.max_s) / 2):
         loads = repair(table, best.loads, nothing, relaxed.prices, relaxed.kind_prices, target_s)
