@@ -20,6 +20,9 @@ SHORTEST_RETREAT = 5e-4
 """How often, and by how much less at the least than the T before, a proof is tried; the relaxation's T is only nearly a
 bound."""
 
+HORIZON = 1.03
+"""Replicas are left out that no plan within this multiple of the bound has."""
+
 SETTLED_RETREATS = (0.0, 5e-4, 1e-3, 2e-3, 4e-3)
 """By how much less than the T that was decided on it is tried for replica counts that may be within it."""
 
@@ -35,9 +38,17 @@ def prove(search: Search, low_s: float, prices: np.ndarray) -> None:
             return
         served = search.relaxation.proven_served(prices, trial_s)
         if served < 1 - STRICT:
-            search.bound_s = trial_s
+            search.raise_bound(trial_s)
             return
         trial_s *= 1 - max(served - 1, SHORTEST_RETREAT)  # the share served falls by as much as T at the least
+
+
+def limit(search: Search, prices: np.ndarray, low_s: float) -> None:
+    """Leaves out the replicas that no plan within some more than `low_s` has, by prices [J + K] found at about that."""
+    horizon_s = max(low_s, search.bound_s) * HORIZON
+    while not search.relaxation.limit(prices, horizon_s):
+        search.raise_bound(horizon_s)
+        horizon_s *= HORIZON
 
 
 def tighten(search: Search) -> None:
@@ -61,6 +72,9 @@ def close(search: Search, *, most_settled: int, most_ruled_out: int) -> None:
     num_ruled_out = num_vain = 0
     while not search.is_done():
         decided_s = search.decided_s()
+        if decided_s > relaxation.horizon_s:
+            limit(search, relaxation.prices, decided_s / HORIZON)
+            continue
         level = search.level
         if level is None or decided_s != level.replica_s:
             # What replicas are worth in more time, they are at most worth in less.
@@ -68,7 +82,7 @@ def close(search: Search, *, most_settled: int, most_ruled_out: int) -> None:
             level = search.level = Level(relaxation, decided_s, proven=True, worths=worths)
             answer = level.solve(decide=True, cutting=True, deadline=search.deadline)
             if answer.bound < 1 - CERTAIN:
-                search.bound_s = max(search.bound_s, decided_s)
+                search.raise_bound(decided_s)
                 continue
             if answer.scale < 1:  # just below
                 prove(search, decided_s, answer.prices)
@@ -121,5 +135,5 @@ def _raise(search: Search, decided_s: float) -> bool:
     least_s = min([decided_s, *(known.bound_s for known in search.settled.values())])
     if least_s <= search.bound_s:
         return False
-    search.bound_s = least_s
+    search.raise_bound(least_s)
     return True

@@ -54,6 +54,9 @@ MORE_DIVES = tuple(
 )
 """Where they are looked for when all else leaves a gap, with cuts."""
 
+FIRST_RATIO = 1.012
+"""How near the T that fractional patterns serve everything in is found before replicas are left out (`closing.limit`)."""
+
 PROMISING = 1.03
 """Share-outs within this ratio of what is wanted are polished."""
 
@@ -87,7 +90,10 @@ def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
         deadline=started + problem.time_limit_s,
         bound_s=least_conceivable_s(problem),
     )
-    low_s, prices, high_s = bracket(search.relaxation, search.deadline)
+    low_s, prices, high_s = bracket(search.relaxation, search.deadline, ratio=FIRST_RATIO)
+    if np.isfinite(high_s):
+        closing.limit(search, prices, low_s)
+        low_s, prices, high_s = bracket(search.relaxation, search.deadline, low_s=low_s, first_s=low_s * FIRST_RATIO**0.5)
     closing.prove(search, low_s, prices)
     if np.isfinite(high_s):
         _search(search, FIRST_DIVES)

@@ -95,7 +95,10 @@ class Answer:
 
 
 class Relaxation:
-    """The relaxation of a problem at any T. Patterns and prices found at one T serve at the next."""
+    """The relaxation of a problem at any T. Patterns and prices found at one T serve at the next.
+
+    `lower` and `upper` [C] bound the replicas of each config that plans within `horizon_s` have.
+    """
 
     def __init__(self, problem: PlanningProblem) -> None:
         self.problem = problem
@@ -103,6 +106,7 @@ class Relaxation:
         self.fits_longest = np.array([usable.fits(len(problem.counts) - 1) for usable in problem.configs])
         self.lower = np.array(problem.pinned_counts)
         self.upper = problem.num_devices // self.devices
+        self.horizon_s = math.inf
         self.slots = [slots_of(usable, problem.counts) for usable in problem.configs]
         self.lattices = [lattice_of(usable) for usable in problem.configs]
         self.pool: list[Pattern] = []
@@ -119,29 +123,62 @@ class Relaxation:
         ]
         return np.array(rates) / np.dot(rates, problem.counts)
 
+    def limit(self, prices: np.ndarray, horizon_s: float) -> bool:
+        """Limits `upper` to what plans within `horizon_s` may have; False where these prices prove that there are none.
+
+        Where a device is worth at most w, D devices are worth at most D w less what each replica of a config c falls
+        short of its devices, g_c w - z_c; what serves all is worth 1 (reduced cost fixing).
+        """
+        self.upper, self.horizon_s = self.problem.num_devices // self.devices, horizon_s
+        worth = self._proven_worth(prices, horizon_s, np.zeros(len(self.devices)))
+        left = self.problem.num_devices - int(self.lower @ self.devices)
+        per_device = (worth / self.devices)[(self.devices <= left) | (self.lower > 0)].max(initial=0.0)
+        short = np.maximum(per_device * self.devices - worth, 0.0)
+        room = self.problem.num_devices * per_device - 1 - float(self.lower @ short) + STRICT
+        allowed = np.full(len(worth), room)
+        if not (self.lower * self.fits_longest).any():
+            cover = short[self.fits_longest & (self.devices <= left)].min()
+            allowed -= np.where(self.fits_longest, 0.0, cover)
+            room -= cover
+        more = np.floor(np.maximum(allowed, 0.0) / np.maximum(short, STRICT / self.problem.num_devices))
+        more = np.where(allowed >= 0, np.minimum(more, self.upper), 0).astype(self.upper.dtype)
+        self.upper = np.minimum(self.upper, self.lower + more)
+        return room >= 0
+
     def most_served(self, worth: np.ndarray) -> float:
         """The most that sum_c worth[c] p_c can be over fractional p with (3) to (5) of the master."""
         left = self.problem.num_devices - int(self.lower @ self.devices)
+        worth = np.where(self.upper > 0, worth, 0.0)
         per_device = worth / self.devices
         best = per_device[self.devices <= left].max(initial=0.0)
         pinned = float(self.lower @ worth)
         if (self.lower * self.fits_longest).any():
             return pinned + left * best
-        choices = np.flatnonzero(self.fits_longest & (self.devices <= left))
-        return pinned + max(float(worth[c] + (left - self.devices[c]) * best) for c in choices)
+        choices = np.flatnonzero(self.fits_longest & (self.devices <= left) & (self.upper > 0))
+        return pinned + max((float(worth[c] + (left - self.devices[c]) * best) for c in choices), default=0.0)
 
     def proves_unattainable(self, prices: np.ndarray, replica_s: float) -> bool:
         """Whether these prices prove that no plan is within `replica_s`."""
         return self.proven_served(prices, replica_s) < 1 - STRICT
 
     def proven_served(self, prices: np.ndarray, replica_s: float) -> float:
-        """What share of the counts these prices prove that no plan serves more of within `replica_s`."""
-        self.num_rounds += 1
+        """What share of the counts these prices prove that no plan serves more of within `replica_s`.
+
+        Of plans within `upper`.
+        """
         is_free = (self.lower == 0) & ~self.fits_longest
         enough = np.where(is_free, CHEAP * self.devices / self.problem.num_devices, 0.0)
+        return self.most_served(self._proven_worth(prices, replica_s, enough))
+
+    def _proven_worth(self, prices: np.ndarray, replica_s: float, enough: np.ndarray) -> np.ndarray:
+        """[C] what no replica is worth more than, where it is worth more than `enough` [C]."""
+        self.num_rounds += 1
         pricer = Pricer(self.problem, self.slots, self.lattices, replica_s, proven=True, cuts=self.cuts)
-        worth, _ = pricer.price(prices, enough)
-        return self.most_served(worth)
+        return pricer.price(prices, self.if_allowed(enough))[0]
+
+    def if_allowed(self, enough: np.ndarray) -> np.ndarray:
+        """`enough` [C], infinite for configs of which plans have no replicas: these need no pricing."""
+        return np.where(self.upper > 0, enough, math.inf)
 
     def worth(self, pattern: Pattern, prices: np.ndarray) -> float:
         """What a pattern is worth at prices [J + K] of sequences and the first K cuts."""
@@ -176,7 +213,8 @@ class Level:
         )
         self.master = Master(relaxation.problem, relaxation.lower, relaxation.upper, relaxation.lattices)
         self._num_cuts = 0
-        self.master.add([pattern for pattern in relaxation.pool if pattern.seconds <= replica_s * (1 + SURPLUS)])
+        within_s, upper = replica_s * (1 + SURPLUS), relaxation.upper
+        self.master.add([p for p in relaxation.pool if p.seconds <= within_s and upper[p.config] > 0])
         self.worths = list(worths)
         self._known = {(pattern.config, pattern.rows.tobytes()) for pattern in self.patterns}
 
@@ -243,7 +281,8 @@ class Level:
         """Adds what every config's replicas are worth at these prices: `solve` looks closely at some configs only."""
         relaxation = self.relaxation
         relaxation.num_rounds += 1
-        worth, _ = self.pricer.price(prices, CHEAP * relaxation.devices / relaxation.problem.num_devices)
+        enough = CHEAP * relaxation.devices / relaxation.problem.num_devices
+        worth, _ = self.pricer.price(prices, relaxation.if_allowed(enough))
         self.worths.append(worth)
 
     def _cut(self, solution: MasterSolution) -> bool:
@@ -285,7 +324,7 @@ class Level:
             charges = solution.charges * (1 + WORTHWHILE) + STRICT / len(relaxation.devices)
             enough = charges
         most = None if all_configs or solution is None else PRICED_AT_ONCE
-        worth, found = self.pricer.price(prices, enough, most=most)
+        worth, found = self.pricer.price(prices, relaxation.if_allowed(enough), most=most)
         self.worths.append(worth)
         if solution is not None:
             found = [p for p in found if relaxation.worth(p, solution.prices) > charges[p.config]]
@@ -305,6 +344,7 @@ def bracket(
     low_s: float | None = None,
     first_s: float | None = None,
     enough_s: float = math.inf,
+    ratio: float = BRACKET_RATIO,
     cutting: bool = False,
 ) -> tuple[float, np.ndarray, float]:
     """(T that the relaxation does not let through, prices that say so, about the T that it does; inf if time ran out).
@@ -315,20 +355,21 @@ def bracket(
       low_s: a T that it does not let through, where one is known.
       first_s: the T to look at first.
       enough_s: the bracket ends when this T is not let through.
+      ratio: the bracket ends when the T that is let through is within this ratio of the one that is not.
       cutting: with cuts of whole slots.
     """
     low = least_conceivable_s(relaxation.problem) if low_s is None else low_s
     low_prices, high, served = relaxation.prices, math.inf, (math.nan, math.nan)
     trial, step = (low * BRACKET_RATIO if first_s is None else first_s), FIRST_STEP
     cells = NUM_CELLS if cutting else NUM_COARSE_CELLS
-    while high / low > BRACKET_RATIO and time.perf_counter() < deadline:
+    while high / low > ratio and time.perf_counter() < deadline:
         answer = Level(relaxation, trial, num_cells=cells).solve(
             decide=True, cutting=cutting, near=NEAR, deadline=deadline
         )
         if answer.bound < 1 - STRICT:
             low, low_prices = trial, answer.prices
-            if low >= enough_s or answer.scale * BRACKET_RATIO >= 1:
-                high = min(high, low * BRACKET_RATIO)
+            if low >= enough_s or answer.scale * ratio >= 1:
+                high = min(high, low * ratio)
                 break
             served = (math.sqrt(max(answer.bound, 0.0) * max(answer.scale, 0.0)), served[1])  # it is between the two
             if served[0] < STRICT:

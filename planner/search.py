@@ -76,6 +76,10 @@ class Search:
         """The best plan's gap to the bound; infinite without a plan."""
         return np.inf if self.best is None else gap_of(self.problem, self.best.max_s, self.bound_s)
 
+    def raise_bound(self, seconds: float) -> None:
+        """Takes note that no plan of those that the relaxation looks at is within `seconds`."""
+        self.bound_s = max(self.bound_s, min(seconds, self.relaxation.horizon_s))
+
     def is_done(self) -> bool:
         return self.gap() <= max(self.target_gap, STRICTLY) or self.left_s() <= SHORTEST_SOLVE_S
 
