@@ -55,7 +55,7 @@ MORE_DIVES = tuple(
 """Where they are looked for when all else leaves a gap, with cuts."""
 
 FIRST_RATIO = 1.012
-"""How near the T that fractional patterns serve everything in is found before replicas are left out (`closing.limit`)."""
+"""How near the T that the relaxation lets through is found before replicas are left out (`closing.limit`)."""
 
 PROMISING = 1.03
 """Share-outs within this ratio of what is wanted are polished."""
@@ -93,7 +93,8 @@ def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
     low_s, prices, high_s = bracket(search.relaxation, search.deadline, ratio=FIRST_RATIO)
     if np.isfinite(high_s):
         closing.limit(search, prices, low_s)
-        low_s, prices, high_s = bracket(search.relaxation, search.deadline, low_s=low_s, first_s=low_s * FIRST_RATIO**0.5)
+        first_s = low_s * FIRST_RATIO**0.5
+        low_s, prices, high_s = bracket(search.relaxation, search.deadline, low_s=low_s, first_s=first_s)
     closing.prove(search, low_s, prices)
     if np.isfinite(high_s):
         _search(search, FIRST_DIVES)

@@ -28,14 +28,18 @@ SLOT_SHARES = (0.3, 0.5, 0.7, 0.9)
 NEW_HOLDER = 0.3
 """Chance of another holder after each round over all others; without a change in a round it is certain."""
 
-PAIRS_A_REPLICA = 16
-"""Pairs for each replica after which a target is given up."""
+LEAST_WORTH = 0.1
+"""Worth of a replica with time to spare, as a share of the most that one is worth."""
 
 NEARER = 0.5
 """Share of the way from what was asked for to what was found at which the next target lies."""
 
-FARTHEST = 0.95
-"""The search ends where no target this near to what was found is reached."""
+PATIENCE = 2
+PROGRESS = 0.8
+"""Rounds in which what is over a target must fall by this factor; else the target rises by what is over it."""
+
+LEAST_RISE = 3e-4
+"""And by this share more."""
 
 MAX_RETREAT = 12
 """Cells that a replica ends earlier where rounding to cells made it too long."""
@@ -62,26 +66,38 @@ def resplit(
       max_pairs: pairs shared out anew, at the most.
       deadline: (of `time.perf_counter`); without one the result does not depend on the machine.
     """
-    best, share = start, 0.0
     num_replicas = len(start.replica_s)
-    rng = np.random.default_rng(seed)
-    while max_pairs > 0 and num_replicas > 1 and best.max_s > target_s and time.perf_counter() < deadline:
-        trial_s = target_s + share * (best.max_s - target_s)
-        search = _Pairs(table, best.loads.copy(), trial_s, prices, kind_worth / trial_s, rng)
-        attempt = min(max_pairs, PAIRS_A_REPLICA * num_replicas)
-        if search.reach(attempt, deadline):
-            best = Share(loads=search.loads, replica_s=table.replica_s(search.loads))
-            share = NEARER
-        elif share > FARTHEST:
+    if num_replicas < 2 or start.max_s <= target_s:
+        return start
+    search = _Pairs(table, start.loads.copy(), target_s, prices, kind_worth, np.random.default_rng(seed))
+    best, least_over, waited = start, math.inf, 0
+    holder = int(search.replica_s.argmax())
+    for left in range(max_pairs, 0, 1 - num_replicas):
+        if time.perf_counter() >= deadline:
             break
-        else:
-            share += (1 - share) * NEARER
-        max_pairs -= attempt
+        moved = search.round(holder, left, deadline)
+        over = search.over()
+        if over == 0:
+            if search.replica_s.max() < best.max_s:
+                best = Share(loads=search.loads.copy(), replica_s=table.replica_s(search.loads))
+            if best.max_s <= target_s:
+                break
+            search.target_s = target_s + NEARER * (best.max_s - target_s)
+            holder, least_over, waited = int(search.replica_s.argmax()), math.inf, 0
+            continue
+        waited = 0 if over < least_over * PROGRESS else waited + 1
+        least_over = min(over, least_over)
+        if waited >= PATIENCE:
+            reachable_s = search.target_s * (1 + least_over + LEAST_RISE)
+            search.target_s = reachable_s if reachable_s < best.max_s else target_s
+            least_over, waited = math.inf, 0
+        if not moved or search.rng.random() < NEW_HOLDER:
+            holder = int(search.rng.integers(num_replicas))
     return best
 
 
 class _Pairs:
-    """Loads [R, J] on their way, and each replica's seconds; `second_worth` [K] is that of a second of each kind."""
+    """Loads [R, J] on their way, and each replica's seconds; `kind_worth` [K] is that of all its time."""
 
     def __init__(
         self,
@@ -89,31 +105,25 @@ class _Pairs:
         loads: np.ndarray,
         target_s: float,
         prices: np.ndarray,
-        second_worth: np.ndarray,
+        kind_worth: np.ndarray,
         rng: np.random.Generator,
     ) -> None:
         self.table, self.loads, self.target_s, self.rng = table, loads, target_s, rng
         self.replica_s = table.replica_s(loads)
-        self._prices, self._second_worth = prices, second_worth
+        devices = np.bincount(table.kind, minlength=len(kind_worth))
+        worth = np.maximum(kind_worth, LEAST_WORTH * kind_worth.max())
+        self._prices, self._worth = prices, worth / float(devices @ worth)
         self._every = np.arange(loads.shape[1])
         self._full = [np.array([rows[-1] if rows else 0 for rows in options]) for options in table.options]
         self._steps: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._cells = np.arange(NUM_CELLS + 1) + NUM_CELLS + 1
 
-    def reach(self, max_pairs: int, deadline: float) -> bool:
-        """Whether all replicas end by the target after so many pairs at the most."""
-        holder = int(self.replica_s.argmax())
-        for left in range(max_pairs, 0, 1 - len(self.loads)):
-            moved = self._round(holder, left, deadline)
-            if self.replica_s.max() <= self.target_s:
-                return True
-            if time.perf_counter() >= deadline:
-                break
-            if not moved or self.rng.random() < NEW_HOLDER:
-                holder = int(self.rng.integers(len(self.loads)))
-        return False
+    def over(self) -> float:
+        """By how much replicas end after the target, as a share of all replicas' time, by worth."""
+        late_s = np.maximum(self.replica_s - self.target_s * (1 + EDGE), 0.0)
+        return float(self._worth[self.table.kind] @ late_s) / self.target_s
 
-    def _round(self, holder: int, most: int, deadline: float) -> bool:
+    def round(self, holder: int, most: int, deadline: float) -> bool:
         """Pairs the holder with up to `most` others, in an order drawn anew; whether any pair was changed."""
         moved = False
         for replica in self.rng.permutation(len(self.loads)).tolist()[: most + 1]:
@@ -126,7 +136,8 @@ class _Pairs:
     def _pair(self, replica: int, holder: int) -> bool:
         """Shares the two loads out anew where that leaves less to the holder, or the replica was too long."""
         share = float(self.rng.choice(SLOT_SHARES))
-        slot_worth, prices = share * self._second_worth[self.table.kind[holder]], (1 - share) * self._prices
+        slot_worth = share * self._worth[self.table.kind[holder]] / self.target_s
+        prices = (1 - share) * self._prices
         pool = self.loads[replica] + self.loads[holder]
         best, cost = None, slot_worth * self.replica_s[holder] + float(prices @ self.loads[holder])
         if self.replica_s[replica] > self.target_s:

@@ -47,8 +47,8 @@ POLISH_LIMIT_S = 0.3
 POLISH_GAP = 1e-3
 """Limits of one model."""
 
-RESPLITS = 4000
-"""Pairs of replicas whose loads a dive shares out anew at the end."""
+RESPLITS = 16
+"""Pairs for each replica whose loads a dive shares out anew at the end."""
 
 MAX_FAILURES = 6
 """Polishing ends when so many groups around the slowest replica did not help."""
@@ -239,7 +239,7 @@ def _finished(
             replica_s,
             relaxed.prices,
             relaxed.kind_prices,
-            max_pairs=RESPLITS,
+            max_pairs=RESPLITS * len(kinds),
             deadline=time.perf_counter() + improve_s,
         )
     return RoundedShare(replicas=tuple(replicas), share=share)
