@@ -70,6 +70,19 @@ class _Programme:
     chunks: _Chunks
     ends_at: np.ndarray
     ends_cells: np.ndarray
+    _sorted: dict[int, tuple[_Chunks, np.ndarray]] = dataclasses.field(default_factory=dict)
+
+    def by_bucket(self, slots: Slots, end: int) -> tuple[_Chunks, np.ndarray]:
+        """(the steps up to one largest slot by bucket, remainders last; [I] a remainder's bucket, -1 for others).
+
+        Of the remainders of a bucket one is taken at the most.
+        """
+        if end not in self._sorted:
+            slot = self.chunks.slot[: self.ends_at[end]]
+            is_rest, bucket = slots.is_remainder[slot], slots.bucket[slot]
+            order = np.lexsort((is_rest, bucket))
+            self._sorted[end] = self.chunks[order], np.where(is_rest, bucket, -1)[order]
+        return self._sorted[end]
 
 
 class Pricer:
@@ -85,14 +98,14 @@ class Pricer:
         lattices: Sequence[Lattice],
         replica_s: float,
         *,
-        num_cells: int = NUM_CELLS,
+        num_cells: int | None = None,
         proven: bool = False,
         cuts: Sequence[Cut] = (),
     ) -> None:
         self.problem = problem
         self.replica_s = replica_s
         self.proven = proven
-        self._num_cells = NUM_PROVEN_CELLS if proven else num_cells
+        self._num_cells = num_cells or (NUM_PROVEN_CELLS if proven else NUM_CELLS)
         self._round_up = 0.0 if proven else 0.5
         self._slots = slots
         self._lattices = lattices
@@ -235,15 +248,12 @@ class Pricer:
     ) -> tuple[float, Pattern | None]:
         """The best pattern of one class: buckets one after the other, of the remainders of each at most one."""
         slots = self._slots[config]
-        chunks = programme.chunks[np.arange(programme.ends_at[end])]
+        chunks, group = programme.by_bucket(slots, end)
         worth = chunks.times * slot_worth[chunks.slot]
         kept = np.flatnonzero(_loss(chunks, worth, bound[end : end + 1] - enough, last[end : end + 1])[0] < 0)
-        is_rest = slots.is_remainder[chunks.slot[kept]]
-        order = np.lexsort((is_rest, slots.bucket[chunks.slot[kept]]))
-        chunks, worth, is_rest = chunks[kept[order]], worth[kept[order]], is_rest[order]
-        bucket = slots.bucket[chunks.slot]
-        follows = np.zeros(len(kept), dtype=bool)  # a remainder after another one of the same bucket
-        follows[1:] = is_rest[1:] & is_rest[:-1] & (bucket[1:] == bucket[:-1])
+        chunks, worth, group = chunks[kept], worth[kept], group[kept]
+        follows = np.zeros(len(kept), dtype=bool)
+        follows[1:] = (group[1:] == group[:-1]) & (group[1:] >= 0)
         cells = int(programme.ends_cells[end])
         table = _table(chunks, worth, follows, cells)
         best = float(table[-1, cells])

@@ -123,14 +123,14 @@ class Relaxation:
         ]
         return np.array(rates) / np.dot(rates, problem.counts)
 
-    def limit(self, prices: np.ndarray, horizon_s: float) -> bool:
-        """Limits `upper` to what plans within `horizon_s` may have; False where these prices prove that there are none.
+    def limit(self, prices: np.ndarray, horizon_s: float, *, num_cells: int | None = None) -> bool:
+        """Limits `upper` to what plans within `horizon_s` may have; False if these prices prove that there are none.
 
         Where a device is worth at most w, D devices are worth at most D w less what each replica of a config c falls
         short of its devices, g_c w - z_c; what serves all is worth 1 (reduced cost fixing).
         """
-        self.upper, self.horizon_s = self.problem.num_devices // self.devices, horizon_s
-        worth = self._proven_worth(prices, horizon_s, np.zeros(len(self.devices)))
+        self.upper, self.horizon_s = self.problem.num_devices // self.devices, math.inf
+        worth = self._proven_worth(prices, horizon_s, np.zeros(len(self.devices)), num_cells=num_cells)
         left = self.problem.num_devices - int(self.lower @ self.devices)
         per_device = (worth / self.devices)[(self.devices <= left) | (self.lower > 0)].max(initial=0.0)
         short = np.maximum(per_device * self.devices - worth, 0.0)
@@ -140,10 +140,13 @@ class Relaxation:
             cover = short[self.fits_longest & (self.devices <= left)].min()
             allowed -= np.where(self.fits_longest, 0.0, cover)
             room -= cover
-        more = np.floor(np.maximum(allowed, 0.0) / np.maximum(short, STRICT / self.problem.num_devices))
-        more = np.where(allowed >= 0, np.minimum(more, self.upper), 0).astype(self.upper.dtype)
-        self.upper = np.minimum(self.upper, self.lower + more)
-        return room >= 0
+        if room < 0:
+            return False
+        more = np.floor(np.maximum(allowed, 0.0) / np.where(short > 0, short, 1.0))
+        more = np.where(short > 0, np.minimum(more, self.upper), self.upper)
+        more = np.where(allowed >= 0, more, 0).astype(self.upper.dtype)
+        self.upper, self.horizon_s = np.minimum(self.upper, self.lower + more), horizon_s
+        return True
 
     def most_served(self, worth: np.ndarray) -> float:
         """The most that sum_c worth[c] p_c can be over fractional p with (3) to (5) of the master."""
@@ -170,10 +173,14 @@ class Relaxation:
         enough = np.where(is_free, CHEAP * self.devices / self.problem.num_devices, 0.0)
         return self.most_served(self._proven_worth(prices, replica_s, enough))
 
-    def _proven_worth(self, prices: np.ndarray, replica_s: float, enough: np.ndarray) -> np.ndarray:
+    def _proven_worth(
+        self, prices: np.ndarray, replica_s: float, enough: np.ndarray, *, num_cells: int | None = None
+    ) -> np.ndarray:
         """[C] what no replica is worth more than, where it is worth more than `enough` [C]."""
         self.num_rounds += 1
-        pricer = Pricer(self.problem, self.slots, self.lattices, replica_s, proven=True, cuts=self.cuts)
+        pricer = Pricer(
+            self.problem, self.slots, self.lattices, replica_s, num_cells=num_cells, proven=True, cuts=self.cuts
+        )
         return pricer.price(prices, self.if_allowed(enough))[0]
 
     def if_allowed(self, enough: np.ndarray) -> np.ndarray:
@@ -196,7 +203,7 @@ class Level:
         relaxation: Relaxation,
         replica_s: float,
         *,
-        num_cells: int = NUM_CELLS,
+        num_cells: int | None = None,
         proven: bool = False,
         worths: Sequence[np.ndarray] = (),
     ) -> None:
@@ -376,6 +383,8 @@ def bracket(
                 trial, step = trial * step, step * step
         elif answer.scale >= 1 or time.perf_counter() < deadline:
             high = trial  # the share served is 1 or just below: no more patterns are worthwhile
+            if low_s is None:
+                relaxation.limit(answer.prices, high * ratio, num_cells=NUM_COARSE_CELLS)
             served = (served[0], math.sqrt(max(answer.scale, 1.0) * min(max(answer.bound, 1.0), MOST_OVER)))
         trial = min(_next_trial(low, high, *served, otherwise=trial), enough_s)
     return low, low_prices, high

@@ -41,6 +41,9 @@ PROGRESS = 0.8
 LEAST_RISE = 3e-4
 """And by this share more."""
 
+MOST_OPTIONS = 24
+"""Numbers of sequences of a bucket that are looked at: those nearest to what a replica has."""
+
 MAX_RETREAT = 12
 """Cells that a replica ends earlier where rounding to cells made it too long."""
 
@@ -186,7 +189,8 @@ class _Pairs:
         steps, costs = [], np.zeros(NUM_CELLS + 1)
         beyond = np.full(NUM_CELLS + 1, math.inf)
         for bucket in np.flatnonzero(pool).tolist():
-            number, cells = self._options(kind, bucket, int(pool[bucket]), room_s, top_s)
+            present = int(self.loads[replica, bucket])
+            number, cells = self._options(kind, bucket, present, int(pool[bucket]), room_s, top_s)
             left_s = table.sums[other, bucket, pool[bucket] - number]
             cost = np.where(np.isfinite(left_s), slot_worth * np.where(np.isfinite(left_s), left_s, 0.0), math.inf)
             cost -= prices[bucket] * number
@@ -208,9 +212,9 @@ class _Pairs:
         return None
 
     def _options(
-        self, kind: int, bucket: int, most: int, room_s: float, top_s: float
+        self, kind: int, bucket: int, present: int, most: int, room_s: float, top_s: float
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(numbers of sequences, cells that they take): the most in each time, up to `most`."""
+        """(numbers of sequences, cells that they take): the most in each time, up to `most`, about those `present`."""
         if (kind, bucket) not in self._steps:
             sums, tops = self.table.sums[kind, bucket], self.table.tops[kind, bucket]
             last = np.append(sums[1:] > sums[:-1], True) & np.isfinite(sums)
@@ -218,11 +222,12 @@ class _Pairs:
             number = np.flatnonzero(last)
             self._steps[kind, bucket] = number, sums[number], tops[number]
         number, seconds, tops = self._steps[kind, bucket]
-        end = int(np.searchsorted(number, most, side="right"))
-        number, seconds, tops = number[:end], seconds[:end], tops[:end]
-        if number[-1] != most and math.isfinite(self.table.sums[kind, bucket, most]):
-            number = np.append(number, most)
-            seconds = np.append(seconds, self.table.sums[kind, bucket, most])
-            tops = np.append(tops, self.table.tops[kind, bucket, most])
-        fits = (seconds <= room_s) & (tops <= top_s)
-        return number[fits], np.rint(seconds[fits] * (NUM_CELLS / room_s)).astype(np.int64)
+        fits = (number <= most) & (seconds <= room_s) & (tops <= top_s)
+        number, seconds = number[fits], seconds[fits]
+        at_most_s, top_most_s = self.table.sums[kind, bucket, most], self.table.tops[kind, bucket, most]
+        if number[-1] < most and at_most_s <= room_s and top_most_s <= top_s:
+            number, seconds = np.append(number, most), np.append(seconds, at_most_s)
+        first = int(np.searchsorted(number, present)) - MOST_OPTIONS // 2
+        first = max(min(first, len(number) - MOST_OPTIONS), 0)
+        number, seconds = number[first : first + MOST_OPTIONS], seconds[first : first + MOST_OPTIONS]
+        return number, np.rint(seconds * (NUM_CELLS / room_s)).astype(np.int64)
