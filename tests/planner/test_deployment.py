@@ -14,6 +14,7 @@ from planner.evaluate import plan_violations
 from planner.plan import ParallelConfig, Plan
 from planner.planners import make_plan
 from planner.problem import Constraints, build_problem
+from planner.relaxation import Relaxation, bracket
 from planner.workload import TaskLengths, Workload
 
 BUCKETS = (16, 32, 64)
@@ -79,23 +80,27 @@ def small_instances(draw):
 
 
 def brute_force_s(table, num_devices, buckets, counts):
-    """Least step time over every deployment and every share-out, by min-max convolution over replicas."""
+    """Least step time over every deployment and every share-out."""
+    every = deployments(table.configs, num_devices, buckets, counts)
+    return min(seconds for _, seconds in every) + table.step_overhead_s
+
+
+def deployments(costs, num_devices, buckets, counts):
+    """(replicas of each config, least seconds of the slowest), by min-max convolution over replicas."""
     shape = tuple(n + 1 for n in counts)
-    alone = [replica_times(cost, buckets, shape) for cost in table.configs]
+    alone = [replica_times(cost, buckets, shape) for cost in costs]
     nothing = np.full(shape, np.inf)
     nothing[(0,) * len(shape)] = 0.0
-    best = math.inf
-    pending = [(0, num_devices, nothing, False)]  # configs from the first index on may still be added
+    pending = [((0,) * len(costs), 0, num_devices, nothing)]  # configs from the first index on may still be added
     while pending:
-        first, left, served, fits_longest = pending.pop()
-        if fits_longest:
-            best = min(best, served[tuple(counts)])
+        replicas, first, left, served = pending.pop()
+        fits_longest = any(n and cost.capacity_tokens >= buckets[-1] for n, cost in zip(replicas, costs, strict=True))
+        yield replicas, served[tuple(counts)] if fits_longest else math.inf
         for index in range(first, len(alone)):
-            devices = table.configs[index].config.num_devices
+            devices = costs[index].config.num_devices
             if devices <= left:
-                fits = fits_longest or table.configs[index].capacity_tokens >= buckets[-1]
-                pending.append((index, left - devices, add_replica(served, alone[index]), fits))
-    return best + table.step_overhead_s
+                more = (*replicas[:index], replicas[index] + 1, *replicas[index + 1 :])
+                pending.append((more, index, left - devices, add_replica(served, alone[index])))
 
 
 def replica_times(cost, buckets, shape):
@@ -127,6 +132,22 @@ def add_replica(served, alone):
             source = tuple(slice(0, size - load) for load, size in zip(loads, served.shape, strict=True))
             out[to] = np.minimum(out[to], np.maximum(served[source], alone[loads]))
     return out
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(small_instances(), st.floats(0.9, 1.6))
+def test_no_plan_within_the_horizon_has_a_replica_that_is_left_out(instance, factor):
+    workload, table, num_devices, buckets, counts = instance
+    problem = build_problem(workload, table, num_devices, buckets=buckets)
+    costs = [usable.cost for usable in problem.configs]
+    found = dict(deployments(costs, num_devices, buckets, counts))
+    relaxation = Relaxation(problem)
+    _, prices, _ = bracket(relaxation, deadline=math.inf)
+    horizon_s = min(found.values()) * factor
+    possible = relaxation.limit(prices, horizon_s)
+    within = [replicas for replicas, seconds in found.items() if seconds <= horizon_s * (1 - 1e-9)]
+    assert possible or not within
+    assert all((np.array(replicas) <= relaxation.upper).all() for replicas in within)
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
