@@ -66,8 +66,11 @@ def tighten(search: Search) -> None:
     prove(search, low_s, prices)
 
 
-def close(search: Search, *, most_settled: int, most_ruled_out: int) -> None:
-    """Decides about T after T until the gap is closed, or so many replica counts are settled in vain or ruled out."""
+def close(search: Search, *, most_settled: int, most_ruled_out: int, patient: bool = False) -> None:
+    """Decides about T after T until the gap is closed, or so many replica counts are settled in vain or ruled out.
+
+    `patient`: replica counts that were settled in too short a time are settled again, in twice that.
+    """
     problem, relaxation, settled = search.problem, search.relaxation, search.settled
     num_ruled_out = num_vain = 0
     while not search.is_done():
@@ -90,7 +93,7 @@ def close(search: Search, *, most_settled: int, most_ruled_out: int) -> None:
         chosen = choice.from_worths(relaxation, level.worths, ruled_out=tuple(settled), time_limit_s=search.left_s())
         search.num_nodes += chosen.num_nodes
         if chosen.bound < 1 - CERTAIN:
-            if not _raise(search, decided_s):
+            if not _raise(search, decided_s) and not (patient and _settle_longer(search)):
                 return
             search.hurries = True
             continue
@@ -136,4 +139,22 @@ def _raise(search: Search, decided_s: float) -> bool:
     if least_s <= search.bound_s:
         return False
     search.raise_bound(least_s)
+    return True
+
+
+def _settle_longer(search: Search) -> bool:
+    """Settles anew, for longer, the replica counts that hold the bound down; False if SCIP was not let look at them."""
+    lowest = min(search.settled.values(), key=lambda known: known.bound_s, default=None)
+    if lowest is None or lowest.limit_s == 0 or lowest.bound_s >= lowest.max_s:
+        return False
+    again = settle(
+        search.problem,
+        lowest.replica_counts,
+        bound_s=lowest.bound_s,
+        target_gap=search.better() / 2,
+        deadline=search.deadline,
+        limit_s=2 * lowest.limit_s,
+    )
+    search.offer(again.replica_counts, again.max_s)
+    search.settled[again.replica_counts] = again
     return True

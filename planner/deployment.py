@@ -61,7 +61,7 @@ PROMISING = 1.03
 """Share-outs within this ratio of what is wanted are polished."""
 
 QUICKLY = {"most_settled": 1, "most_ruled_out": 40}
-THOROUGHLY = {"most_settled": 8, "most_ruled_out": 200}
+THOROUGHLY = {"most_settled": 8, "most_ruled_out": 200, "patient": True}
 """Replica counts that are settled and ruled out one by one before the search gives up proving more for now."""
 
 COARSE = 1.01

@@ -151,14 +151,24 @@ class Relaxation:
     def most_served(self, worth: np.ndarray) -> float:
         """The most that sum_c worth[c] p_c can be over fractional p with (3) to (5) of the master."""
         left = self.problem.num_devices - int(self.lower @ self.devices)
-        worth = np.where(self.upper > 0, worth, 0.0)
-        per_device = worth / self.devices
-        best = per_device[self.devices <= left].max(initial=0.0)
+        room = self.upper - self.lower
         pinned = float(self.lower @ worth)
-        if (self.lower * self.fits_longest).any():
-            return pinned + left * best
-        choices = np.flatnonzero(self.fits_longest & (self.devices <= left) & (self.upper > 0))
-        return pinned + max((float(worth[c] + (left - self.devices[c]) * best) for c in choices), default=0.0)
+        most, chosen = self._filled(worth, room, left)
+        if ((self.lower + chosen) * self.fits_longest).sum() >= 1:
+            return pinned + most
+        covers = np.flatnonzero(self.fits_longest & (self.devices <= left) & (room > 0)).tolist()
+        every = np.arange(len(worth))
+        rests = (self._filled(worth, room - (every == cover), left - self.devices[cover])[0] for cover in covers)
+        return pinned + max((worth[cover] + rest for cover, rest in zip(covers, rests, strict=True)), default=0.0)
+
+    def _filled(self, worth: np.ndarray, room: np.ndarray, left: int) -> tuple[float, np.ndarray]:
+        """(the most that fractional p <= room on `left` devices are worth, p [C])."""
+        order = np.argsort(-worth / self.devices, kind="stable")
+        devices = (room * self.devices)[order]
+        used = np.clip(left - (np.cumsum(devices) - devices), 0.0, devices) / self.devices[order]
+        chosen = np.zeros(len(worth))
+        chosen[order] = used
+        return float(worth @ chosen), chosen
 
     def proves_unattainable(self, prices: np.ndarray, replica_s: float) -> bool:
         """Whether these prices prove that no plan is within `replica_s`."""

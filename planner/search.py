@@ -37,11 +37,15 @@ SHORTEST_SOLVE_S = 0.02
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settled:
-    """A deployment with its share-out of the planned counts. Seconds are of the slowest replica, without overhead."""
+    """A deployment with its share-out of the planned counts. Seconds are of the slowest replica, without overhead.
+
+    `limit_s` is for how long SCIP was let search, 0 if not at all.
+    """
 
     replica_counts: tuple[int, ...]
     max_s: float
     bound_s: float
+    limit_s: float = 0.0
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -134,23 +138,29 @@ def settle(
     target_gap: float = TARGET_GAP,
     deadline: float | None = None,
     start: Share | None = None,
+    limit_s: float = SETTLE_LIMIT_S,
 ) -> Settled:
     """Shares the planned counts out over a deployment that has a replica for every bucket.
 
     `bound_s` is what is known to be the least for any deployment: within `target_gap` of it there is nothing to prove.
-    `start` is a share-out over its replicas, configs in order, to improve on.
+    `start` is a share-out over its replicas, configs in order, to improve on. SCIP searches for `limit_s` at the most.
     """
     replicas = [u for u, count in zip(problem.configs, replica_counts, strict=True) for _ in range(count)]
     table = balance.tables(replicas, problem.counts)
     share = start or balance.heuristic(table, problem.counts, time_limit_s=LOCAL_SEARCH_LIMIT_S)
     own_bound_s = bound_s
-    left_s = SETTLE_LIMIT_S if deadline is None else min(SETTLE_LIMIT_S, deadline - time.perf_counter())
+    left_s = limit_s if deadline is None else min(limit_s, deadline - time.perf_counter())
     if left_s > SHORTEST_SOLVE_S and gap_of(problem, share.max_s, bound_s) > target_gap:
         share, proven_s = balance_model.refine(
             replicas, table, problem.counts, share, time_limit_s=left_s, gap_limit=target_gap / 2
         )
         own_bound_s = max(bound_s, proven_s)
-    return Settled(replica_counts=tuple(replica_counts), max_s=share.max_s, bound_s=min(own_bound_s, share.max_s))
+    return Settled(
+        replica_counts=tuple(replica_counts),
+        max_s=share.max_s,
+        bound_s=min(own_bound_s, share.max_s),
+        limit_s=limit_s,
+    )
 
 
 def dive(
