@@ -143,7 +143,7 @@ def _raise(search: Search, decided_s: float) -> bool:
 
 
 def _settle_longer(search: Search) -> bool:
-    """Settles anew, for longer, the replica counts that hold the bound down; False if SCIP was not let look at them."""
+    """Settles anew, for longer, the replica counts that hold the bound down; False if it was not time that ended it."""
     lowest = min(search.settled.values(), key=lambda known: known.bound_s, default=None)
     if lowest is None or lowest.limit_s == 0 or lowest.bound_s >= lowest.max_s:
         return False

@@ -30,7 +30,13 @@ LAST_CLOSING_SHARE = 0.995
 STRICTLY = 1e-7
 """With a target gap of 0, "better" means better by this share."""
 
+ATTAINED = STRICTLY * (1 + 1e-6)
+"""And this gap means that nothing is: what is proven there leaves STRICTLY and rounding errors."""
+
 SETTLE_LIMIT_S = 0.5
+NEARLY_ALL = 0.9
+"""Share of its time after which SCIP is taken to have been ended by it."""
+
 LOCAL_SEARCH_LIMIT_S = 0.2
 SHORTEST_SOLVE_S = 0.02
 
@@ -39,7 +45,7 @@ SHORTEST_SOLVE_S = 0.02
 class Settled:
     """A deployment with its share-out of the planned counts. Seconds are of the slowest replica, without overhead.
 
-    `limit_s` is for how long SCIP was let search, 0 if not at all.
+    `limit_s` is for how long SCIP was let search where that ended it, else 0.
     """
 
     replica_counts: tuple[int, ...]
@@ -85,10 +91,10 @@ class Search:
         self.bound_s = max(self.bound_s, min(seconds, self.relaxation.horizon_s))
 
     def is_done(self) -> bool:
-        return self.gap() <= max(self.target_gap, STRICTLY) or self.left_s() <= SHORTEST_SOLVE_S
+        return self.gap() <= max(self.target_gap, ATTAINED) or self.left_s() <= SHORTEST_SOLVE_S
 
     def status(self) -> str:
-        if self.gap() <= STRICTLY:
+        if self.gap() <= ATTAINED:
             return "optimal"
         if self.gap() <= self.target_gap:
             return "gap limit"
@@ -150,16 +156,19 @@ def settle(
     share = start or balance.heuristic(table, problem.counts, time_limit_s=LOCAL_SEARCH_LIMIT_S)
     own_bound_s = bound_s
     left_s = limit_s if deadline is None else min(limit_s, deadline - time.perf_counter())
+    cut_at_s = 0.0
     if left_s > SHORTEST_SOLVE_S and gap_of(problem, share.max_s, bound_s) > target_gap:
+        started = time.perf_counter()
         share, proven_s = balance_model.refine(
             replicas, table, problem.counts, share, time_limit_s=left_s, gap_limit=target_gap / 2
         )
         own_bound_s = max(bound_s, proven_s)
+        cut_at_s = left_s if time.perf_counter() - started >= NEARLY_ALL * left_s else 0.0
     return Settled(
         replica_counts=tuple(replica_counts),
         max_s=share.max_s,
         bound_s=min(own_bound_s, share.max_s),
-        limit_s=limit_s,
+        limit_s=cut_at_s,
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from planner import deployment
+from planner import closing, deployment, search
 from planner.cost import ConfigCost, CostTable
 from planner.errors import UserError
 from planner.evaluate import plan_violations
@@ -317,3 +317,24 @@ def test_prediction_says_how_the_search_ended_and_old_files_need_not(tmp_path):
     del raw["predicted"]["status"], raw["predicted"]["num_nodes"]
     old = Plan.from_dict(raw).predicted
     assert (old.step_s, old.status, old.num_nodes) == (exact.predicted.step_s, None, None)
+
+
+def test_replica_counts_settled_in_too_short_a_time_are_settled_again(monkeypatch):
+    limits = []
+
+    def hurried(problem, counts, *, limit_s=0.03, **rest):
+        limits.append(limit_s)
+        return search.settle(problem, counts, limit_s=limit_s, **rest)
+
+    monkeypatch.setattr(closing, "settle", hurried)
+    rng = np.random.default_rng(1)
+    counts = rng.integers(5, 40, size=3).tolist()
+    costs = []
+    for tp, pp in ((1, 1), (2, 1), (1, 2), (4, 1)):
+        devices = tp * pp
+        capacity = int(64 * devices * rng.uniform(0.7, 1.6)) if costs else 80
+        per_token, per_slot = 1e-3 / devices**0.9 * rng.uniform(0.9, 1.1), float(rng.uniform(1e-3, 2e-2))
+        costs.append(config_cost(ParallelConfig(tp=tp, pp=pp, remat="none"), capacity, per_token, per_slot))
+    problem = build_problem(counted_workload(counts), cost_table(*costs), 8, buckets=BUCKETS, time_limit_s=60)
+    plan = deployment.solve(problem, target_gap=0.0)
+    assert max(limits) > 0.03 and plan.predicted.status == "optimal"
