@@ -14,9 +14,11 @@ replica r, integers n_rj of sequences of each bucket, to
 
 Solved in four steps.
 1. `planner.relaxation` finds the T from which fractional patterns serve everything: near what good plans need when
-   there are many replicas. The prices found prove it (`planner.closing`).
+   there are many replicas. The prices found prove it (`planner.closing`) and tell which replicas no plan near that T
+   has; these are left out from there on.
 2. At about the T that would be near enough, replicas are given patterns one after the other until all is served
-   (`planner.rounding`); their counts are chosen while diving or, as a whole, before (`planner.choice`).
+   (`planner.rounding`); their counts are chosen while diving or, as a whole, before (`planner.choice`). What is then
+   over T is moved between replicas, pair by pair (`planner.resplit`).
 3. With few replicas the bound is at fault as much as the plan: cuts of whole slots (`planner.cuts`) and whole replica
    counts, named, priced and ruled out or settled, raise it (`planner.closing`), and plans are looked for anew.
 4. The best plan is polished.

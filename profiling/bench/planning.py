@@ -76,11 +76,11 @@ def bench(
     workload, _ = synthetic_workload(read_tasks(reference / tasks), read_statistics(reference / STATISTICS), seed=0)
     rows: list[dict[str, Any]] = []
     for num_devices in (int(item) for item in devices.split(",")):
-        scaled = _scaled(workload, num_devices / BASE_DEVICES) if grow else workload
+        grown = scaled(workload, num_devices / BASE_DEVICES) if grow else workload
         mine = []
         for planner in planners.split(","):
             is_exact = planner == "exact"
-            problem = build_problem(scaled, costs, num_devices, time_limit_s=time_limit if is_exact else baseline_limit)
+            problem = build_problem(grown, costs, num_devices, time_limit_s=time_limit if is_exact else baseline_limit)
             runs = [_timed(planner, problem) for _ in range(repeats if is_exact else 1)]
             row = sorted(runs, key=lambda run: run["cpu_s"])[len(runs) // 2]
             mine.append(row)
@@ -97,7 +97,8 @@ def bench(
         console.print(f"published planning seconds (70B, 4 tasks):\n{published}", highlight=False)
 
 
-def _scaled(workload: Workload, factor: float) -> Workload:
+def scaled(workload: Workload, factor: float) -> Workload:
+    """The workload with every task's batch size times `factor`, at least 1."""
     return Workload(
         tasks=tuple(
             dataclasses.replace(task, batch_size=max(1, round(task.batch_size * factor))) for task in workload.tasks
