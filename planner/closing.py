@@ -12,7 +12,8 @@ import dataclasses
 import numpy as np
 
 from planner import balance_model, choice
-from planner.relaxation import STRICT, Level, bracket
+from planner.bracket import bracket
+from planner.relaxation import STRICT, Level
 from planner.search import SHORTEST_SOLVE_S, Search, Settled, dive, settle
 
 MOST_RETREATS = 12

@@ -32,9 +32,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from planner import choice, closing, rounding
+from planner.bracket import bracket
 from planner.plan import Plan
 from planner.problem import PlanningProblem
-from planner.relaxation import Level, Relaxation, bracket, least_conceivable_s
+from planner.relaxation import Level, Relaxation, least_conceivable_s
 from planner.search import LAST_CLOSING_SHARE, STRICTLY, TARGET_GAP, Search, dive, settle
 
 __all__ = ["TARGET_GAP", "homogeneous", "least_conceivable_s", "solve"]

@@ -81,7 +81,7 @@ def bench(
         for planner in planners.split(","):
             is_exact = planner == "exact"
             problem = build_problem(grown, costs, num_devices, time_limit_s=time_limit if is_exact else baseline_limit)
-            runs = [_timed(planner, problem) for _ in range(repeats if is_exact else 1)]
+            runs = [timed(planner, problem) for _ in range(repeats if is_exact else 1)]
             row = sorted(runs, key=lambda run: run["cpu_s"])[len(runs) // 2]
             mine.append(row)
             console.print(_line(row), highlight=False, soft_wrap=True)
@@ -106,7 +106,8 @@ def scaled(workload: Workload, factor: float) -> Workload:
     )
 
 
-def _timed(planner: str, problem: PlanningProblem) -> dict[str, Any]:
+def timed(planner: str, problem: PlanningProblem) -> dict[str, Any]:
+    """A planner's plan for a problem, what it says of it, and the seconds that it took."""
     solve = solver(planner)
     wall, cpu = time.perf_counter(), time.process_time()
     plan: Plan = solve(problem)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,10 @@ from planner.cost import CostTable
 from planner.errors import UserError
 from planner.inputs import FILE
 from planner.lobra_files import read_cost_table, read_tasks
-from planner.planners import solver
 from planner.problem import build_problem
 from planner.synthetic import read_statistics, synthetic_workload
 from planner.workload import Workload
-from profiling.bench.planning import BASE_DEVICES, LIBRARIES, MEMORY, NUM_LAYERS, STATISTICS, TIMES, scaled
+from profiling.bench.planning import BASE_DEVICES, LIBRARIES, MEMORY, NUM_LAYERS, STATISTICS, TIMES, scaled, timed
 from profiling.bench.provenance import provenance
 from profiling.experiments import with_remat
 
@@ -104,28 +102,12 @@ def instance(reference: Path, num_devices: int, seed: int) -> tuple[Workload, Co
 
 def _planned(reference: Path, num_devices: int, seed: int, time_limit: float) -> dict[str, Any]:
     workload, costs = instance(reference, num_devices, seed)
-    row: dict[str, Any] = {"num_devices": num_devices, "seed": seed, "num_configs": len(costs.configs)}
+    row: dict[str, Any] = {"num_devices": num_devices, "seed": seed}
     try:
         problem = build_problem(workload, costs, num_devices, time_limit_s=time_limit)
     except UserError as error:  # a sequence longer than every capacity
         return {**row, "error": str(error)}
-    solve = solver("exact")
-    wall, cpu = time.perf_counter(), time.process_time()
-    plan = solve(problem)
-    cpu_s, wall_s = time.process_time() - cpu, time.perf_counter() - wall
-    predicted = plan.predicted
-    return {
-        **row,
-        "num_buckets": len(problem.buckets),
-        "num_sequences": sum(problem.counts),
-        "wall_s": wall_s,
-        "cpu_s": cpu_s,
-        "step_s": predicted.step_s,
-        "bound_s": predicted.bound_s,
-        "gap": predicted.gap,
-        "status": predicted.status,
-        "plan": str(plan),
-    }
+    return {**row, **timed("exact", problem)}
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from planner import closing, deployment, search
+from planner.bracket import bracket
 from planner.cost import ConfigCost, CostTable
 from planner.errors import UserError
 from planner.evaluate import plan_violations
 from planner.plan import ParallelConfig, Plan
 from planner.planners import make_plan
 from planner.problem import Constraints, build_problem
-from planner.relaxation import Relaxation, bracket
+from planner.relaxation import Relaxation
 from planner.workload import TaskLengths, Workload
 
 BUCKETS = (16, 32, 64)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner.bracket import bracket
 from planner.constraints import Constraints
 from planner.cost import ConfigCost, CostTable
 from planner.cuts import Cut
@@ -15,7 +16,7 @@ from planner.patterns import lattice_of, slots_of
 from planner.plan import ParallelConfig
 from planner.pricing import Pricer
 from planner.problem import build_problem
-from planner.relaxation import SURPLUS, Level, Relaxation, bracket, least_conceivable_s
+from planner.relaxation import SURPLUS, Level, Relaxation, least_conceivable_s
 from planner.workload import TaskLengths, Workload
 
 BUCKETS = (16, 32, 64)

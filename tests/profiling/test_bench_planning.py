@@ -23,6 +23,7 @@ def test_planned_instances_are_written_with_their_gaps(tmp_path):
     (row,) = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert row["gap"] == pytest.approx((row["step_s"] - row["bound_s"]) / row["step_s"]) and row["cpu_s"] > 0
     workload, costs = unlike_tables.instance(REFERENCE, 16, 6)  # the same again
-    assert (row["seed"], row["num_configs"]) == (6, len(costs.configs))
-    predicted = solver("exact")(build_problem(workload, costs, 16, time_limit_s=30.0)).predicted
+    problem = build_problem(workload, costs, 16, time_limit_s=30.0)
+    assert (row["seed"], row["num_configs"], row["num_sequences"]) == (6, len(problem.configs), sum(problem.counts))
+    predicted = solver("exact")(problem).predicted
     assert predicted.bound_s <= row["step_s"] * (1 + 1e-9) and row["bound_s"] <= predicted.step_s * (1 + 1e-9)
