@@ -20,7 +20,7 @@ from planner.cuts import Cut, violated
 from planner.master import Master
 from planner.patterns import Lattice, Pattern, lattice_of, slots_of
 from planner.prices import Relaxed
-from planner.pricing import NUM_COARSE_CELLS, Pricer
+from planner.pricing import NUM_CELLS, Pricer
 from planner.problem import PlanningProblem
 from planner.relaxation import STRICT, SURPLUS, WORTHWHILE
 from planner.repair import repair
@@ -149,7 +149,7 @@ def _hand_out(
     ]
     nothing = (0,) * len(problem.counts)
     slots = [slots_of(u, problem.counts if n else nothing) for u, n in zip(problem.configs, upper, strict=True)]
-    pricer = Pricer(problem, slots, lattices, replica_s, num_cells=NUM_COARSE_CELLS)
+    pricer = Pricer(problem, slots, lattices, replica_s, num_cells=NUM_CELLS)
     master = Master(problem, lower, upper, lattices, needs_longest=cover is not None, thrift=THRIFT)
     master.add(pool)
     if not pool:
