@@ -77,7 +77,7 @@ def close(search: Search, *, most_settled: int, most_ruled_out: int, patient: bo
     while not search.is_done():
         decided_s = search.decided_s()
         if decided_s > relaxation.horizon_s:
-            limit(search, relaxation.prices, decided_s / HORIZON)
+            limit(search, relaxation.prices, decided_s)  # a horizon beyond it, whatever the rounding
             continue
         level = search.level
         if level is None or decided_s != level.replica_s:

@@ -2,8 +2,8 @@
 
 A dive solves the master for the replicas and counts that are left, finds patterns for those counts, hands out the
 patterns that the master uses whole times (else the one that it uses most), and starts over. What is left at the end
-goes to the replicas that finish it earliest, and `planner.balance` improves the share-out. Polishing takes the slowest
-replica and a few others at a time and shares their loads out anew (`planner.balance_model`).
+goes to the replicas that finish it earliest; `planner.balance` and `planner.resplit` improve the share-out. Polishing
+takes the slowest replica and a few others at a time and shares their loads out anew (`planner.balance_model`).
 """
 
 from __future__ import annotations

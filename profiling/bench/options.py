@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import click
 
 from lobra_jax.config.fields import did_you_mean, one_of
 from lobra_jax.models.config import PRESETS, LlamaConfig
@@ -41,3 +44,12 @@ def command_line(command: str, options: Mapping[str, Any]) -> str:
     """The call that gives a result again; options that were not given are left out."""
     given = [f"--{name.replace('_', '-')} {value}" for name, value in options.items() if value is not None]
     return " ".join([command, *given])
+
+
+# Decorates commands that read LobRA's published data.
+published_files = click.option(
+    "--reference",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    required=True,
+    help="Folder with LobRA's published CSV and JSON files.",
+)

@@ -25,6 +25,7 @@ from planner.planners import PLANNERS, solver
 from planner.problem import PlanningProblem, build_problem
 from planner.synthetic import read_statistics, synthetic_workload
 from planner.workload import Workload
+from profiling.bench.options import published_files
 from profiling.bench.provenance import provenance
 
 TABLE_WIDTH = 100
@@ -47,8 +48,7 @@ LIBRARIES = ("pyscipopt", "numpy", "scipy")
     epilog="\b\nExample:\n"
     "  python -m profiling.bench.planning --reference DIR --out profiling/results/planning_seconds.json"
 )
-@click.option("--reference", type=click.Path(path_type=Path, file_okay=False, exists=True), required=True,
-              help="Folder with LobRA's published CSV and JSON files.")  # fmt: skip
+@published_files
 @click.option("--out", type=FILE, required=True, metavar="FILE", help="The JSON to write.")
 @click.option("--tasks", default="exp_task6.json", show_default=True, help="Task file in the folder.")
 @click.option("--devices", default="16,64,256,1024", show_default=True, help="Numbers of devices.")

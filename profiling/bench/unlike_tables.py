@@ -24,6 +24,7 @@ from planner.lobra_files import read_cost_table, read_tasks
 from planner.problem import build_problem
 from planner.synthetic import read_statistics, synthetic_workload
 from planner.workload import Workload
+from profiling.bench.options import published_files
 from profiling.bench.planning import BASE_DEVICES, LIBRARIES, MEMORY, NUM_LAYERS, STATISTICS, TIMES, scaled, timed
 from profiling.bench.provenance import provenance
 from profiling.experiments import with_remat
@@ -47,8 +48,7 @@ WIDE = 8
     epilog="\b\nExample:\n"
     "  python -m profiling.bench.unlike_tables --reference DIR --out profiling/results/planning_unlike_tables.json"
 )
-@click.option("--reference", type=click.Path(path_type=Path, file_okay=False, exists=True), required=True,
-              help="Folder with LobRA's published CSV and JSON files.")  # fmt: skip
+@published_files
 @click.option("--out", type=FILE, required=True, metavar="FILE", help="The JSON to write.")
 @click.option("--devices", default="16,64,256", show_default=True, help="Numbers of devices.")
 @click.option("--instances", type=click.IntRange(min=1), default=10, show_default=True, help="For each of them.")
@@ -65,7 +65,7 @@ def bench(reference: Path, out: Path, devices: str, instances: int, seed: int, t
             told = row.get("error") or f"{row['cpu_s']:6.2f} s CPU  gap {row['gap']:.2%}  {row['plan']}"
             console.print(f"{num_devices:>5} devices seed {number:>3}  {told}", highlight=False, soft_wrap=True)
         mine = [row for row in rows if row["num_devices"] == num_devices and "error" not in row]
-        seconds = [row["cpu_s"] for row in mine]
+        seconds = [row["cpu_s"] for row in mine] or [float("nan")]
         within = sum(row["gap"] <= 0.01 for row in mine)
         console.print(
             f"{num_devices:>5} devices: median {np.median(seconds):.2f} s, most {max(seconds):.2f} s CPU; "
