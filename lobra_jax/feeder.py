@@ -130,6 +130,7 @@ class Feeder:
             method=self.settings.dispatch,
             max_buckets=self.settings.max_dispatch_buckets,
             time_limit_s=self.settings.dispatch_time_limit_s,
+            ahead=True,
         )
 
     def evaluation(self, names: Sequence[str], max_sequences: int) -> Iterator[EvaluationChunk]:

@@ -3,13 +3,15 @@
 Sequences are padded to a few of the plan's buckets (`planner.bucketing`), counted by bucket, shared out over the
 replicas by a method, and dealt out to them task by task:
 
-    balance   least time of the slowest replica: prices, then fills near their bound (`planner.share_out`), then SCIP
-              from there where a handful of replicas and buckets leave a gap (`planner.balance_model`)
+    balance   least time of the slowest replica: prices, then fills near their bound (`planner.share_out`), re-splits
+              of two replicas at a time where there is time for them, then SCIP from there where a handful of replicas
+              and buckets leave a gap (`planner.balance_model`)
     group     each bucket to the replicas of the smallest capacity that fits it (LobRA's length-based dispatch)
     uniform   each bucket in equal numbers to all replicas that fit it, whatever their speed
 
 A resumed run must dispatch its steps as the first run did, so what ends the search is counted, not timed: rounds of
-local search, nodes of SCIP, the gap. The time limit is a safety net over these; a dispatch that it cut says so.
+local search, re-splits, nodes of SCIP, the gap. The time limit is a safety net over these; a dispatch that it cut says
+so.
 """
 
 from __future__ import annotations
@@ -94,6 +96,7 @@ def dispatch(
     method: str = "balance",
     max_buckets: int,
     time_limit_s: float,
+    ahead: bool = False,
 ) -> Dispatch:
     """Serves every sequence exactly once, on a replica that fits it.
 
@@ -105,6 +108,8 @@ def dispatch(
       time_limit_s: a safety net for SCIP, which should end well before; with 0 or less, balance gives the first valid
         share-out and looks no further. The same inputs give the same dispatch on a slow machine as on a quick one,
         and under any limit, as long as `stopped_early` is false.
+      ahead: it is made while the step before runs, so that balance may take longer by a small part of a step
+        (`planner.share_out`) and ends nearer its bound.
 
     Raises:
       UserError: an unknown method; a sequence longer than every replica's capacity, or than the plan's largest bucket;
@@ -121,7 +126,7 @@ def dispatch(
     replicas = _replicas(plan, costs, buckets)
     bucket_ids = np.searchsorted(np.asarray(buckets, dtype=np.int64), lengths)
     counts = np.bincount(bucket_ids, minlength=len(buckets)).tolist()
-    loads, bound_s, stopped_early = _share(method, replicas, counts, time_limit_s)
+    loads, bound_s, stopped_early = _share(method, replicas, counts, time_limit_s, ahead=ahead)
     work = _micro_batches(replicas, buckets, loads, bucket_ids, task_ids)
     return Dispatch(
         replicas=tuple(tuple(batch for _, batch in own) for own in work),
@@ -167,7 +172,7 @@ def _replicas(plan: Plan, costs: CostTable, buckets: Sequence[int]) -> list[Usab
 
 
 def _share(
-    method: str, replicas: Sequence[UsableConfig], counts: Sequence[int], time_limit_s: float
+    method: str, replicas: Sequence[UsableConfig], counts: Sequence[int], time_limit_s: float, *, ahead: bool
 ) -> tuple[np.ndarray, float, bool]:
     """(loads [R, J], proven bound on the least seconds of the slowest replica, whether the time limit ran out)."""
     if not counts:
@@ -179,7 +184,7 @@ def _share(
         loads = _uniform(table, counts) if method == "uniform" else balance.list_schedule(smallest, counts)
         return loads, bound_s, method == "balance"
     deadline = time.perf_counter() + time_limit_s
-    share, bound_s = share_out(replicas, table, counts, gap_limit=GAP_LIMIT)
+    share, bound_s = share_out(replicas, table, counts, gap_limit=GAP_LIMIT, ahead=ahead)
     if share.max_s <= bound_s * (1 + GAP_LIMIT) or len(replicas) * np.count_nonzero(counts) > SCIP_MAX_CELLS:
         return share.loads, min(bound_s, share.max_s), False
     left_s = deadline - time.perf_counter()

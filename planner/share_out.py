@@ -2,8 +2,9 @@
 
 `planner.prices` bounds the slowest replica and prices every bucket; `planner.fill` makes loads that end by a target,
 `planner.repair` places what did not fit, and `planner.balance.improve` moves slots about. The first share-out within
-the wanted gap is taken. Where slots are long, the bound counts them whole (`planner.tighten`). Nothing here looks at a
-clock: the same step gives the same answer.
+the wanted gap is taken. Where slots are long, the bound counts them whole (`planner.tighten`). A share-out that is made
+while another step runs is worked on further (`planner.resplit`), for a small part of the time that its own step takes.
+Nothing here looks at a clock: the same step gives the same answer.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from planner.balance import Share, Tables
 from planner.fill import fill, own_worth
 from planner.problem import UsableConfig
 from planner.repair import repair
+from planner.resplit import resplit
 
 JUST_INSIDE = 0.98
 """The first target is the bound and this share of the wanted gap."""
@@ -51,16 +53,24 @@ LONG = 0.125
 TIGHTEN_UP_TO = 1.0125
 """Multiple of the bound up to which whole slots of one kind may raise it."""
 
+AHEAD_SHARE = 0.05
+"""Share of its own step's least seconds that a share-out made ahead may take longer, at `PAIR_S` a re-split."""
+
+PAIR_S = 5e-4
+
+AHEAD_PAIRS = 32
+"""Re-splits a replica at the most: what they have not found then, more of them seldom find."""
+
 LEAST_WORTH = 0.01
 """Worth of a sequence that prices say is free, as a share of what its time would be worth on its best kind."""
 
 
 def share_out(
-    replicas: Sequence[UsableConfig], table: Tables, counts: Sequence[int], *, gap_limit: float
+    replicas: Sequence[UsableConfig], table: Tables, counts: Sequence[int], *, gap_limit: float, ahead: bool = False
 ) -> tuple[Share, float]:
     """(a valid share-out, proven least seconds of the slowest replica); looks until `gap_limit` is met or it gives up.
 
-    Every bucket with counts[j] > 0 must fit some replica.
+    Every bucket with counts[j] > 0 must fit some replica. With `ahead` it gives up later, see `AHEAD_SHARE`.
     """
     kinds = [replicas[int(index)] for index in np.unique(table.kind, return_index=True)[1]]
     multiplicity = np.bincount(table.kind).tolist()
@@ -96,6 +106,9 @@ def share_out(
             if not 0 < counted_s < up_to_s or table.bubbles.any() or table.fixed_s.any():
                 bound_s = max(bound_s, tighten.by_kind(kinds, multiplicity, counts, relaxed, coarsest, best.max_s))
             best = _more_attempts(attempt, best, bound_s, target_s, gap_limit, len(replicas))
+    if ahead and best.max_s > bound_s * good:
+        pairs = min(AHEAD_PAIRS * len(replicas), int(bound_s * AHEAD_SHARE / PAIR_S))
+        best = resplit(table, best, bound_s * first, relaxed.prices, relaxed.kind_prices, max_pairs=pairs)
     return best, min(bound_s, best.max_s)
 
 

@@ -154,7 +154,14 @@ def simulate(
             dispatched = packed_dispatch(plan, costs, lengths, task_ids)
         else:
             dispatched = dispatch(
-                plan, costs, lengths, task_ids, method=method, max_buckets=max_buckets, time_limit_s=time_limit_s
+                plan,
+                costs,
+                lengths,
+                task_ids,
+                method=method,
+                max_buckets=max_buckets,
+                time_limit_s=time_limit_s,
+                ahead=True,
             )
         judged = evaluate(plan, costs, dispatched, lengths, task_ids)
         if judged.violations:

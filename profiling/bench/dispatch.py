@@ -67,6 +67,8 @@ def main(steps: int, seed: int, out: Path | None) -> None:
             f"{row['case']:>27}, {row['num_sequences']} sequences: p50 {1e3 * row['wall_s']['p50']:.1f} ms, "
             f"p95 {1e3 * row['wall_s']['p95']:.1f} ms (CPU {1e3 * row['cpu_s']['p50']:.1f}, "
             f"{1e3 * row['cpu_s']['p95']:.1f}); gap p50 {row['gap']['p50']:.2%}, p95 {row['gap']['p95']:.2%}; "
+            f"ahead of a step CPU p95 {1e3 * row['ahead_cpu_s']['p95']:.1f} ms, gap p50 {row['ahead_gap']['p50']:.2%}, "
+            f"p95 {row['ahead_gap']['p95']:.2%}; "
             f"first valid share-out CPU p50 {1e3 * row['first_valid_cpu_s']['p50']:.1f} ms; "
             f"{NUM_BUCKETS} buckets CPU p50 {1e3 * row['buckets_cpu_s']['p50']:.1f} ms of the plan's, "
             f"{1e3 * row['fresh_buckets_cpu_s']['p50']:.1f} ms of all multiples of 16"
@@ -84,7 +86,7 @@ def main(steps: int, seed: int, out: Path | None) -> None:
 
 def _case(case: Case, costs: CostTable, workload: Workload, steps: int, seed: int) -> dict[str, Any]:
     plan = _plan(case, costs, workload)
-    wall, cpu, gaps, first, bucketing, fresh = ([] for _ in range(6))
+    wall, cpu, gaps, first, bucketing, fresh, ahead_cpu, ahead_gaps = ([] for _ in range(8))
     for step in range(steps):
         lengths, tasks = _batch(workload, case.num_sequences, seed, step)
         spent, dispatched = _timed(lambda lengths=lengths, tasks=tasks: _dispatch(plan, costs, lengths, tasks))
@@ -92,7 +94,10 @@ def _case(case: Case, costs: CostTable, workload: Workload, steps: int, seed: in
         cpu.append(spent[1])
         if evaluate(plan, costs, dispatched, lengths).violations:
             raise RuntimeError(f"{case.name}, step {step}: {evaluate(plan, costs, dispatched, lengths).violations[0]}")
-        gaps.append(max(dispatched.predicted_s) / dispatched.bound_s - 1)
+        gaps.append(_gap(dispatched))
+        spent, dispatched = _timed(lambda lengths=lengths, tasks=tasks: _dispatch(plan, costs, lengths, tasks, True))
+        ahead_cpu.append(spent[1])
+        ahead_gaps.append(_gap(dispatched))
         bucketing.append(_timed(lambda lengths=lengths: choose_buckets(lengths, plan.buckets, NUM_BUCKETS))[0][1])
         fresh.append(_timed(lambda lengths=lengths: least_padding_buckets(lengths, NUM_BUCKETS))[0][1])
         table, counts = _tables(plan, costs, lengths)
@@ -106,6 +111,8 @@ def _case(case: Case, costs: CostTable, workload: Workload, steps: int, seed: in
         "cpu_s": _quantiles(cpu),
         "gap": _quantiles(gaps),
         "share_within_1_percent": float(np.mean(np.array(gaps) <= 0.01)),
+        "ahead_cpu_s": _quantiles(ahead_cpu),
+        "ahead_gap": _quantiles(ahead_gaps),
         "first_valid_cpu_s": _quantiles(first),
         "buckets_cpu_s": _quantiles(bucketing),
         "fresh_buckets_cpu_s": _quantiles(fresh),
@@ -134,8 +141,14 @@ def _batch(workload: Workload, num_sequences: int, seed: int, step: int) -> tupl
     return lengths, task_ids
 
 
-def _dispatch(plan: Plan, costs: CostTable, lengths: np.ndarray, tasks: np.ndarray) -> Dispatch:
-    return dispatch(plan, costs, lengths, tasks, max_buckets=NUM_BUCKETS, time_limit_s=TIME_LIMIT_S)
+def _dispatch(
+    plan: Plan, costs: CostTable, lengths: np.ndarray, tasks: np.ndarray, ahead: bool = False
+) -> Dispatch:
+    return dispatch(plan, costs, lengths, tasks, max_buckets=NUM_BUCKETS, time_limit_s=TIME_LIMIT_S, ahead=ahead)
+
+
+def _gap(dispatched: Dispatch) -> float:
+    return max(dispatched.predicted_s) / dispatched.bound_s - 1
 
 
 def _tables(plan: Plan, costs: CostTable, lengths: np.ndarray) -> tuple[balance.Tables, list[int]]:

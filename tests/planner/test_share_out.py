@@ -134,6 +134,45 @@ def test_search_serves_all_and_beats_list_scheduling_and_repeats_itself(instance
     assert (share.loads == again.loads).all() and bound_s == bound_again_s
 
 
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(large)
+def test_made_ahead_it_is_no_worse_and_repeats_itself(instance):
+    chosen, counts, fixed_s, slot_s = instance
+    replicas = replicas_of(chosen, configs(100 * fixed_s, 100 * slot_s))
+    table = balance.tables(replicas, counts)
+    share, _ = share_out(replicas, table, counts, gap_limit=0.01)
+    ahead, bound_s = share_out(replicas, table, counts, gap_limit=0.01, ahead=True)
+    again, _ = share_out(replicas, table, counts, gap_limit=0.01, ahead=True)
+    assert ahead.loads.min() >= 0 and ahead.loads.sum(axis=0).tolist() == counts
+    assert bound_s <= ahead.max_s <= share.max_s
+    assert ahead.replica_s == pytest.approx([u.replica_s(row) for u, row in zip(replicas, ahead.loads, strict=True)])
+    assert (ahead.loads == again.loads).all()
+
+
+@pytest.mark.parametrize(("scale", "is_better"), [(1.0, False), (1000.0, True)])
+def test_only_long_steps_are_worked_on_further_ahead(scale, is_better):
+    """A twentieth of a step of milliseconds is no time to look on in."""
+    usable = [
+        usable_config(
+            ConfigCost(
+                config=ParallelConfig(tp=tp, pp=pp, remat="none"),
+                capacity_tokens=capacity,
+                coefficients=(0.0, 0.0, scale * 1e-5 / tp**0.8 / pp, 0.0, 0.0, scale * 3e-4 / pp),
+                fixed_s=0.0,
+            ),
+            BUCKETS,
+        )
+        for tp, pp, capacity in ((1, 2, 48), (2, 1, 64), (4, 1, 130))
+    ]
+    replicas = [usable[2]] * 2 + [usable[1]] * 3 + [usable[0]] * 4
+    counts = [151, 133, 117]
+    table = balance.tables(replicas, counts)
+    quick, bound_s = share_out(replicas, table, counts, gap_limit=0.0)
+    ahead, _ = share_out(replicas, table, counts, gap_limit=0.0, ahead=True)
+    assert quick.max_s > bound_s
+    assert (ahead.max_s < quick.max_s) == is_better
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(large, st.sampled_from([0.7, 1.0, 1.02, 1.5]), st.booleans())
 def test_fill_keeps_to_its_target_and_repair_places_all_that_is_left(instance, target, widest_first):
