@@ -141,9 +141,7 @@ def _batch(workload: Workload, num_sequences: int, seed: int, step: int) -> tupl
     return lengths, task_ids
 
 
-def _dispatch(
-    plan: Plan, costs: CostTable, lengths: np.ndarray, tasks: np.ndarray, ahead: bool = False
-) -> Dispatch:
+def _dispatch(plan: Plan, costs: CostTable, lengths: np.ndarray, tasks: np.ndarray, ahead: bool = False) -> Dispatch:
     return dispatch(plan, costs, lengths, tasks, max_buckets=NUM_BUCKETS, time_limit_s=TIME_LIMIT_S, ahead=ahead)
 
 
