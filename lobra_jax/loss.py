@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lobra_jax.models.llama import Shard
+Shard = Callable[..., Array]
+"""Pins an activation by its logical axes (`sharding.StageSharding.constrain`)."""
 
 MAX_CHUNK_TOKENS = 2048
 """Tokens of a micro-batch whose logits are alive together."""
