@@ -48,6 +48,7 @@ from lobra_jax.reduce import AdapterState, GradientSum
 from lobra_jax.replica import Replica, ReplicaRun, Shape
 from lobra_jax.step_times import StepResult, action_times
 from lobra_jax.trace_steps import ISSUE_MARK, PAUSE_MARK, READY_MARK
+from lobra_jax.watch import Watch
 from planner.lattice import shapes as lattice_shapes
 from planner.plan import Plan
 
@@ -59,14 +60,17 @@ NOTHING_GIVEN: Mapping[int, TaskAdapter] = types.MappingProxyType({})
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IssuedStep:
-    """A step handed to the devices and not yet waited for; `settle_s` of its issuing went to waiting for devices."""
+    """A step handed to the devices and not yet waited for; `settle_s` of its issuing went to waiting for devices.
+
+    `ends` is [replica][stage] when its actions ended.
+    """
 
     issued_at: float
     settle_s: float
     runs: tuple[ReplicaRun, ...]
     gradient_norms: Array
     alive: Array
-    ends: tuple[tuple[Future, ...], ...]
+    ends: tuple[tuple[Future[list[float]], ...], ...]
     adapters_ready: Future
 
 
@@ -132,7 +136,7 @@ class Engine:
         self._spread: list[list[Adapters]]
         num_stages = sum(replica.parallel.pp for replica in self.replicas)
         self._issuers = ThreadPoolExecutor(len(self.replicas), thread_name_prefix="issue")
-        self._watchers = ThreadPoolExecutor(2 * (num_stages + 1), thread_name_prefix="watch")
+        self._watchers = ThreadPoolExecutor(3 * (num_stages + 1), thread_name_prefix="watch")
         self._previous_ready: Future | None = None
         self._unsettled: IssuedStep | None = None
         self._before: AdapterState | None = None
@@ -186,9 +190,22 @@ class Engine:
                     done += 1
                     yield done, total
 
-    def warm_up(self) -> None:
-        """Runs the sum, the update and the spreading once without any work, so that they are compiled too."""
+    def warm_up(self, shapes: Sequence[Sequence[Shape]] | None = None) -> None:
+        """Runs the sum, the update and the spreading once without any work, so that they are compiled too.
+
+        With `shapes`, [replica][shape] that are compiled, also each of their programs: on a GPU the first run of a
+        large one, which loads its kernels and makes its CUDA graphs, takes as long as some more.
+
+        Raises:
+          OutOfMemoryError: a device had no room for a micro-batch of such a shape.
+        """
         self.finish(self.issue([()] * len(self.replicas), no_inputs(len(self.specs))))
+        if shapes is not None:
+            batches = [
+                [replica.empty_micro_batch(shape) for shape in own]
+                for replica, own in zip(self.replicas, shapes, strict=True)
+            ]
+            await_gradients(self._issue_micro_batches(batches))
         self.pause()
 
     def issue(self, batches: ReplicaBatches, hyper: HyperInputs, *, step: int = 0) -> IssuedStep:
@@ -220,13 +237,6 @@ class Engine:
         state, norms = self._update(runs, hyper, in_place=before is None)
         for run in runs:
             run.gradients.clear()
-        ends = tuple(
-            tuple(
-                self._watchers.submit(_await_each, [i.done for i in run.issued if i.action.stage == stage])
-                for stage in range(replica.parallel.pp)
-            )
-            for replica, run in zip(self.replicas, runs, strict=True)
-        )
         ready = self._watchers.submit(_await_all, self._spread, step)
         issued = IssuedStep(
             issued_at=issued_at,
@@ -234,7 +244,7 @@ class Engine:
             runs=runs,
             gradient_norms=norms,
             alive=state.alive,
-            ends=ends,
+            ends=tuple(run.watch.ends for run in runs),
             adapters_ready=ready,
         )
         self._unsettled, self._before = issued, before
@@ -280,7 +290,12 @@ class Engine:
             return None
 
     def _issue_micro_batches(self, batches: ReplicaBatches) -> tuple[ReplicaRun, ...]:
-        runs = tuple(ReplicaRun(gradients=replica.zero_gradients()) for replica in self.replicas)
+        gradients = [replica.zero_gradients() for replica in self.replicas]
+        runs = tuple(
+            ReplicaRun(gradients=own, watch=Watch(replica.parallel.pp, self._watchers))
+            for replica, own in zip(self.replicas, gradients, strict=True)
+        )
+        del gradients
         calls = [
             functools.partial(replica.issue, run, micro_batches, self._spread[replica.index], self.tasks[replica.index])
             for replica, run, micro_batches in zip(self.replicas, runs, batches, strict=True)
@@ -290,6 +305,9 @@ class Engine:
         except OutOfMemoryError as error:
             # What could not be issued may have lacked the results of an earlier micro-batch that had no room.
             raise OutOfMemoryError(failures(runs) or error.failures) from error
+        finally:
+            for run in runs:
+                run.watch.close()
         return runs
 
     def _await_micro_batches(self, step: IssuedStep) -> None:
@@ -400,15 +418,6 @@ def _seconds(call: Callable[[], None]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-def _await_each(done: list[Array]) -> list[float]:
-    """When each of one stage's outputs became ready (`perf_counter` seconds)."""
-    ends = []
-    for array in done:
-        array.block_until_ready()
-        ends.append(time.perf_counter())
-    return ends
 
 
 def _await_all(tree: Any, step: int) -> float:

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-Shard = Callable[..., Array]
-"""Pins an activation by its logical axes (`sharding.StageSharding.constrain`)."""
+from lobra_jax.models.llama import Shard
 
 MAX_CHUNK_TOKENS = 2048
 """Tokens of a micro-batch whose logits are alive together."""

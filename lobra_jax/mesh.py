@@ -33,16 +33,10 @@ def make_submesh(parallel: ParallelConfig, devices: Sequence[Any]) -> Submesh:
     if len(devices) != parallel.num_devices:
         raise ValueError(f"{parallel} on {len(devices)} devices: expected {parallel.num_devices}")
     grid = np.array(devices, dtype=object).reshape(parallel.pp, parallel.tp)
-    return Submesh(parallel=parallel, stages=tuple(_stage(row) for row in grid))
-
-
-def one_stage(devices: Sequence[Any]) -> StageSharding:
-    """Of a model that is not cut into stages, over these devices."""
-    return _stage(np.array(devices, dtype=object))
-
-
-def _stage(devices: np.ndarray) -> StageSharding:
-    return StageSharding(Mesh(devices, (TENSOR,), axis_types=(AxisType.Auto,)))
+    return Submesh(
+        parallel=parallel,
+        stages=tuple(StageSharding(Mesh(row, (TENSOR,), axis_types=(AxisType.Auto,))) for row in grid),
+    )
 
 
 def cut(plan: Plan, devices: Sequence[Any] | None = None) -> tuple[Submesh, ...]:

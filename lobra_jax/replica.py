@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding
 
-from lobra_jax.data.batches import MicroBatchArrays
+from lobra_jax.data.batches import MicroBatchArrays, Segments
 from lobra_jax.lora import Adapters, TaskInputs
 from lobra_jax.mesh import Submesh, check_model_fits, split_layers
 from lobra_jax.models.config import LlamaConfig, check_quantization
@@ -39,6 +39,7 @@ from lobra_jax.stage import (
     compile_training,
     stage_layout,
 )
+from lobra_jax.watch import Watch
 
 LOAD_THREADS = 4
 """Weights read at once: as many are held by the host, once as stored and once as placed."""
@@ -58,11 +59,20 @@ class Issued:
 
 @dataclasses.dataclass(kw_only=True)
 class ReplicaRun:
-    """One step of one replica, filled while it is issued: gradient sums by stage, losses [T] by micro-batch."""
+    """One step of one replica, filled while it is issued: gradient sums by stage, losses [T] by micro-batch.
+
+    `watch` is told of each action as soon as it was issued, if there is one.
+    """
 
     gradients: list[Adapters]
+    watch: Watch | None = None
     losses: list[Array] = dataclasses.field(default_factory=list)
     issued: list[Issued] = dataclasses.field(default_factory=list)
+
+    def note(self, issued: Issued) -> None:
+        self.issued.append(issued)
+        if self.watch is not None:
+            self.watch.add(issued.action.stage, issued.done)
 
 
 class Replica:
@@ -220,6 +230,23 @@ class Replica:
         """The compiled programs of a shape, by stage; KeyError unless compiled."""
         return self._training[shape]
 
+    def empty_micro_batch(self, shape: Shape) -> MicroBatchArrays:
+        """One without any weight: it runs the shape's training programs and adds nothing to a gradient."""
+        first, last = (layout.batch(*shape, packed=self.packed) for layout in (self.layouts[0], self.layouts[-1]))
+
+        def zeros(leaf: jax.ShapeDtypeStruct | None) -> np.ndarray:
+            return np.zeros(leaf.shape, leaf.dtype)
+
+        segments = first.segments
+        return MicroBatchArrays(
+            tokens=zeros(first.tokens),
+            targets=zeros(last.targets),
+            loss_weights=zeros(last.loss_weights),
+            task_ids=zeros(first.task_ids),
+            dropout_ids=zeros(first.dropout_ids),
+            segments=None if segments is None else Segments(**{k: zeros(leaf) for k, leaf in vars(segments).items()}),
+        )
+
     def zero_gradients(self) -> list[Adapters]:
         with blaming(self.index):
             return [zeros() for zeros in self._zeros]
@@ -294,7 +321,7 @@ class Replica:
                         run.gradients[stage], dx, done = program.fused(run.gradients[stage], *fixed, x, batch)
                         run.losses.append(done)
                         self._send_back(cotangents, stage, m, shape, dx)
-                run.issued.append(Issued(action=action, shape=shape, done=done))
+                run.note(Issued(action=action, shape=shape, done=done))
                 if stage == 0 and action.phase != FORWARD:
                     del batches[m]
 

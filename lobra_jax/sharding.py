@@ -14,16 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 TENSOR = "tensor"
-
-Axes = tuple[str | None, ...]
-"""The logical axes of an array."""
 
 RULES: dict[str, str | None] = {
     "vocab": TENSOR,
@@ -87,29 +84,6 @@ class StageSharding:
             return x
         shape = None if "vocab" in axes else x.shape
         return jax.lax.with_sharding_constraint(x, self.named(axes, shape))
-
-    def per_device(
-        self,
-        function: Callable[..., Array],
-        in_axes: Sequence[Axes],
-        out_axes: Axes,
-        shape: Sequence[int],
-    ) -> Callable[..., Array]:
-        """`function` of each device's own parts of its arguments, as a kernel needs it that XLA cannot take apart.
-
-        Args:
-          in_axes: logical axes of each argument.
-          out_axes: logical axes of the result.
-          shape: of all arguments that have as many axes; others must divide.
-        """
-        if self.mesh.size == 1:
-            return function
-
-        def spec(axes: Axes) -> PartitionSpec:
-            return self.named(axes, shape if len(axes) == len(shape) else None).spec
-
-        in_specs = tuple(spec(axes) for axes in in_axes)
-        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=spec(out_axes), check_vma=False)
 
     @functools.cached_property
     def replicated(self) -> NamedSharding:

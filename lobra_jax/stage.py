@@ -109,8 +109,8 @@ class StageFunctions:
 
     def _hidden(self, params: Params, adapters: Adapters, tasks: TaskInputs, x: Array, batch: BatchInputs) -> Array:
         stage = self.abstract.merge(params)
-        rows = self._rows(tasks, batch)
-        return stage(x, adapters, rows, remat=self.remat, sharding=self.sharding, chunked=self._chunked(rows))
+        rows, shard = self._rows(tasks, batch), self.sharding.constrain
+        return stage(x, adapters, rows, remat=self.remat, shard=shard, chunked=self._chunked(rows))
 
     def _chunked(self, rows: RowInputs | PackedRows) -> bool:
         """Whether long feed-forwards go in chunks: where they are made anew, and nothing depends on a token's position.

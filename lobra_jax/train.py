@@ -129,7 +129,7 @@ class Trainer:
             done = self._restore(checkpoints)
         placed, before, before_from_cache = time.perf_counter(), self.compilations.total, self.compilations.from_cache
         self.room.compile()
-        self.room.within("warm-up", self.engine.warm_up)
+        self.room.warm_up()
         self._compiled = self.compilations.total
         record = StartRecord(
             step=done,

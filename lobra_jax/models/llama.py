@@ -2,7 +2,7 @@
 
 Each weight is one line: shape and logical axes. A stage is built abstract (`ShapeDtypeStruct` leaves), so the same
 model goes onto any submesh by `lobra_jax.sharding`'s rules, and `nnx.merge` puts placed arrays in inside `jit`.
-The code is single-device code; where a mesh matters it asks `sharding` by logical axes.
+The code is single-device code; where a mesh matters it calls `shard(x, *logical axes)`.
 
 Shape letters: B row, L position, D hidden, N head, K key/value head, H head dim, F feed-forward, V vocabulary.
 """
@@ -24,11 +24,11 @@ from jax.ad_checkpoint import checkpoint_name
 from lobra_jax.lora import DROPOUT_SITES, Adapters, RowInputs, drop, low_rank_deltas, magnitude_ratios
 from lobra_jax.models.attention import FLASH_FORWARD, attention, packed_attention
 from lobra_jax.models.config import LlamaConfig, RopeScaling
-from lobra_jax.models.norm import norm_and_residual, rms_norm
 from lobra_jax.models.quantized import SCALE, block_dim, dequantized, frozen_product, stored
 from lobra_jax.packed import PackedRows, drop_packed, packed_deltas, packed_ratios
-from lobra_jax.sharding import TARGET_AXES, StageSharding
+from lobra_jax.sharding import TARGET_AXES
 
+Shard = Callable[..., Array]
 Rows = RowInputs | PackedRows
 
 SAVED_NAMES = {
@@ -153,16 +153,16 @@ class Layer(nnx.Module):
         rows: Rows | None,
         rope: tuple[Array, Array],
         index: Array,
-        sharding: StageSharding,
+        shard: Shard,
         mlp_chunks: int = 1,
     ) -> Array:
         """`index` is the layer's number in the model, a scalar; the feed-forward goes in `mlp_chunks` equal chunks."""
-        x_BLD = self._attend(x_BLD, adapters, rows, rope, index, sharding)
+        x_BLD = self._attend(x_BLD, adapters, rows, rope, index, shard)
         if mlp_chunks == 1:
-            return self._feed_forward(x_BLD, adapters, rows, index, sharding)
+            return self._feed_forward(x_BLD, adapters, rows, index, shard)
         b, length, d = x_BLD.shape
         chunks = jnp.moveaxis(x_BLD.reshape(b, mlp_chunks, length // mlp_chunks, d), 1, 0)
-        one_chunk = jax.checkpoint(lambda x: self._feed_forward(x, adapters, rows, index, sharding), prevent_cse=False)
+        one_chunk = jax.checkpoint(lambda x: self._feed_forward(x, adapters, rows, index, shard), prevent_cse=False)
         return jnp.moveaxis(jax.lax.map(one_chunk, chunks), 0, 1).reshape(b, length, d)
 
     def _attend(
@@ -172,11 +172,11 @@ class Layer(nnx.Module):
         rows: Rows | None,
         rope: tuple[Array, Array],
         index: Array,
-        sharding: StageSharding,
+        shard: Shard,
     ) -> Array:
-        c, shard = self.config, sharding.constrain
+        c = self.config
         b, length, _ = x_BLD.shape
-        h_BLD, x_BLD = norm_and_residual(x_BLD, self.attn_norm[...], c.rms_norm_eps, sharding)
+        h_BLD = rms_norm(x_BLD, self.attn_norm[...], c.rms_norm_eps)
         q, k, v = self.linears(h_BLD, ("q", "k", "v"), adapters, rows, index)
         q = shard(q, "batch", "position", "heads").reshape(b, length, c.num_heads, c.head_dim)
         k = shard(k, "batch", "position", "kv_heads").reshape(b, length, c.num_kv_heads, c.head_dim)
@@ -188,15 +188,12 @@ class Layer(nnx.Module):
         (x_BLD,) = self.linears(out, ("o",), adapters, rows, index, residual=x_BLD)
         return checkpoint_name(shard(x_BLD, "batch", "length", "hidden"), "residual_mid")
 
-    def _feed_forward(
-        self, x_BLD: Array, adapters: Mapping, rows: Rows | None, index: Array, sharding: StageSharding
-    ) -> Array:
-        shard = sharding.constrain
-        h_BLD, x_BLD = norm_and_residual(x_BLD, self.mlp_norm[...], self.config.rms_norm_eps, sharding)
+    def _feed_forward(self, x_BLD: Array, adapters: Mapping, rows: Rows | None, index: Array, shard: Shard) -> Array:
+        h_BLD = rms_norm(x_BLD, self.mlp_norm[...], self.config.rms_norm_eps)
         gate, up = self.linears(h_BLD, ("gate", "up"), adapters, rows, index)
         gate = checkpoint_name(shard(gate, "batch", "position", "mlp"), "gate")
         up = checkpoint_name(shard(up, "batch", "position", "mlp"), "up")
-        (x_BLD,) = self.linears(jax.nn.silu(gate) * up, ("down",), adapters, rows, index, residual=x_BLD)
+        (x_BLD,) = self.linears(swiglu(gate, up), ("down",), adapters, rows, index, residual=x_BLD)
         return shard(x_BLD, "batch", "length", "hidden")
 
 
@@ -217,21 +214,14 @@ class Stage(nnx.Module):
                 self.head = _weight(dtype, (d, v), ("hidden", "vocab"))
 
     def __call__(
-        self,
-        x: Array,
-        adapters: Adapters,
-        rows: Rows | None,
-        *,
-        remat: str,
-        sharding: StageSharding,
-        chunked: bool = False,
+        self, x: Array, adapters: Adapters, rows: Rows | None, *, remat: str, shard: Shard, chunked: bool = False
     ) -> Array:
         """tokens [B, L] (first stage) or hidden [B, L, D] -> hidden [B, L, D], normed on the last stage.
 
         `rows=None` runs the frozen base alone; `chunked` lets long feed-forwards go chunk by chunk.
         """
         if self.is_first:
-            x = sharding.constrain(embed_tokens(x, self.embed[...]), "batch", "length", "hidden")
+            x = shard(embed_tokens(x, self.embed[...]), "batch", "length", "hidden")
         rope = rope_tables(self.config, x.shape[1])
         if isinstance(rows, PackedRows):
             rope = tuple(table[rows.segments.positions] for table in rope)
@@ -239,7 +229,7 @@ class Stage(nnx.Module):
         chunks = mlp_chunks(*x.shape[:2]) if chunked else 1
 
         def run(params: Any, x: Array, pairs: Mapping, rows: Rows | None, rope: Any, index: Array) -> Array:
-            return nnx.merge(graph, params)(x, pairs, rows, rope, index, sharding, chunks)
+            return nnx.merge(graph, params)(x, pairs, rows, rope, index, shard, chunks)
 
         run_once_traced = jax.jit(with_remat(run, remat))
         for index, layer in self.layers.items():
@@ -326,6 +316,37 @@ fan_out.defvjp(lambda x, count: (fan_out(x, count), None), _fan_out_bwd)
 
 def embed_tokens(tokens_BL: Array, embed_VD: Array) -> Array:
     return jnp.take(embed_VD, tokens_BL, axis=0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x_BLD: Array, scale_D: Array, eps: float) -> Array:
+    """Its backward keeps x alone, in its own dtype, whatever the remat: the rest is cheap to make anew."""
+    return _rms_norm(x_BLD, scale_D, eps)
+
+
+def _rms_norm(x_BLD: Array, scale_D: Array, eps: float) -> Array:
+    x = x_BLD.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return x.astype(x_BLD.dtype) * scale_D[None, None]
+
+
+def _rms_norm_bwd(eps: float, saved: tuple[Array, Array], d_norm_BLD: Array) -> tuple[Array, Array]:
+    return jax.vjp(lambda x, scale: _rms_norm(x, scale, eps), *saved)[1](d_norm_BLD)
+
+
+rms_norm.defvjp(lambda x, scale, eps: (_rms_norm(x, scale, eps), (x, scale)), _rms_norm_bwd)
+
+
+@jax.custom_vjp
+def swiglu(gate: Array, up: Array) -> Array:
+    """silu(gate) * up; its backward keeps these two alone, as `rms_norm`'s."""
+    return jax.nn.silu(gate) * up
+
+
+swiglu.defvjp(
+    lambda gate, up: (swiglu(gate, up), (gate, up)),
+    lambda saved, d_act: jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, *saved)[1](d_act),
+)
 
 
 def rope_tables(config: LlamaConfig, length: int) -> tuple[Array, Array]:

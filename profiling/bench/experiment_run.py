@@ -123,7 +123,7 @@ def _run(scene: Scene, plan: Plan, timeline: Path) -> dict[str, Any]:
     engine.init_adapters([adapter_seed(scene.config, task) for task in scene.config.tasks])
     jax.block_until_ready([replica.params for replica in engine.replicas])
     placed = time.perf_counter()
-    engine.warm_up()
+    engine.warm_up(None if on_host else engine.shapes())
     with Feeder(scene.tasks, plan, scene.costs, scene.config.planner) as feeder:
         loop = _Loop(scene, engine, feeder, optimizers, compilations)
         records = loop.run(timeline)

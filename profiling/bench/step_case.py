@@ -325,7 +325,7 @@ def _base_loss_and_gradient(replica: Replica, params: Any, batch: BatchInputs) -
 
     def loss(scale: Any) -> Any:
         stage = f.abstract.merge({**params, "layers.0.attn_norm": scale})
-        hidden = stage(batch.tokens, {}, None, remat=f.remat, sharding=f.sharding)
+        hidden = stage(batch.tokens, {}, None, remat=f.remat, shard=f.sharding.constrain)
         losses = weighted_row_losses(hidden, stage.unembedding, batch.targets, batch.loss_weights, f.sharding.constrain)
         return losses.sum()
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import time
 import types
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from lobra_jax.engine import Engine, IssuedStep
 from lobra_jax.replica import Issued, ReplicaRun
 from lobra_jax.schedule import dependency, issue_order, one_f_one_b
 from lobra_jax.step_times import action_times
+from lobra_jax.watch import Watch
 
 
 @given(
@@ -42,6 +46,48 @@ def test_actions_follow_each_other_within_the_step_however_late_their_ends_were_
         needs = dependency(t.action, num_stages)
         assert t.start_s in (t.end_s, max(free[t.action.stage], 0.0 if needs is None else end_of[needs]))
         free[t.action.stage] = t.end_s
+
+
+@pytest.mark.parametrize("configs", [[(1, 1, "dots")], [(2, 1, "none"), (1, 2, "full")]])
+def test_a_warm_up_of_all_shapes_changes_nothing(world, configs):
+    tasks = list(world.tasks.values())[:2]
+    warm, cold = (world.engine(world.plan(*configs), tasks) for _ in range(2))
+    before = jax.tree.map(np.asarray, (warm.state.tasks, warm.state.alive))
+    warm.warm_up([replica.training_shapes for replica in warm.replicas])
+    for one, other in zip(jax.tree.leaves(before), jax.tree.leaves((warm.state.tasks, warm.state.alive)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    found, losses = world.train(warm, tasks, 1)
+    expected, expected_losses = world.train(cold, tasks, 1)
+    assert all(world.difference(found[name], expected[name]) == 0 for name in expected)
+    np.testing.assert_array_equal(losses, expected_losses)
+
+
+class Action(types.SimpleNamespace):
+    """Something that ends when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(ended=threading.Event())
+
+    def block_until_ready(self) -> None:
+        self.ended.wait()
+
+
+def test_ends_are_noted_while_more_is_issued():
+    first, second, other = Action(), Action(), Action()
+    with ThreadPoolExecutor(2) as executor:
+        watch = Watch(2, executor)
+        watch.add(0, first)
+        watch.add(1, other)
+        first.ended.set()
+        time.sleep(0.05)
+        issued_last = time.perf_counter()
+        watch.add(0, second)
+        watch.close()
+        second.ended.set()
+        other.ended.set()
+        (first_s, second_s), (other_s,) = (ends.result() for ends in watch.ends)
+    assert first_s < issued_last <= second_s
+    assert other_s > issued_last
 
 
 def noted(value) -> Future:

@@ -9,7 +9,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lobra_jax.mesh import one_stage
 from lobra_jax.models.hf import HFWeights, save_hf
 from lobra_jax.models.hf_config import load_llama_config
 from lobra_jax.models.llama import abstract_stage
@@ -34,7 +33,7 @@ def last_logits(config, source):
     @jax.jit
     def run(params):
         model = stage.merge(params)
-        hidden = model(jnp.asarray(tokens, jnp.int32), {}, None, remat="none", sharding=one_stage(jax.devices()[:1]))
+        hidden = model(jnp.asarray(tokens, jnp.int32), {}, None, remat="none", shard=lambda x, *_: x)
         return jnp.einsum("bld,dv->blv", hidden[:, -4:], model.unembedding)
 
     return np.asarray(run(params))

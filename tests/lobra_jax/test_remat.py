@@ -113,7 +113,8 @@ def test_each_policy_keeps_what_it_says(flash):
     assert kept_bytes("full", jnp.bfloat16) == 2 * hidden
     assert kept_bytes("attention", jnp.bfloat16) == 2 * 2 * hidden + flash_out + low_rank
     assert kept_bytes("dots", jnp.bfloat16) == 2 * (3 * hidden + 2 * kv + 2 * mlp) + flash_out + low_rank
-    assert kept_bytes("none", jnp.bfloat16) > 1.5 * kept_bytes("dots", jnp.bfloat16)
+    norms = 2 * 2 * hidden  # their outputs; what is inside norms and SwiGLU is made anew under any policy
+    assert 0 <= kept_bytes("none", jnp.bfloat16) - kept_bytes("dots", jnp.bfloat16) - norms <= 2 * hidden
 
 
 @pytest.mark.parametrize(("remat", "calls"), [("none", 1), ("dots", 1), ("attention", 1), ("full", 2)])
