@@ -373,6 +373,10 @@ class Engine:
                 sum(a.end_s - a.start_s for a in own) * replica.parallel.tp
                 for replica, own in zip(self.replicas, actions, strict=True)
             ),
+            late_s=tuple(
+                max(sum(a.late_s for a in own if a.action.stage == stage) for stage in range(replica.parallel.pp))
+                for replica, own in zip(self.replicas, actions, strict=True)
+            ),
             host_wait_s=host_wait_s,
             execute_s=execute_s,
             sum_update_s=work_s - execute_s,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -50,10 +51,12 @@ Shape = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Issued:
-    """An action handed to the devices; `done` is a small output that is ready when the action is."""
+    """An action handed to the devices, from `handed_at` (`perf_counter` seconds) on; `done` is a small output that is
+    ready when the action is."""
 
     action: Action
     shape: Shape
+    handed_at: float
     done: Array
 
 
@@ -299,6 +302,7 @@ class Replica:
             stage, m = action.stage, action.micro_batch
             shape: Shape = micro_batches[m].tokens.shape
             label = f"replica {self.index} stage {stage} {action.phase} {m}"
+            handed_at = time.perf_counter()
             with blaming(self.index, shape), jax.profiler.TraceAnnotation(label):
                 program = self._training[shape][stage]
                 if m not in batches:
@@ -321,7 +325,7 @@ class Replica:
                         run.gradients[stage], dx, done = program.fused(run.gradients[stage], *fixed, x, batch)
                         run.losses.append(done)
                         self._send_back(cotangents, stage, m, shape, dx)
-                run.note(Issued(action=action, shape=shape, done=done))
+                run.note(Issued(action=action, shape=shape, handed_at=handed_at, done=done))
                 if stage == 0 and action.phase != FORWARD:
                     del batches[m]
 

@@ -13,12 +13,13 @@ from lobra_jax.schedule import Action, dependency
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ActionTime:
-    """When one stage worked on one micro-batch, seconds since the step's start."""
+    """When a stage worked on a micro-batch, seconds since the step's start; before, it waited `late_s` for the host."""
 
     action: Action
     shape: Shape
     start_s: float
     end_s: float
+    late_s: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,8 @@ class StepResult:
       alive: [T] bool, false for good once a task's gradient was not finite.
       replica_s: by replica, from the step's issue to the end of its last micro-batch; 0 without work.
       busy_s: by replica, device-seconds in which its stages worked; pipeline bubbles do not count.
+      late_s: by replica, the most that one of its stages, free and with its input there, waited for the host to hand it
+        its actions.
       host_wait_s: the devices waited for the host (dispatch, data) before this step, after the one before it.
       execute_s: from the step's start on the devices to the end of the slowest replica's last micro-batch.
       sum_update_s: from there to the new adapters on every replica.
@@ -43,6 +46,7 @@ class StepResult:
     alive: np.ndarray
     replica_s: tuple[float, ...]
     busy_s: tuple[float, ...]
+    late_s: tuple[float, ...]
     host_wait_s: float
     execute_s: float
     sum_update_s: float
@@ -53,7 +57,7 @@ class StepResult:
 def action_times(
     issued: Sequence[Issued], ends: Sequence[Sequence[float]], num_stages: int, start: float, ready: float
 ) -> tuple[ActionTime, ...]:
-    """Each action began when its stage was free and its input was there, so far as ends tell.
+    """Each action began when its stage was free, its input there and the host had turned to it, so far as ends tell.
 
     The new adapters, there at `ready`, need every action: an end noted later was noted late, by a busy host.
     """
@@ -65,7 +69,10 @@ def action_times(
         action = item.action
         end = max(min(next(remaining[action.stage]), ready), free[action.stage])
         needs = dependency(action, num_stages)
-        begin = max(free[action.stage], start if needs is None else end_of[needs])
-        times.append(ActionTime(action=action, shape=item.shape, start_s=min(begin, end) - start, end_s=end - start))
+        able = min(max(free[action.stage], start if needs is None else end_of[needs]), end)
+        begin = min(max(able, item.handed_at), end)
+        times.append(
+            ActionTime(action=action, shape=item.shape, start_s=begin - start, end_s=end - start, late_s=begin - able)
+        )
         free[action.stage] = end_of[action] = end
     return tuple(times)

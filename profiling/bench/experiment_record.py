@@ -165,6 +165,7 @@ def _row(name: str, parts: Sequence[Mapping[str, Any]], num_devices: int) -> dic
         "host_wait_share": total("host_wait_s") / float(step_s.sum()),
         "wait_dispatch_s": statistics.mean(step["wait_dispatch_s"] for step in steps),
         "dispatch_solve_s": statistics.mean(step["dispatch_solve_s"] for step in steps),
+        "host_late_share": sum(max(step["replica_late_s"]) for step in steps) / float(step_s.sum()),
         "issue_s_per_micro_batch": total("issue_s") / total("num_micro_batches"),
         "compile_s": sum(part["compile_s"] for part in parts),
         "num_programs": sum(part["num_programs"] for part in parts),
@@ -184,14 +185,14 @@ def print_table(results: Results, keys: Sequence[str]) -> None:
     most = max(row["gpu_seconds"] for row in rows)
     click.echo(
         f"{'system':18} {'GPU-s':>8} {'share':>6} {'p50 s':>8} {'p95 s':>8} {'idle':>6} {'padding':>7} "
-        f"{'predicted':>9} {'error':>6} {'update':>6} {'wait ms':>8} {'issue ms':>8} {'compile s':>9}"
+        f"{'predicted':>9} {'error':>6} {'update':>6} {'wait ms':>8} {'late':>6} {'compile s':>9}"
     )
     for row in rows:
         click.echo(
             f"{row['system']:18} {row['gpu_seconds']:8.2f} {row['gpu_seconds'] / most:6.3f} {row['step_s_p50']:8.3f} "
             f"{row['step_s_p95']:8.3f} {row['idle_share']:6.1%} {row['padding_share']:7.1%} "
             f"{row['predicted_step_s']:9.3f} {row['prediction_error']:6.1%} {row['sum_update_share']:6.1%} "
-            f"{1e3 * row['wait_dispatch_s']:8.1f} {1e3 * row['issue_s_per_micro_batch']:8.2f} {row['compile_s']:9.0f}"
+            f"{1e3 * row['wait_dispatch_s']:8.1f} {row['host_late_share']:6.1%} {row['compile_s']:9.0f}"
         )
     for row in rows:
         click.echo(f"{row['system']}: {row['plan']}")

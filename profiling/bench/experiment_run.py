@@ -138,7 +138,7 @@ def _run(scene: Scene, plan: Plan, timeline: Path) -> dict[str, Any]:
         "place_s": placed - compiled,
         "peak_bytes_so_far": peak_bytes(scene.devices),
         "served": {task.name: served.to_dict() for task, served in zip(scene.tasks, loop.served, strict=True)},
-        "steps": [_step(record) for record in records],
+        "steps": [_step(*one) for one in records],
     }
 
 
@@ -171,9 +171,9 @@ class _Loop:
         self._compilations = compilations
         self._compiled = compilations.total
 
-    def run(self, timeline: Path) -> list[StepRecord]:
-        """The records of the timed steps."""
-        records: list[StepRecord] = []
+    def run(self, timeline: Path) -> list[tuple[StepRecord, tuple[float, ...]]]:
+        """The records of the timed steps, with each replica's `StepResult.late_s`."""
+        records = []
         pending: PendingStep | None = None
         last = NUM_WARM_UPS + self._scene.num_steps
         for step in range(last + 1):
@@ -195,7 +195,7 @@ class _Loop:
             step, self._task_steps(step), feeder=self._feeder, optimizers=self._optimizers, engine=self._engine
         )
 
-    def _record(self, pending: PendingStep, timeline: Path | None) -> StepRecord:
+    def _record(self, pending: PendingStep, timeline: Path | None) -> tuple[StepRecord, tuple[float, ...]]:
         result = self._engine.finish(pending.issued)
         prepared, costs = pending.prepared, self._scene.costs
         before, self._compiled = self._compiled, self._compilations.total
@@ -205,10 +205,11 @@ class _Loop:
         if timeline is not None:
             replicas = self._engine.replicas
             save_timeline(step_timeline(pending.step + 1, result, prepared.dispatch, replicas, costs), timeline)
-        return step_record(pending, result, plan=self._engine.plan, costs=costs, compilations=self._compiled - before)
+        record = step_record(pending, result, plan=self._engine.plan, costs=costs, compilations=self._compiled - before)
+        return record, result.late_s
 
 
-def _step(record: StepRecord) -> dict[str, Any]:
+def _step(record: StepRecord, late_s: Sequence[float]) -> dict[str, Any]:
     """What the results keep of a step; `busy_s` are device-seconds."""
     return {
         "step_s": record.seconds.total,
@@ -225,5 +226,6 @@ def _step(record: StepRecord) -> dict[str, Any]:
         "padded_tokens": record.padded_tokens,
         "replica_s": list(record.measured_s),
         "predicted_replica_s": list(record.predicted_s),
+        "replica_late_s": list(late_s),
         "compilations": record.compilations,
     }

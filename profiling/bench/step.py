@@ -126,7 +126,8 @@ def _line(row: dict[str, Any]) -> str:
         f"{row['tokens_per_s_per_device']:,.0f} tokens/s a device, {row['floor_flop_rate'] / 1e12:.0f} TFLOP/s, "
         f"{row['share_of_ceiling']:.3f} of the matmuls' {row['matmul_rate'] / 1e12:.0f}{base}, "
         f"GiB predicted {row['predicted_bytes'] / GIB:.1f}, measured {peak}, compiled in {row['compile_s']:.0f} s, "
-        f"host {row['issue_s_per_micro_batch'] * 1e3:.1f} ms a micro-batch"
+        f"ms a micro-batch: host late {row['host_late_s_per_micro_batch'] * 1e3:.1f}, issuing with waits for room in "
+        f"the device's queue {row['issue_s_per_micro_batch'] * 1e3:.1f}"
     )
 
 

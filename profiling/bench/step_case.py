@@ -230,6 +230,7 @@ class Bench:
             "predicted_bytes": predicted,
             "peak_bytes": after if after is not None and (before is None or after > before) else None,
             "compile_s": compile_s,
+            "host_late_s_per_micro_batch": late_s(results) / case.micro_batches,
             "issue_s_per_micro_batch": issue_s / (case.micro_batches * case.replicas),
             "loss": float(results[-1].losses[0]),
             **({} if trace is None else {"trace": trace}),
@@ -263,6 +264,11 @@ def run_case(case: Case, engine: Engine, params: Sequence[Any], *, steps: int) -
     for _ in range(NUM_WARM_UPS):
         engine.finish(engine.issue(batches, hyper))
     return _steps_of(engine, batches, hyper, steps)
+
+
+def late_s(results: Sequence[StepResult]) -> float:
+    """Seconds of a step, the median, that the stage which waited longest for the host to hand it work did so."""
+    return statistics.median(max(result.late_s) for result in results)
 
 
 def case_inputs(case: Case, micro_batches: int | None = None) -> tuple[ReplicaBatches, HyperInputs]:

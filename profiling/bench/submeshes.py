@@ -147,7 +147,7 @@ def _compiled(cases: Sequence[Case], devices: Sequence[Any]) -> list[tuple[Engin
 def _row(case: Case, engine: Engine, devices: Sequence[Any], steps: int, one_device: float | None) -> dict[str, Any]:
     """What was measured, or {"left_out": why}."""
     from lobra_jax.out_of_memory import NoRoomForUpdateError, OutOfMemoryError
-    from profiling.bench.step_case import predicted_bytes, run_case
+    from profiling.bench.step_case import late_s, predicted_bytes, run_case
     from profiling.made_up import random_params
 
     own = devices[: case.num_devices]
@@ -176,7 +176,7 @@ def _row(case: Case, engine: Engine, devices: Sequence[Any], steps: int, one_dev
         "bubble_share": bubble_share,
         "sum_update_share": statistics.median(result.sum_update_s / result.total_s for result in results),
         "issue_s_per_micro_batch": issue_s / case.micro_batches,
-        "issue_share": issue_s / step_s,
+        "host_late_s_per_micro_batch": late_s(results) / case.micro_batches,
         "predicted_bytes": needed,
     }
 
@@ -218,8 +218,8 @@ def _line(row: dict[str, Any]) -> str:
     return (
         f"{name}: step {row['step_s'] * 1e3:.1f} ms (predicted {row['predicted_step_s'] * 1e3:.1f}), "
         f"{row['tokens_per_s_per_device']:,.0f} tokens/s a device{efficiency}; stages idle {idle} "
-        f"(bubble {row['bubble_share']:.1%}), sum and update {row['sum_update_share']:.1%}, host "
-        f"{row['issue_s_per_micro_batch'] * 1e3:.1f} ms a micro-batch, gradients off {row['gradient_error']:.1e}, "
+        f"(bubble {row['bubble_share']:.1%}), sum and update {row['sum_update_share']:.1%}, host late by "
+        f"{row['host_late_s_per_micro_batch'] * 1e3:.1f} ms a micro-batch, gradients off {row['gradient_error']:.1e}, "
         f"compiled in {row['compile_s']:.0f} s"
     )
 

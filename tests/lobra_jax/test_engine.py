@@ -32,7 +32,11 @@ def test_actions_follow_each_other_within_the_step_however_late_their_ends_were_
 ):
     ready = start + data.draw(st.floats(0, 10))
     actions = list(issue_order(one_f_one_b(num_stages, num_micro_batches)))
-    issued = [Issued(action=action, shape=(1, 8), done=jnp.zeros(())) for action in actions]
+    handed = [start + data.draw(st.floats(-5, 12)) for _ in actions]
+    issued = [
+        Issued(action=action, shape=(1, 8), handed_at=handed_at, done=jnp.zeros(()))
+        for action, handed_at in zip(actions, handed, strict=True)
+    ]
     ends = [
         [start + data.draw(st.floats(-1, 12)) for action in actions if action.stage == stage]
         for stage in range(num_stages)
@@ -42,10 +46,23 @@ def test_actions_follow_each_other_within_the_step_however_late_their_ends_were_
     assert all(0 <= t.start_s <= t.end_s <= ready - start for t in times)
     end_of = {t.action: t.end_s for t in times}
     free = [0.0] * num_stages
-    for t in times:
+    for t, handed_at in zip(times, handed, strict=True):
         needs = dependency(t.action, num_stages)
-        assert t.start_s in (t.end_s, max(free[t.action.stage], 0.0 if needs is None else end_of[needs]))
+        able_s = max(free[t.action.stage], 0.0 if needs is None else end_of[needs])
+        assert t.start_s == pytest.approx(min(max(able_s, handed_at - start), t.end_s))
+        assert t.late_s == pytest.approx(max(t.start_s - able_s, 0.0))
         free[t.action.stage] = t.end_s
+
+
+def test_a_stage_that_the_host_keeps_waiting_is_not_busy_meanwhile():
+    actions = list(issue_order(one_f_one_b(1, 2)))
+    issued = [
+        Issued(action=action, shape=(1, 8), handed_at=handed_at, done=jnp.zeros(()))
+        for action, handed_at in zip(actions, (9.0, 13.0), strict=True)
+    ]
+    first, second = action_times(issued, [[12.0, 15.0]], 1, 10.0, 15.0)
+    assert (first.start_s, first.end_s, first.late_s) == (0.0, 2.0, 0.0)
+    assert (second.start_s, second.end_s, second.late_s) == (3.0, 5.0, 1.0)
 
 
 @pytest.mark.parametrize("configs", [[(1, 1, "dots")], [(2, 1, "none"), (1, 2, "full")]])
