@@ -12,6 +12,7 @@ import dataclasses
 import numpy as np
 
 from planner import balance_model, choice
+from planner.balance import Share
 from planner.bracket import bracket
 from planner.relaxation import STRICT, Level
 from planner.search import SHORTEST_SOLVE_S, Search, Settled, dive, settle
@@ -74,6 +75,7 @@ def close(search: Search, *, most_settled: int, most_ruled_out: int, patient: bo
     """
     problem, relaxation, settled = search.problem, search.relaxation, search.settled
     num_ruled_out = num_vain = 0
+    dived: dict[tuple[int, ...], tuple[Share, float]] = {}
     while not search.is_done():
         decided_s = search.decided_s()
         if decided_s > relaxation.horizon_s:
@@ -105,8 +107,13 @@ def close(search: Search, *, most_settled: int, most_ruled_out: int, patient: bo
             level.rule_out(served.prices)
             num_ruled_out += 1
             continue
-        before_s = search.best.max_s
-        start = dive(search, chosen.replica_counts, chosen.replica_counts, decided_s)
+        if chosen.replica_counts not in dived:
+            before_s = search.best.max_s
+            start = dive(search, chosen.replica_counts, chosen.replica_counts, decided_s)
+            dived[chosen.replica_counts] = start, before_s
+            if search.best.max_s < before_s and start.loads.size <= balance_model.MAX_SINGLE_CELLS:
+                continue  # less time is to be decided about now, in which these may be ruled out
+        start, before_s = dived[chosen.replica_counts]
         one = Settled(replica_counts=chosen.replica_counts, max_s=start.max_s, bound_s=search.bound_s)
         if not search.is_done() and start.loads.size <= balance_model.MAX_SINGLE_CELLS:  # larger models tell little
             one = settle(

@@ -41,6 +41,9 @@ PROGRESS = 0.8
 LEAST_RISE = 3e-4
 """And by this share more."""
 
+FURTHER, LEAST_FURTHER = 0.5, 2
+"""Rounds in which a better share-out must be found again, as a share of those before, and at the least."""
+
 MOST_OPTIONS = 24
 """Numbers of sequences of a bucket that are looked at: those nearest to what a replica has."""
 
@@ -75,14 +78,17 @@ def resplit(
     search = _Pairs(table, start.loads.copy(), target_s, prices, kind_worth, np.random.default_rng(seed))
     best, least_over, waited = start, math.inf, 0
     holder = int(search.replica_s.argmax())
+    number, last = 0, math.inf
     for left in range(max_pairs, 0, 1 - num_replicas):
-        if time.perf_counter() >= deadline:
+        if time.perf_counter() >= deadline or number > last:
             break
+        number += 1
         moved = search.round(holder, left, deadline)
         over = search.over()
         if over == 0:
             if search.replica_s.max() < best.max_s:
                 best = Share(loads=search.loads.copy(), replica_s=table.replica_s(search.loads))
+                last = number + max(number * FURTHER, LEAST_FURTHER)
             if best.max_s <= target_s:
                 break
             search.target_s = target_s + NEARER * (best.max_s - target_s)
@@ -119,7 +125,6 @@ class _Pairs:
         self._every = np.arange(loads.shape[1])
         self._full = [np.array([rows[-1] if rows else 0 for rows in options]) for options in table.options]
         self._steps: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-        self._cells = np.arange(NUM_CELLS + 1) + NUM_CELLS + 1
 
     def over(self) -> float:
         """By how much replicas end after the target, as a share of all replicas' time, by worth."""
@@ -187,17 +192,19 @@ class _Pairs:
         if room_s <= 0:
             return None
         steps, costs = [], np.zeros(NUM_CELLS + 1)
-        beyond = np.full(NUM_CELLS + 1, math.inf)
+        before = np.full(2 * (NUM_CELLS + 1), math.inf)
+        windows = np.lib.stride_tricks.sliding_window_view(before, NUM_CELLS + 1)  # those shorter by so many cells
         for bucket in np.flatnonzero(pool).tolist():
             present = int(self.loads[replica, bucket])
             number, cells = self._options(kind, bucket, present, int(pool[bucket]), room_s, top_s)
             left_s = table.sums[other, bucket, pool[bucket] - number]
             cost = np.where(np.isfinite(left_s), slot_worth * np.where(np.isfinite(left_s), left_s, 0.0), math.inf)
             cost -= prices[bucket] * number
-            before = np.concatenate([beyond, costs])
-            every = before[self._cells - cells[:, None]] + cost[:, None]
+            before[NUM_CELLS + 1 :] = costs
+            every = windows[NUM_CELLS + 1 - cells]
+            every += cost[:, None]
             chosen = every.argmin(axis=0)
-            costs = every[chosen, self._cells - (NUM_CELLS + 1)]
+            costs = every.min(axis=0)
             steps.append((bucket, number, cells, chosen))
         for end in range(NUM_CELLS, NUM_CELLS - MAX_RETREAT, -2):
             if not math.isfinite(costs[end]):
