@@ -41,8 +41,8 @@ PROGRESS = 0.8
 LEAST_RISE = 3e-4
 """And by this share more."""
 
-FURTHER, LEAST_FURTHER = 0.5, 2
-"""Rounds in which a better share-out must be found again, as a share of those before, and at the least."""
+FURTHER, LEAST_FURTHER = 0.5, 48
+"""Rounds in which a better share-out must be found again, as a share of those before, and the least number of pairs."""
 
 MOST_OPTIONS = 24
 """Numbers of sequences of a bucket that are looked at: those nearest to what a replica has."""
@@ -88,7 +88,7 @@ def resplit(
         if over == 0:
             if search.replica_s.max() < best.max_s:
                 best = Share(loads=search.loads.copy(), replica_s=table.replica_s(search.loads))
-                last = number + max(number * FURTHER, LEAST_FURTHER)
+                last = number + max(number * FURTHER, LEAST_FURTHER / (num_replicas - 1))
             if best.max_s <= target_s:
                 break
             search.target_s = target_s + NEARER * (best.max_s - target_s)
