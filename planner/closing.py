@@ -100,13 +100,15 @@ def close(search: Search, *, most_settled: int, most_ruled_out: int, patient: bo
                 return
             search.hurries = True
             continue
-        if chosen.replica_counts is None or num_vain >= most_settled or num_ruled_out >= most_ruled_out:
+        if chosen.replica_counts is None or num_ruled_out >= most_ruled_out or num_vain >= max(most_settled, 1):
             return
         served = level.solve(replica_counts=chosen.replica_counts, decide=True, cutting=True, deadline=search.deadline)
         if served.bound < 1 - CERTAIN:
             level.rule_out(served.prices)
             num_ruled_out += 1
             continue
+        if most_settled == 0:
+            return
         if chosen.replica_counts not in dived:
             before_s = search.best.max_s
             start = dive(search, chosen.replica_counts, chosen.replica_counts, decided_s)

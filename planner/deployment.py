@@ -64,11 +64,15 @@ PROMISING = 1.03
 """Share-outs within this ratio of what is wanted are polished."""
 
 QUICKLY = {"most_settled": 1, "most_ruled_out": 40}
+AT_ONCE = {"most_settled": 0, "most_ruled_out": 10}
 THOROUGHLY = {"most_settled": 8, "most_ruled_out": 200, "patient": True}
 """Replica counts that are settled and ruled out one by one before the search gives up proving more for now."""
 
 COARSE = 1.01
 """Where cuts raise the bound by more than this, dives need them too: few slots are all that a replica has time for."""
+
+NEARLY = 1.6
+"""Multiple of the wanted gap within which a better plan may do: what it leaves to decide is tried at once."""
 
 HOPELESS = 0.99
 """Replica counts that serve less than this share of the counts, fractionally, are not dived for."""
@@ -160,7 +164,10 @@ def _search(search: Search, dives: Sequence[tuple[float, str]], *, cutting: bool
                 continue
             tried.append(counts)
             lower, upper = (counts, counts) if origin == CHOSEN else (lower, np.where(np.array(counts) > 0, upper, 0))
+        before_s = np.inf if search.best is None else search.best.max_s
         found = dive(search, lower, upper, replica_s, cutting=cutting)
+        if search.best.max_s < before_s and search.gap() <= NEARLY * search.target_gap:
+            closing.close(search, **AT_ONCE)
         if found.loads.size <= rounding.POLISH_CELLS:  # one small model
             _polish(search)
 
