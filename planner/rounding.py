@@ -47,8 +47,11 @@ POLISH_LIMIT_S = 0.3
 POLISH_GAP = 1e-3
 """Limits of one model."""
 
-RESPLITS = 16
-"""Pairs for each replica whose loads a dive shares out anew at the end."""
+RESPLITS, MOST_RESPLITS = 16, 640
+"""Pairs for each replica, and in all, whose loads a dive shares out anew at the end: a fifth of a second."""
+
+SAFETY = 5
+"""Multiple of the seconds for local search at which re-splits are cut: what they find should not depend on the clock."""
 
 MAX_FAILURES = 6
 """Polishing ends when so many groups around the slowest replica did not help."""
@@ -239,8 +242,8 @@ def _finished(
             replica_s,
             relaxed.prices,
             relaxed.kind_prices,
-            max_pairs=RESPLITS * len(kinds),
-            deadline=time.perf_counter() + improve_s,
+            max_pairs=min(RESPLITS * len(kinds), MOST_RESPLITS),
+            deadline=time.perf_counter() + SAFETY * improve_s,
         )
     return RoundedShare(replicas=tuple(replicas), share=share)
 
