@@ -104,7 +104,7 @@ def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
         low_s, prices, high_s = bracket(search.relaxation, search.deadline, low_s=low_s, first_s=first_s)
     closing.prove(search, low_s, prices)
     if np.isfinite(high_s):
-        _search(search, FIRST_DIVES)
+        _search(search, FIRST_DIVES, deciding=False)
     if search.best is None:
         fallback = settle(problem, homogeneous(problem), deadline=search.deadline)
         search.offer(fallback.replica_counts, fallback.max_s)
@@ -140,8 +140,10 @@ def homogeneous(problem: PlanningProblem) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def _search(search: Search, dives: Sequence[tuple[float, str]], *, cutting: bool = False) -> None:
-    """Step 2: dives at about the T that would do."""
+def _search(
+    search: Search, dives: Sequence[tuple[float, str]], *, cutting: bool = False, deciding: bool = True
+) -> None:
+    """Step 2: dives at about the T that would do; with `deciding`, what a better plan leaves to decide is tried."""
     relaxation, tried = search.relaxation, []
     goal_s = search.goal_s()
     for factor, origin in dives:
@@ -166,7 +168,7 @@ def _search(search: Search, dives: Sequence[tuple[float, str]], *, cutting: bool
             lower, upper = (counts, counts) if origin == CHOSEN else (lower, np.where(np.array(counts) > 0, upper, 0))
         before_s = np.inf if search.best is None else search.best.max_s
         found = dive(search, lower, upper, replica_s, cutting=cutting)
-        if search.best.max_s < before_s and search.gap() <= NEARLY * search.target_gap:
+        if deciding and search.best.max_s < before_s and search.gap() <= NEARLY * search.target_gap:
             closing.close(search, **AT_ONCE)
         if found.loads.size <= rounding.POLISH_CELLS:  # one small model
             _polish(search)

@@ -47,11 +47,11 @@ POLISH_LIMIT_S = 0.3
 POLISH_GAP = 1e-3
 """Limits of one model."""
 
-RESPLITS, MOST_RESPLITS = 16, 640
-"""Pairs for each replica, and in all, whose loads a dive shares out anew at the end: a fifth of a second."""
+RESPLITS, MOST_RESPLITS = 16, 400
+"""Pairs for each replica, and in all, whose loads a dive shares out anew at the end: up to a fifth of a second."""
 
 SAFETY = 5
-"""Multiple of the seconds for local search at which re-splits are cut: what they find should not depend on the clock."""
+"""Multiple of the seconds for local search at which re-splits are cut: the clock should not tell what they find."""
 
 MAX_FAILURES = 6
 """Polishing ends when so many groups around the slowest replica did not help."""
