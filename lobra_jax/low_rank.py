@@ -3,16 +3,36 @@
 Their inputs are rounded to the activations' dtype and their gradients come out in fp32, summed over rows in fp32, so
 that no matmul over tokens runs in fp32. A backward keeps nothing but what it was given: factors are looked up again.
 
+Where a mesh has an activation's positions on several devices, it is gathered anyway for the base's product. What is of
+the rank's size is then made of the gathered activation on every device, and gradients of each device's own positions: a
+collective of their own, however small, would cost more than either. A `Pin` is how both are said.
+
 Shape letters as in `lora`; K slots: the tasks of a row, one where a row is a sequence (see `packed`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+Pin = Callable[..., Array]
+"""Pins an array by its logical axes (`sharding.StageSharding.constrain`), those of positions among them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pins:
+    """Of what linears read and of what they write, where its positions lie on several devices."""
+
+    read: Pin | None = None
+    written: Pin | None = None
+
+
+NO_PINS = Pins()
 
 FINITE_LIMIT = 1e15
 """Larger magnitudes count as overflow where tasks meet in one sum: the product of two of them is still a float32."""
@@ -33,24 +53,33 @@ def _by_task(d_factors_BK: Array, task_ids_BK: Array, num_tasks: int) -> Array:
     return jnp.zeros((num_tasks, *d_factors_BK.shape[2:]), jnp.float32).at[task_ids_BK].add(d_factors_BK)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def into_ranks(x_BLI: Array, a_TRI: Array, task_ids_BK: Array, shared: bool) -> Array:
+def _gathered(x_BLI: Array, pin: Pin | None) -> Array:
+    return x_BLI if pin is None else pin(x_BLI, "batch", "position", "hidden")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def into_ranks(x_BLI: Array, a_TRI: Array, task_ids_BK: Array, shared: bool, pin: Pin | None = None) -> Array:
     """x a^T for every slot of the row: [B, L, K, R] fp32.
 
     With `shared` rows, tokens of several tasks meet in the gradient's sum: what is not finite there is left out, as
-    0 x inf is not 0. Its own task sees it all the same, in its cotangents.
+    0 x inf is not 0. Its own task sees it all the same, in its cotangents. `pin` where x's positions lie on several
+    devices.
     """
     a_BKRI = _own(a_TRI, task_ids_BK, x_BLI.dtype)
+    x_BLI = _gathered(x_BLI, pin)
     return jnp.einsum("bli,bkri->blkr", x_BLI, a_BKRI, preferred_element_type=jnp.float32)
 
 
-def _into_fwd(x_BLI: Array, a_TRI: Array, task_ids_BK: Array, shared: bool) -> tuple[Array, tuple[Array, ...]]:
-    return into_ranks(x_BLI, a_TRI, task_ids_BK, shared), (x_BLI, a_TRI, task_ids_BK)
+def _into_fwd(
+    x_BLI: Array, a_TRI: Array, task_ids_BK: Array, shared: bool, pin: Pin | None
+) -> tuple[Array, tuple[Array, ...]]:
+    return into_ranks(x_BLI, a_TRI, task_ids_BK, shared, pin), (x_BLI, a_TRI, task_ids_BK)
 
 
-def _into_bwd(shared: bool, saved: tuple[Array, ...], d_h_BLKR: Array) -> tuple[Array, Array, None]:
+def _into_bwd(shared: bool, pin: Pin | None, saved: tuple[Array, ...], d_h_BLKR: Array) -> tuple[Array, Array, None]:
     x_BLI, a_TRI, task_ids_BK = saved
     d_h = d_h_BLKR.astype(x_BLI.dtype)  # zero in all slots but the token's own
+    d_h = d_h if pin is None else pin(d_h, "batch", "length", None, "rank")
     d_x = jnp.einsum("blkr,bkri->bli", d_h, _own(a_TRI, task_ids_BK, x_BLI.dtype))
     x_BLI = bounded(x_BLI) if shared else x_BLI
     d_a_BKRI = jnp.einsum("blkr,bli->bkri", d_h, x_BLI, preferred_element_type=jnp.float32)
@@ -60,20 +89,25 @@ def _into_bwd(shared: bool, saved: tuple[Array, ...], d_h_BLKR: Array) -> tuple[
 into_ranks.defvjp(_into_fwd, _into_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def out_of_ranks(h_BLKR: Array, b_TRO: Array, task_ids_BK: Array, shared: bool) -> Array:
-    """h b summed over the row's slots: [B, L, O] in the dtype of h; `shared` as in `into_ranks`."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def out_of_ranks(h_BLKR: Array, b_TRO: Array, task_ids_BK: Array, shared: bool, pin: Pin | None = None) -> Array:
+    """h b summed over the row's slots: [B, L, O] in the dtype of h; `shared` as in `into_ranks`.
+
+    `pin` where the positions of what comes out lie on several devices.
+    """
     return jnp.einsum("blkr,bkro->blo", h_BLKR, _own(b_TRO, task_ids_BK, h_BLKR.dtype))
 
 
-def _out_fwd(h_BLKR: Array, b_TRO: Array, task_ids_BK: Array, shared: bool) -> tuple[Array, tuple[Array, ...]]:
-    return out_of_ranks(h_BLKR, b_TRO, task_ids_BK, shared), (h_BLKR, b_TRO, task_ids_BK)
+def _out_fwd(
+    h_BLKR: Array, b_TRO: Array, task_ids_BK: Array, shared: bool, pin: Pin | None
+) -> tuple[Array, tuple[Array, ...]]:
+    return out_of_ranks(h_BLKR, b_TRO, task_ids_BK, shared, pin), (h_BLKR, b_TRO, task_ids_BK)
 
 
-def _out_bwd(shared: bool, saved: tuple[Array, ...], d_y_BLO: Array) -> tuple[Array, Array, None]:
+def _out_bwd(shared: bool, pin: Pin | None, saved: tuple[Array, ...], d_y_BLO: Array) -> tuple[Array, Array, None]:
     """A gradient that is not finite still reaches its own task through d_h and so its `a`, which stops the task."""
     h_BLKR, b_TRO, task_ids_BK = saved
-    d_h = jnp.einsum("blo,bkro->blkr", d_y_BLO, _own(b_TRO, task_ids_BK, d_y_BLO.dtype))
+    d_h = jnp.einsum("blo,bkro->blkr", _gathered(d_y_BLO, pin), _own(b_TRO, task_ids_BK, d_y_BLO.dtype))
     d_y_BLO = bounded(d_y_BLO) if shared else d_y_BLO
     d_b_BKRO = jnp.einsum("blkr,blo->bkro", h_BLKR, d_y_BLO, preferred_element_type=jnp.float32)
     return d_h, _by_task(d_b_BKRO, task_ids_BK, b_TRO.shape[0]), None

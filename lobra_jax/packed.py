@@ -24,7 +24,7 @@ from jax import Array
 from jax.extend.random import threefry2x32_p
 
 from lobra_jax.lora import NUM_DROPOUT_SITES, TaskInputs, task_ratios
-from lobra_jax.low_rank import into_ranks, out_of_ranks
+from lobra_jax.low_rank import NO_PINS, Pins, into_ranks, out_of_ranks
 
 
 @jax.tree_util.register_dataclass
@@ -117,16 +117,20 @@ def uniform_at(words_BL2: Array, positions_BL: Array, features: int) -> Array:
 
 
 def packed_deltas(
-    x_BLI: Array, pairs: Mapping[str, dict[str, Array]], targets: Sequence[str], rows: PackedRows
+    x_BLI: Array,
+    pairs: Mapping[str, dict[str, Array]],
+    targets: Sequence[str],
+    rows: PackedRows,
+    pins: Pins = NO_PINS,
 ) -> list[Array]:
     """`lora.low_rank_deltas` on packed rows: scale * x a_t^T b_t with each token's own t, one [B, L, O] each."""
     a_TRI = jnp.concatenate([pairs[t]["a"] for t in targets], axis=1)
-    h_BLKR = into_ranks(x_BLI, a_TRI, rows.task_ids, True) * rows.scales[..., None, None]
+    h_BLKR = into_ranks(x_BLI, a_TRI, rows.task_ids, True, pins.read) * rows.scales[..., None, None]
     own = rows.slots[..., None] == jnp.arange(rows.task_ids.shape[1], dtype=jnp.int32)[None, None]
     h_BLKR = jnp.where(own[..., None], h_BLKR, 0.0).astype(x_BLI.dtype)
     ranks = np.cumsum([pairs[t]["a"].shape[1] for t in targets])[:-1].tolist()
     return [
-        out_of_ranks(h, pairs[t]["b"], rows.task_ids, True)
+        out_of_ranks(h, pairs[t]["b"], rows.task_ids, True, pins.written)
         for t, h in zip(targets, jnp.split(h_BLKR, ranks, axis=-1), strict=True)
     ]
 

@@ -22,6 +22,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from lobra_jax.lora import DROPOUT_SITES, Adapters, RowInputs, drop, low_rank_deltas, magnitude_ratios
+from lobra_jax.low_rank import Pins
 from lobra_jax.models.attention import FLASH_FORWARD, attention, packed_attention
 from lobra_jax.models.config import LlamaConfig, RopeScaling
 from lobra_jax.models.quantized import SCALE, block_dim, dequantized, frozen_product, stored
@@ -86,6 +87,7 @@ class Layer(nnx.Module):
         adapters: Mapping,
         rows: Rows | None,
         index: Array,
+        shard: Shard,
         residual: Array | None = None,
     ) -> list[Array]:
         """x W (+ bias) (+ low-rank delta) (+ residual) for linears that read the same input.
@@ -100,7 +102,8 @@ class Layer(nnx.Module):
         added = {} if residual is None else dict.fromkeys(targets, residual)
         adapted = [target for target in targets if target in adapters] if rows is not None else []
         if adapted:
-            for target, delta in zip(adapted, self._deltas(own, adapted, adapters, rows, index, bases), strict=True):
+            deltas = self._deltas(own, adapted, adapters, rows, index, bases, shard)
+            for target, delta in zip(adapted, deltas, strict=True):
                 added[target] = added[target] + delta if target in added else delta
         outs = {target: base + added[target] if target in added else base for target, base in bases.items()}
         if self.config.qkv_bias:
@@ -116,11 +119,13 @@ class Layer(nnx.Module):
         rows: Rows,
         index: Array,
         bases: Mapping[str, Array],
+        shard: Shard,
     ) -> list[Array]:
         """What each row's task adds to x W."""
         packed = isinstance(rows, PackedRows)
         dropped = (drop_packed if packed else drop)(x, rows, index, DROPOUT_SITES[adapted[0]])
-        deltas = (packed_deltas if packed else low_rank_deltas)(dropped, adapters, adapted, rows)
+        pins = Pins(*(shard if axis == "hidden" else None for axis in TARGET_AXES[adapted[0]]))
+        deltas = (packed_deltas if packed else low_rank_deltas)(dropped, adapters, adapted, rows, pins)
         if rows.tasks.magnitudes is None:
             return deltas
         ratios = packed_ratios if packed else magnitude_ratios
@@ -177,7 +182,7 @@ class Layer(nnx.Module):
         c = self.config
         b, length, _ = x_BLD.shape
         h_BLD = rms_norm(x_BLD, self.attn_norm[...], c.rms_norm_eps)
-        q, k, v = self.linears(h_BLD, ("q", "k", "v"), adapters, rows, index)
+        q, k, v = self.linears(h_BLD, ("q", "k", "v"), adapters, rows, index, shard)
         q = shard(q, "batch", "position", "heads").reshape(b, length, c.num_heads, c.head_dim)
         k = shard(k, "batch", "position", "kv_heads").reshape(b, length, c.num_kv_heads, c.head_dim)
         v = shard(v, "batch", "position", "kv_heads").reshape(b, length, c.num_kv_heads, c.head_dim)
@@ -185,15 +190,15 @@ class Layer(nnx.Module):
         v = checkpoint_name(v, "v")
         out = packed_attention(q, k, v, rows.segments) if isinstance(rows, PackedRows) else attention(q, k, v)
         out = shard(out.reshape(b, length, c.num_heads * c.head_dim), "batch", "position", "heads")
-        (x_BLD,) = self.linears(out, ("o",), adapters, rows, index, residual=x_BLD)
+        (x_BLD,) = self.linears(out, ("o",), adapters, rows, index, shard, residual=x_BLD)
         return checkpoint_name(shard(x_BLD, "batch", "length", "hidden"), "residual_mid")
 
     def _feed_forward(self, x_BLD: Array, adapters: Mapping, rows: Rows | None, index: Array, shard: Shard) -> Array:
         h_BLD = rms_norm(x_BLD, self.mlp_norm[...], self.config.rms_norm_eps)
-        gate, up = self.linears(h_BLD, ("gate", "up"), adapters, rows, index)
+        gate, up = self.linears(h_BLD, ("gate", "up"), adapters, rows, index, shard)
         gate = checkpoint_name(shard(gate, "batch", "position", "mlp"), "gate")
         up = checkpoint_name(shard(up, "batch", "position", "mlp"), "up")
-        (x_BLD,) = self.linears(swiglu(gate, up), ("down",), adapters, rows, index, residual=x_BLD)
+        (x_BLD,) = self.linears(swiglu(gate, up), ("down",), adapters, rows, index, shard, residual=x_BLD)
         return shard(x_BLD, "batch", "length", "hidden")
 
 
