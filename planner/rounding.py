@@ -47,7 +47,7 @@ POLISH_LIMIT_S = 0.3
 POLISH_GAP = 1e-3
 """Limits of one model."""
 
-RESPLITS, MOST_RESPLITS = 16, 400
+RESPLITS, MOST_RESPLITS = 16, 250
 """Pairs for each replica, and in all, whose loads a dive shares out anew at the end: up to a fifth of a second."""
 
 SAFETY = 5
