@@ -1,8 +1,7 @@
 """The joint step: every replica's micro-batches, the gradient sum, one update, new adapters on every replica.
 
 One controller issues everything. The training loop waits for a step (`finish`) after it has issued the next one, whose
-micro-batches go to the devices while the step before still runs there, so that they never wait for the host: preparing
-a program's launch takes it tens of milliseconds.
+micro-batches go to the devices while the step before still runs there, so that they never wait for the host.
 """
 
 from __future__ import annotations
@@ -290,24 +289,22 @@ class Engine:
             return None
 
     def _issue_micro_batches(self, batches: ReplicaBatches) -> tuple[ReplicaRun, ...]:
-        gradients = [replica.zero_gradients() for replica in self.replicas]
-        runs = tuple(
-            ReplicaRun(gradients=own, watch=Watch(replica.parallel.pp, self._watchers))
-            for replica, own in zip(self.replicas, gradients, strict=True)
-        )
-        del gradients
+        runs = tuple(ReplicaRun(gradients=replica.zero_gradients()) for replica in self.replicas)
         calls = [
             functools.partial(replica.issue, run, micro_batches, self._spread[replica.index], self.tasks[replica.index])
             for replica, run, micro_batches in zip(self.replicas, runs, batches, strict=True)
         ]
         try:
+            for replica, run in zip(self.replicas, runs, strict=True):
+                run.watch = Watch(replica.parallel.pp, self._watchers)
             at_once(self._issuers, calls)
         except OutOfMemoryError as error:
             # What could not be issued may have lacked the results of an earlier micro-batch that had no room.
             raise OutOfMemoryError(failures(runs) or error.failures) from error
         finally:
             for run in runs:
-                run.watch.close()
+                if run.watch is not None:
+                    run.watch.close()
         return runs
 
     def _await_micro_batches(self, step: IssuedStep) -> None:

@@ -62,7 +62,7 @@ class Room:
         return self.within("compiling", self._compile)
 
     def warm_up(self) -> None:
-        """Runs everything once; each training program too where that costs much the first time, so not on CPUs."""
+        """Runs the sum and the update once, and each training program where its first run costs much: not on CPUs."""
 
         def work() -> None:
             on_cpu = self.engine.replicas[0].submesh.devices[0].platform == "cpu"

@@ -21,7 +21,11 @@ class Watch:
 
     def __init__(self, num_stages: int, executor: Executor) -> None:
         self._queues: list[SimpleQueue[Array | None]] = [SimpleQueue() for _ in range(num_stages)]
-        self.ends: tuple[Future[list[float]], ...] = tuple(executor.submit(_ends, queue) for queue in self._queues)
+        try:
+            self.ends: tuple[Future[list[float]], ...] = tuple(executor.submit(_ends, queue) for queue in self._queues)
+        except BaseException:
+            self.close()  # or those that did start would wait for ever, and the process for them
+            raise
 
     def add(self, stage: int, done: Array) -> None:
         """`done` is ready when the action is."""

@@ -71,6 +71,7 @@ def tighten(search: Search) -> None:
 def close(search: Search, *, most_settled: int, most_ruled_out: int, patient: bool = False) -> None:
     """Decides about T after T until the gap is closed, or so many replica counts are settled in vain or ruled out.
 
+    With `most_settled` 0 they are only ruled out, and the first that cannot be ends it.
     `patient`: replica counts that were settled in too short a time are settled again, in twice that.
     """
     problem, relaxation, settled = search.problem, search.relaxation, search.settled

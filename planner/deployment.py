@@ -170,6 +170,7 @@ def _search(
         found = dive(search, lower, upper, replica_s, cutting=cutting)
         if deciding and search.best.max_s < before_s and search.gap() <= NEARLY * search.target_gap:
             closing.close(search, **AT_ONCE)
+            goal_s = max(goal_s, search.goal_s())
         if found.loads.size <= rounding.POLISH_CELLS:  # one small model
             _polish(search)
 

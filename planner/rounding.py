@@ -88,7 +88,7 @@ def dive(
       lower, upper: [C] the least and most replicas of each config; equal where these are given. Within them replicas
         are chosen one pattern after the other, so that the last ones suit what the first ones left.
       deadline: (of `time.perf_counter`) after which the rest is handed out greedily.
-      improve_s: seconds of local search at the end.
+      improve_s: seconds of local search at the end, before re-splits.
       cutting: with cuts of whole slots (`planner.cuts`) in the master: slower, other plans, often better ones.
     """
     devices = np.array([usable.num_devices for usable in problem.configs])
@@ -125,7 +125,7 @@ def dive(
     for config, count in enumerate(idle.tolist()):
         replicas += [config] * count
         loads += [np.zeros_like(left)] * count
-    return _finished(problem, replicas, np.array(loads), left, replica_s, improve_s)
+    return _finished(problem, replicas, np.array(loads), left, replica_s, improve_s, deadline)
 
 
 def _hand_out(
@@ -215,6 +215,7 @@ def _finished(
     left: np.ndarray,
     replica_s: float,
     improve_s: float,
+    deadline: float,
 ) -> RoundedShare:
     """Adds what is left, longest first, each micro-batch to the replica that then ends first; and improves."""
     kinds = [problem.configs[config] for config in replicas]
@@ -243,7 +244,7 @@ def _finished(
             relaxed.prices,
             relaxed.kind_prices,
             max_pairs=min(RESPLITS * len(kinds), MOST_RESPLITS),
-            deadline=time.perf_counter() + SAFETY * improve_s,
+            deadline=min(deadline, time.perf_counter() + SAFETY * improve_s),
         )
     return RoundedShare(replicas=tuple(replicas), share=share)
 

@@ -56,7 +56,7 @@ TIGHTEN_UP_TO = 1.0125
 AHEAD_SHARE = 0.05
 """Share of its own step's least seconds that a share-out made ahead may take longer, at `PAIR_S` a re-split."""
 
-PAIR_S = 5e-4
+PAIR_S = 1e-3
 
 AHEAD_PAIRS = 32
 """Re-splits a replica at the most: what they have not found then, more of them seldom find."""

@@ -124,8 +124,9 @@ class Layer(nnx.Module):
         """What each row's task adds to x W."""
         packed = isinstance(rows, PackedRows)
         dropped = (drop_packed if packed else drop)(x, rows, index, DROPOUT_SITES[adapted[0]])
-        pins = Pins(*(shard if axis == "hidden" else None for axis in TARGET_AXES[adapted[0]]))
-        deltas = (packed_deltas if packed else low_rank_deltas)(dropped, adapters, adapted, rows, pins)
+        deltas = (packed_deltas if packed else low_rank_deltas)(
+            dropped, adapters, adapted, rows, _pins(adapted[0], rows, shard)
+        )
         if rows.tasks.magnitudes is None:
             return deltas
         ratios = packed_ratios if packed else magnitude_ratios
@@ -277,6 +278,14 @@ def abstract_stage(config: LlamaConfig, layers: range, dtype: Any, quantization:
     return AbstractStage(
         config=config, layers=layers, dtype=dtype, quantization=quantization, graph=graph, weights=weights
     )
+
+
+def _pins(target: str, rows: Rows, shard: Shard) -> Pins:
+    """Where adapters read what the base's product gathers too, and write what its gradient gathers."""
+    reads, writes = (axis == "hidden" for axis in TARGET_AXES[target])
+    dora = rows.tasks.magnitudes is not None  # its product sees the input after dropout, its ratio scales the delta
+    read = reads and (rows.dropout_keys is None or dora)
+    return Pins(read=shard if read else None, written=shard if writes and not dora else None)
 
 
 def with_remat(function: Callable[..., Array], remat: str) -> Callable[..., Array]:

@@ -78,6 +78,9 @@ class Results:
                 old = json.loads(path.read_text(encoding="utf-8"))
                 differing = differing_keys(old["set_up"], set_up)
                 parts = dict(old["parts"])
+                for name, part in parts.items():
+                    if "failed" not in part:
+                        _row(name, [part], 1)  # has all that a row is made of
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 expected = "what an interrupted `lobra bench experiment` left; or delete it"
                 raise UserError("cannot go on from this file", file=path, expected=expected) from error

@@ -1,10 +1,12 @@
-"""What tensor parallelism sends: whole activations at the borders of a layer's halves, nothing for adapters alone."""
+"""What tensor parallelism sends: whole activations at the borders of a layer's halves, as without adapters."""
 
 from __future__ import annotations
 
 import re
 
 import pytest
+
+from lobra_jax.lora import LoraSpec
 
 LENGTH = 24
 
@@ -15,16 +17,20 @@ def gathered(program) -> list[tuple[int, ...]]:
     return [shape for one in found if len(shape := tuple(map(int, one.split(",")))) > 2]
 
 
+@pytest.mark.parametrize("kind", ["plain", "dropout", "dora"])
 @pytest.mark.parametrize("remat", ["none", "dots"])
-def test_adapters_gather_nothing_of_their_own(world, remat):
+def test_adapters_gather_no_activation_of_their_own(world, remat, kind):
     flat = {"kind": "constant", "peak": 1e-3, "warmup_steps": 0, "final_fraction": 1.0}
-    tasks = [
-        world.make_task(name, batch_size=2, steps=2, seed=seed, clip=1.0, **flat) for seed, name in enumerate("ab")
-    ]
+    spec = LoraSpec(rank=4, alpha=8, dropout=0.1 if kind == "dropout" else 0.0, dora=kind == "dora")
+    tasks = [world.make_task(name, batch_size=2, steps=2, seed=9, clip=1.0, spec=spec, **flat) for name in "ab"]
     engine = world.engine(world.plan((2, 1, remat), buckets=(LENGTH,)), tasks)
     (program,) = engine.replicas[0].training_programs((world.rows, LENGTH))
-    hidden, layers = (world.rows, LENGTH, world.model.hidden_size), world.model.num_layers
+    whole, layers = (world.rows, LENGTH, world.model.hidden_size), world.model.num_layers
     shapes = gathered(program.fused)
-    assert set(shapes) == {hidden}
     # Forward: attention's and the feed-forward's input; backward: the gradient of what each of them gave. The loss.
-    assert len(shapes) == 4 * layers + 1
+    least = 4 * layers + 1
+    # With DoRA and dots, base products are redone for the ratio's gradient, and read the two inputs again.
+    redone = 2 * layers if (kind, remat) == ("dora", "dots") else 0
+    assert shapes.count(whole) == least + redone
+    if kind == "plain":
+        assert set(shapes) == {whole}

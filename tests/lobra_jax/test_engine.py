@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lobra_jax.engine import Engine, IssuedStep
+from lobra_jax.optim import no_inputs
 from lobra_jax.replica import Issued, ReplicaRun
 from lobra_jax.schedule import dependency, issue_order, one_f_one_b
 from lobra_jax.step_times import action_times
@@ -83,28 +84,63 @@ class Action(types.SimpleNamespace):
     """Something that ends when it is told to."""
 
     def __init__(self) -> None:
-        super().__init__(ended=threading.Event())
+        super().__init__(ended=threading.Event(), asked=threading.Event())
 
     def block_until_ready(self) -> None:
-        self.ended.wait()
+        self.asked.set()
+        assert self.ended.wait(LONG_S)
+
+
+LONG_S = 20
 
 
 def test_ends_are_noted_while_more_is_issued():
     first, second, other = Action(), Action(), Action()
     with ThreadPoolExecutor(2) as executor:
         watch = Watch(2, executor)
-        watch.add(0, first)
-        watch.add(1, other)
-        first.ended.set()
-        time.sleep(0.05)
-        issued_last = time.perf_counter()
-        watch.add(0, second)
-        watch.close()
-        second.ended.set()
-        other.ended.set()
-        (first_s, second_s), (other_s,) = (ends.result() for ends in watch.ends)
+        try:
+            watch.add(0, first)
+            watch.add(0, second)
+            watch.add(1, other)
+            first.ended.set()
+            assert second.asked.wait(LONG_S)  # the first was noted
+            issued_last = time.perf_counter()
+            second.ended.set()
+            other.ended.set()
+        finally:
+            watch.close()
+        (first_s, second_s), (other_s,) = (ends.result(LONG_S) for ends in watch.ends)
     assert first_s < issued_last <= second_s
     assert other_s > issued_last
+
+
+class Full(ThreadPoolExecutor):
+    """Has room for one thread."""
+
+    def submit(self, *call):
+        if self._threads:
+            raise RuntimeError("can't start new thread")
+        return super().submit(*call)
+
+
+def test_no_thread_is_left_waiting_where_another_cannot_start():
+    executor = Full(2)
+    with pytest.raises(RuntimeError, match="new thread"):
+        Watch(2, executor)
+    (thread,) = executor._threads
+    executor.shutdown(wait=False)
+    thread.join(LONG_S)
+    assert not thread.is_alive()
+
+
+def test_a_step_that_is_not_one_for_these_replicas_leaves_nothing_waiting(world):
+    engine = world.engine(world.plan((1, 1, "none"), (1, 1, "none")), list(world.tasks.values())[:1])
+    with pytest.raises(ValueError, match="shorter"):
+        engine.issue([()], no_inputs(1))
+    engine._watchers.shutdown(wait=False)
+    for thread in engine._watchers._threads:
+        thread.join(LONG_S)
+        assert not thread.is_alive()
 
 
 def noted(value) -> Future:

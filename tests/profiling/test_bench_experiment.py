@@ -1,6 +1,7 @@
 """`lobra bench experiment` on simulated devices: the same work for every system, results that add up, resuming."""
 
 import json
+import shutil
 
 import jax
 import pytest
@@ -192,3 +193,17 @@ def test_mistakes_are_one_line(finished, folder, tmp_path):
         assert result.exit_code == 2, (arguments, result.output)
         error = result.output.strip().splitlines()[-1]
         assert error.startswith("error: ") and all(word in error for word in words), error
+
+
+def test_results_whose_steps_lack_something_are_refused_before_anything_runs(finished, folder, tmp_path):
+    """As an earlier version wrote them: what would be run now could not be added up with them."""
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    record = read(out)
+    part = next(part for part in record["parts"].values() if "failed" not in part)
+    del part["steps"][0]["replica_late_s"]
+    (out / "experiment.json").write_text(json.dumps(record), encoding="utf-8")
+    before = (out / "experiment.json").read_bytes()
+    result = experiment(folder, out, "--systems", "ours-robust")
+    assert result.exit_code == 2 and "cannot go on from this file" in result.output
+    assert (out / "experiment.json").read_bytes() == before
