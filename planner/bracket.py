@@ -46,7 +46,7 @@ def bracket(
 ) -> tuple[float, np.ndarray, float]:
     """(T that the relaxation does not let through, prices that say so, about the T that it does; inf if time ran out).
 
-    Unproven: see `Relaxation.proves_unattainable`.
+    Unproven: see `Relaxation.proven_served`.
 
     Args:
       low_s: a T that it does not let through, where one is known.

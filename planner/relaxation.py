@@ -151,10 +151,6 @@ class Relaxation:
         chosen[order] = used
         return float(worth @ chosen), chosen
 
-    def proves_unattainable(self, prices: np.ndarray, replica_s: float) -> bool:
-        """Whether these prices prove that no plan is within `replica_s`."""
-        return self.proven_served(prices, replica_s) < 1 - STRICT
-
     def proven_served(self, prices: np.ndarray, replica_s: float) -> float:
         """What share of the counts these prices prove that no plan serves more of within `replica_s`.
 
