@@ -1,14 +1,15 @@
 """Padded against packed rows on skewed lengths: `lobra bench packing --out FILE`.
 
-A small model on one device, lengths as LobRA's six tasks have them, shortened by a constant so that a CPU can do it.
-The cost table is measured first, both ways; the same batches are then dispatched and run both ways in turn. Wall and
-CPU seconds are both reported: on a machine that others use too, the CPU seconds are the ones to compare.
+One replica of one device, lengths as LobRA's six tasks have them. The default is a small model and lengths shortened by
+a constant, so that a CPU can do it. The cost table is measured first, both ways; the same batches are then dispatched
+and run both ways in turn. Wall and CPU seconds are both reported: on a machine that others use too, the CPU seconds are
+the ones to compare.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -18,22 +19,23 @@ from typing import Any
 import click
 import numpy as np
 
-from lobra_jax.config import PlannerConfig
+from lobra_jax.config import DevicesConfig, PlannerConfig
 from lobra_jax.data.batches import TaskData, TaskSampler, task_key
 from lobra_jax.data.dataset import TokenStore, whole
 from lobra_jax.lora_spec import LoraSpec
-from lobra_jax.models.config import LlamaConfig
+from lobra_jax.models.config import PRESETS, LlamaConfig
 from planner.batching import choose_batching
 from planner.bucketing import planning_buckets
 from planner.cost import CostTable
 from planner.packed_dispatch import packed_replicas
-from planner.plan import ParallelConfig, Plan, ReplicaGroup
+from planner.plan import REMATS, ParallelConfig, Plan, ReplicaGroup
 from planner.workload import TaskLengths, Workload
+from profiling.bench.options import command_line
 from profiling.bench.provenance import provenance
 
 LENGTHS = Path(__file__).resolve().parents[2] / "configs" / "lengths" / "lobra_six_tasks.json"
-MODEL = LlamaConfig(
-    name="bench",
+SMALL = LlamaConfig(
+    name="small",
     vocab_size=1024,
     hidden_size=512,
     intermediate_size=1408,
@@ -42,39 +44,74 @@ MODEL = LlamaConfig(
     num_kv_heads=8,
     head_dim=64,
 )
-CONFIG = ParallelConfig(tp=1, pp=1, remat="none")
-SPEC = LoraSpec(rank=4, alpha=8)
-SHORTER = 8
-"""Lengths are divided by this."""
-FEWER = 16
-"""Batch sizes are divided by this."""
-CONTEXT_LENGTH = 512
-CAPACITY_TOKENS = 2048
+MODELS = {SMALL.name: SMALL, **PRESETS}
 NUM_BUCKETS = 7
-LIMIT_BYTES = 8 * 2**30
+HOST_LIMIT_BYTES = 8 * 2**30
+"""CPU devices do not tell their memory."""
 EXAMPLES_A_TASK = 512
 BATCHINGS = ("padded", "packed")
 
 
-@click.command(epilog="\b\nExample:\n  lobra bench packing --out profiling/results/cpu_packing.json")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is run both ways.
+
+    Attributes:
+      shorter: divides the tasks' lengths, which then end at `context_length`.
+      batch_scale: multiplies their batch sizes.
+      max_tokens: largest micro-batch; smaller where memory has no room for it.
+    """
+
+    model: LlamaConfig
+    dtype: str
+    spec: LoraSpec
+    config: ParallelConfig
+    shorter: int
+    context_length: int
+    batch_scale: float
+    max_tokens: int
+    seed: int
+
+
+@click.command(
+    epilog="\b\nExamples:\n  lobra bench packing --out packing.json\n"
+    "  lobra bench packing --model llama2-7b --dtype bfloat16 --remat dots --rank 16 --shorter 1 --context-length 8192 "
+    "--max-tokens 16384 --out packing.json"
+)
+@click.option("--model", type=click.Choice(list(MODELS)), default=SMALL.name, show_default=True)
+@click.option("--layers", type=click.IntRange(min=1), help="Fewer layers than the model has.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="float32", show_default=True)
+@click.option("--remat", type=click.Choice(REMATS), default="none", show_default=True)
+@click.option("--rank", type=click.IntRange(min=1), default=4, show_default=True, help="Of the adapters.")
+@click.option("--shorter", type=click.IntRange(min=1), default=8, show_default=True, help="Divides the lengths.")
+@click.option("--context-length", type=click.IntRange(min=16), default=512, show_default=True,
+              help="Where lengths end.")  # fmt: skip
+@click.option("--batch-scale", type=click.FloatRange(min=0, min_open=True), default=1 / 16, show_default=True,
+              help="Of the tasks' batch sizes.")  # fmt: skip
+@click.option("--max-tokens", type=click.IntRange(min=16), default=2048, show_default=True,
+              help="Largest micro-batch, as of lobra profile.")  # fmt: skip
 @click.option("--steps", type=click.IntRange(min=1), default=6, show_default=True, help="Timed steps each way.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of lengths and batches.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the result as JSON.")
-def main(steps: int, seed: int, out: Path | None) -> None:
+def main(
+    model: str, layers: int | None, dtype: str, remat: str, rank: int, steps: int, out: Path | None, **options: Any
+) -> None:
     """Run the same steps with padded and with packed rows."""
-    tasks = _tasks(seed)
+    shape = MODELS[model] if layers is None else dataclasses.replace(MODELS[model], num_layers=layers)
+    config, spec = ParallelConfig(tp=1, pp=1, remat=remat), LoraSpec(rank=rank, alpha=2 * rank)
+    case = Case(model=shape, dtype=dtype, spec=spec, config=config, **options)
+    tasks = _tasks(case)
     workload = Workload.from_samples({t.name: (t.sampler.batch_size, t.train.lengths.tolist()) for t in tasks})
-    costs = _measure(len(tasks), workload)
-    capacity = costs[CONFIG].capacity_tokens
+    costs = _measure(case, len(tasks), workload)
     plan = Plan(
-        model=MODEL.name,
+        model=shape.name,
         num_devices=1,
-        replicas=(ReplicaGroup(count=1, config=CONFIG, capacity_tokens=capacity),),
+        replicas=(ReplicaGroup(count=1, config=config, capacity_tokens=costs[config].capacity_tokens),),
         buckets=planning_buckets(workload, NUM_BUCKETS),
     )
-    choice = choose_batching(plan, costs, workload, seed=seed, max_buckets=NUM_BUCKETS)
+    choice = choose_batching(plan, costs, workload, seed=case.seed, max_buckets=NUM_BUCKETS)
     click.echo(str(choice))
-    rows = _run(tasks, plan, costs, steps)
+    rows = _run(case, tasks, plan, costs, steps)
     for name, row in rows.items():
         click.echo(
             f"{name}: padding {row['padding_share']:.1%}, {row['tokens_per_s']:,.0f} tokens/s, "
@@ -82,9 +119,10 @@ def main(steps: int, seed: int, out: Path | None) -> None:
             f"(predicted {row['predicted_step_s']:.3f} s)"
         )
     if out is not None:
+        given = {"model": model, "layers": layers, "dtype": dtype, "remat": remat, "rank": rank, "steps": steps}
         record = {
             "what": "the same steps with padded and with packed rows; medians over steps; costs measured before",
-            "command": f"lobra bench packing --steps {steps} --seed {seed}",
+            "command": command_line("lobra bench packing", given | options),
             **provenance(("jax", "numpy")),
             "chosen": choice.batching,
             "plan": plan.to_dict(),
@@ -94,71 +132,73 @@ def main(steps: int, seed: int, out: Path | None) -> None:
         click.echo(str(out))
 
 
-def _tasks(seed: int) -> list[TaskData]:
+def _tasks(case: Case) -> list[TaskData]:
     out = []
     for index, task in enumerate(Workload.load(LENGTHS).tasks):
-        key = task_key(seed=seed, task_seed=index, name=task.name, purpose="batches")
-        data = whole(task.name, _store(task, np.random.default_rng([seed, index])))
-        sampler = TaskSampler(data, key, max(task.batch_size // FEWER, 1))
+        key = task_key(seed=case.seed, task_seed=index, name=task.name, purpose="batches")
+        data = whole(task.name, _store(case, task, np.random.default_rng([case.seed, index])))
+        sampler = TaskSampler(data, key, max(int(task.batch_size * case.batch_scale), 1))
         out.append(TaskData(name=task.name, train=data, evaluation=None, sampler=sampler))
     return out
 
 
-def _store(task: TaskLengths, rng: np.random.Generator) -> TokenStore:
+def _store(case: Case, task: TaskLengths, rng: np.random.Generator) -> TokenStore:
     """Random tokens in sequences of the task's lengths, shortened."""
     values, shares = np.array(list(task.lengths)), np.array(list(task.lengths.values()))
     drawn = rng.choice(values, EXAMPLES_A_TASK, p=shares / shares.sum())
-    lengths = np.clip(drawn // SHORTER, 1, CONTEXT_LENGTH)
+    lengths = np.clip(drawn // case.shorter, 1, case.context_length)
     offsets = np.concatenate([[0], np.cumsum(lengths + 1)])
     trainable = np.ones(offsets[-1], bool)
     trainable[offsets[:-1]] = False
-    tokens = rng.integers(0, MODEL.vocab_size, offsets[-1], dtype=np.int32)
+    tokens = rng.integers(0, case.model.vocab_size, offsets[-1], dtype=np.int32)
     return TokenStore(tokens=tokens, trainable=trainable, offsets=offsets, sources=np.arange(len(lengths)))
 
 
-def _measure(num_tasks: int, workload: Workload) -> CostTable:
-    import dataclasses
-
+def _measure(case: Case, num_tasks: int, workload: Workload) -> CostTable:
     import jax
     import jax.numpy as jnp
 
+    from lobra_jax.devices import host_cores, memory_limit
     from profiling.grid import default_lengths
     from profiling.measure import Setup, measure_config
     from profiling.packed import measure_packed
 
+    device = jax.devices()[0]
+    on_host = device.platform == "cpu"
     setup = Setup(
-        model=MODEL,
-        dtype=jnp.float32,
+        model=case.model,
+        dtype=jnp.dtype(case.dtype),
         num_tasks=num_tasks,
-        rank=SPEC.rank,
-        targets=SPEC.targets,
+        rank=case.spec.rank,
+        targets=case.spec.targets,
         dropout=False,
         dora=False,
         optimizers=("adamw",),
         averages=False,
-        devices=jax.devices()[:1],
-        limit_bytes=LIMIT_BYTES,
+        devices=[device],
+        limit_bytes=memory_limit(DevicesConfig(memory_bytes=HOST_LIMIT_BYTES if on_host else None), device),
         lengths=default_lengths(workload),
-        max_tokens=CAPACITY_TOKENS,
+        max_tokens=case.max_tokens,
         repeats=3,
         cores=None,
-        num_threads=os.cpu_count() or 1,
+        num_threads=host_cores(),
     )
-    cost = measure_config(setup, CONFIG)
-    cost = dataclasses.replace(cost, packed=measure_packed(setup, CONFIG, cost.capacity_tokens))
+    cost = measure_config(setup, case.config)
+    cost = dataclasses.replace(cost, packed=measure_packed(setup, case.config, cost.capacity_tokens))
     return CostTable(
-        model=MODEL.name, model_fingerprint=MODEL.fingerprint, hardware={"num_devices": 1}, configs=(cost,)
+        model=case.model.name, model_fingerprint=case.model.fingerprint, hardware={"num_devices": 1}, configs=(cost,)
     )
 
 
-def _run(tasks: Sequence[TaskData], plan: Plan, costs: CostTable, steps: int) -> dict[str, dict[str, Any]]:
+def _run(case: Case, tasks: Sequence[TaskData], plan: Plan, costs: CostTable, steps: int) -> dict[str, dict[str, Any]]:
     """By batching: what its steps took; the first step of each is not counted."""
     import jax.numpy as jnp
 
+    from lobra_jax.devices import host_cores
     from lobra_jax.engine import Engine
     from lobra_jax.feeder import Feeder
-    from lobra_jax.models.weights import RandomWeights
     from lobra_jax.optim import TaskOptimizer, learning_rates, step_inputs
+    from profiling.measure import make_up_weights
 
     rates = learning_rates("constant", 1e-4, steps=steps + 1, warmup_steps=0, final_fraction=1.0)
     optimizer = TaskOptimizer(
@@ -166,13 +206,15 @@ def _run(tasks: Sequence[TaskData], plan: Plan, costs: CostTable, steps: int) ->
     )
     engines, prepared = {}, {}
     for batching in BATCHINGS:
-        engine = Engine(plan, MODEL, [SPEC] * len(tasks), dtype=jnp.float32, packed=batching == "packed")
-        engine.load(RandomWeights(MODEL, seed=0))
+        dtype, packed = jnp.dtype(case.dtype), batching == "packed"
+        engine = Engine(plan, case.model, [case.spec] * len(tasks), dtype=dtype, packed=packed)
+        on_host = engine.replicas[0].submesh.devices[0].platform == "cpu"
+        make_up_weights(engine.replicas[0], on_host=on_host)
         engine.init_adapters(list(range(len(tasks))))
-        shapes = [list(r.shapes) for r in packed_replicas(plan, costs)] if batching == "packed" else engine.shapes()
-        for _ in engine.compile(shapes, [()] * plan.num_replicas, num_threads=os.cpu_count() or 1):
+        shapes = [list(r.shapes) for r in packed_replicas(plan, costs)] if packed else engine.shapes()
+        for _ in engine.compile(shapes, [()] * plan.num_replicas, num_threads=host_cores()):
             pass
-        engine.warm_up()
+        engine.warm_up(None if on_host else shapes)
         settings = PlannerConfig(max_dispatch_buckets=NUM_BUCKETS)
         with Feeder(tasks, plan, costs, settings, batching=batching) as feeder:
             names = [task.name for task in tasks]
