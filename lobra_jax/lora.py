@@ -26,7 +26,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from lobra_jax.lora_spec import LoraSpec
-from lobra_jax.low_rank import NO_PINS, Pins, into_ranks, out_of_ranks
+from lobra_jax.low_rank import LOW_RANK, NO_PINS, Pins, Slots, into_ranks, out_of_ranks
 from lobra_jax.models.config import TARGETS, LlamaConfig
 from lobra_jax.peft_folder import TaskAdapter
 
@@ -75,6 +75,10 @@ class RowInputs:
     scales: Array
     dropout_keys: Array | None
     keep_rates: Array | None
+
+    @property
+    def rank_slots(self) -> Slots:
+        return Slots(task_ids=self.task_ids[:, None], scales=self.scales[:, None, None, None])
 
 
 def adapted_targets(specs: Sequence[LoraSpec]) -> tuple[str, ...]:
@@ -186,20 +190,14 @@ def drop(x_BLI: Array, rows: RowInputs, layer: Array | int, site: int) -> Array:
 
 
 def low_rank_deltas(
-    x_BLI: Array,
-    pairs: Mapping[str, dict[str, Array]],
-    targets: Sequence[str],
-    rows: RowInputs,
-    pins: Pins = NO_PINS,
+    x_BLI: Array, pairs: Mapping[str, dict[str, Array]], targets: Sequence[str], slots: Slots, pins: Pins = NO_PINS
 ) -> list[Array]:
     """scale * x a_t^T b_t for linears that read the same `x`, one [B, L, O] each; one input matmul for all."""
     a_TRI = jnp.concatenate([pairs[t]["a"] for t in targets], axis=1)
-    task_ids_BK = rows.task_ids[:, None]
-    h_BLKR = into_ranks(x_BLI, a_TRI, task_ids_BK, False, pins.read) * rows.scales[:, None, None, None]
-    h_BLKR = h_BLKR.astype(x_BLI.dtype)  # alpha / rank is not rounded to bf16
+    h_BLKR = slots.scaled(into_ranks(x_BLI, a_TRI, slots.task_ids, slots.shared, pins.read), x_BLI.dtype)
     ranks = np.cumsum([pairs[t]["a"].shape[1] for t in targets])[:-1].tolist()
     return [
-        out_of_ranks(checkpoint_name(h, "low_rank"), pairs[t]["b"], task_ids_BK, False, pins.written)
+        out_of_ranks(checkpoint_name(h, LOW_RANK), pairs[t]["b"], slots.task_ids, slots.shared, pins.written)
         for t, h in zip(targets, jnp.split(h_BLKR, ranks, axis=-1), strict=True)
     ]
 

@@ -15,16 +15,15 @@ Shape letters as in `lora`; K slots of a row, M segments of a row.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.extend.random import threefry2x32_p
 
 from lobra_jax.lora import NUM_DROPOUT_SITES, TaskInputs, task_ratios
-from lobra_jax.low_rank import NO_PINS, Pins, into_ranks, out_of_ranks
+from lobra_jax.low_rank import Slots
 
 
 @jax.tree_util.register_dataclass
@@ -71,6 +70,11 @@ class PackedRows:
         """[B, L] int32: each token's task."""
         return jnp.take_along_axis(self.task_ids, self.slots, axis=1)
 
+    @property
+    def rank_slots(self) -> Slots:
+        own = self.slots[..., None] == jnp.arange(self.task_ids.shape[1], dtype=jnp.int32)[None, None]
+        return Slots(task_ids=self.task_ids, scales=self.scales[..., None, None], own=own[..., None])
+
 
 def packed_rows(
     tasks: TaskInputs, task_ids: Array, dropout_ids: Array, segments: SegmentInputs, *, dropout: bool
@@ -114,25 +118,6 @@ def uniform_at(words_BL2: Array, positions_BL: Array, features: int) -> Array:
     high, low = threefry2x32_p.bind(first, second, jnp.zeros_like(counts), counts)
     one_to_two = jax.lax.shift_right_logical(high ^ low, jnp.uint32(9)) | jnp.uint32(0x3F80_0000)
     return jax.lax.bitcast_convert_type(one_to_two, jnp.float32) - 1.0
-
-
-def packed_deltas(
-    x_BLI: Array,
-    pairs: Mapping[str, dict[str, Array]],
-    targets: Sequence[str],
-    rows: PackedRows,
-    pins: Pins = NO_PINS,
-) -> list[Array]:
-    """`lora.low_rank_deltas` on packed rows: scale * x a_t^T b_t with each token's own t, one [B, L, O] each."""
-    a_TRI = jnp.concatenate([pairs[t]["a"] for t in targets], axis=1)
-    h_BLKR = into_ranks(x_BLI, a_TRI, rows.task_ids, True, pins.read) * rows.scales[..., None, None]
-    own = rows.slots[..., None] == jnp.arange(rows.task_ids.shape[1], dtype=jnp.int32)[None, None]
-    h_BLKR = jnp.where(own[..., None], h_BLKR, 0.0).astype(x_BLI.dtype)
-    ranks = np.cumsum([pairs[t]["a"].shape[1] for t in targets])[:-1].tolist()
-    return [
-        out_of_ranks(h, pairs[t]["b"], rows.task_ids, True, pins.written)
-        for t, h in zip(targets, jnp.split(h_BLKR, ranks, axis=-1), strict=True)
-    ]
 
 
 def packed_ratios(weight_IO: Array, pair: Mapping[str, Array], target: str, rows: PackedRows) -> Array:

@@ -41,7 +41,7 @@ def test_each_row_gets_its_own_tasks_delta(world):
             pair["b"][index, rank:] = 0
     x = rng.normal(size=(4, 6, world.model.hidden_size)).astype(np.float32)
     task_ids = [2, 0, 1, 0]
-    deltas = low_rank_deltas(jnp.asarray(x), adapters, ("q", "k", "v"), rows_of(task_ids, specs))
+    deltas = low_rank_deltas(jnp.asarray(x), adapters, ("q", "k", "v"), rows_of(task_ids, specs).rank_slots)
     for target, delta in zip(("q", "k", "v"), deltas, strict=True):
         for row, task in enumerate(task_ids):
             a, b = adapters[target]["a"][task], adapters[target]["b"][task]
