@@ -283,9 +283,9 @@ def _body(
 
             total = pl.run_scoped(add_up, plgpu.ACC((own_tokens, TILE_FEATURES), jnp.float32)).astype(jnp.bfloat16)
             token_tile, feature_tile = grid.place(block, turn)
-            for part in np.ndindex(own_tokens // STORED, TILE_FEATURES // STORED):
+            for number, part in enumerate(np.ndindex(own_tokens // STORED, TILE_FEATURES // STORED)):
                 row, column = (int(i) * STORED for i in part)
-                piece = out_tiles.at[warpgroup, (row + column) // STORED % 2]
+                piece = out_tiles.at[warpgroup, number % 2]  # the other one may be on its way
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 piece[...] = total[row : row + STORED, column : column + STORED]
                 plgpu.commit_smem()

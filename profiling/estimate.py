@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from lobra_jax.loss import MAX_CHUNK_TOKENS
 from lobra_jax.memory import leaf_bytes
 from lobra_jax.mesh import split_layers
-from lobra_jax.models.llama import MLP_CHUNK_TOKENS
+from lobra_jax.models.remat import MLP_CHUNK_TOKENS
 from planner.cost import ConfigCost, CostPoint
 from planner.fit import MIN_POINTS_TO_HOLD_OUT, fit_coefficients, hold_out
 from planner.plan import ParallelConfig

@@ -24,30 +24,16 @@ from jax.ad_checkpoint import checkpoint_name
 from lobra_jax import rank_matmul
 from lobra_jax.adapted import adapted_linears
 from lobra_jax.lora import DROPOUT_SITES, Adapters, RowInputs, drop, low_rank_deltas, magnitude_ratios
-from lobra_jax.low_rank import LOW_RANK, Pins
-from lobra_jax.models.attention import FLASH_FORWARD, attention, packed_attention
+from lobra_jax.low_rank import Pins
+from lobra_jax.models.attention import attention, packed_attention
 from lobra_jax.models.config import LlamaConfig, RopeScaling
 from lobra_jax.models.quantized import SCALE, block_dim, dequantized, frozen_product, stored
+from lobra_jax.models.remat import mlp_chunks, with_remat
 from lobra_jax.packed import PackedRows, drop_packed, packed_ratios
 from lobra_jax.sharding import TARGET_AXES
 
 Shard = Callable[..., Array]
 Rows = RowInputs | PackedRows
-
-SAVED_NAMES = {
-    "dots": ("q", "k", "v", "attention", "residual_mid", "gate", "up", LOW_RANK),
-    "attention": ("attention", "residual_mid", LOW_RANK),
-}
-"""What remat "dots" and "attention" keep of a layer beside its input and a flash kernel's results.
-
-With dots norms, SwiGLU and what comes out of the ranks are redone; with attention q, k, v, gate and up as well.
-A byte of any linear's output spares the same work, one of attention's the more the longer the sequence; the residual in
-the middle spares `o`. bf16 bytes of a token and layer of Llama-2 7B, adapters aside: full 8,192, attention 24,704,
-dots 93,312.
-"""
-
-MLP_CHUNK_TOKENS = 8192
-"""Tokens of a micro-batch whose feed-forward activations exist at once where the backward makes them anew."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,28 +93,42 @@ class Layer(nnx.Module):
     ) -> list[Array]:
         """x W (+ bias) (+ low-rank delta) (+ residual) for linears that read the same input.
 
-        What is added to x W is added up before: matmuls then take it as what they accumulate onto.
-
         With DoRA the row's task gives x W + bias + (ratio - 1) x W + ratio delta, in which both products of the added
         part see the input after dropout.
         """
-        adapted = [target for target in targets if target in adapters] if rows is not None else []
-        if rows is not None and adapted and self._adds_inside(targets, rows, place):
-            outs = self._adapted_linears(x, targets, adapters, rows, index)
-            outs = {target: out if residual is None else out + residual for target, out in outs.items()}
+        if rows is None or not any(target in adapters for target in targets):
+            adapters, rows = {}, None
+        if rows is not None and self._adds_inside(targets, rows, place):
+            outs = self._adapted_inside(x, targets, adapters, rows, index)
+            outs = outs if residual is None else [out + residual for out in outs]
         else:
-            *inputs, own = fan_out(x, len(targets) + 1)
-            bases = {target: self._product(x, target) for x, target in zip(inputs, targets, strict=True)}
-            added = {} if residual is None else dict.fromkeys(targets, residual)
-            if rows is not None and adapted:
-                deltas = self._deltas(own, adapted, adapters, rows, index, bases, place)
-                for target, delta in zip(adapted, deltas, strict=True):
-                    added[target] = added[target] + delta if target in added else delta
-            outs = {target: base + added[target] if target in added else base for target, base in bases.items()}
-        if self.config.qkv_bias:
-            for target in outs.keys() & {"q", "k", "v"}:
-                outs[target] = outs[target] + getattr(self, f"{target}_bias")[...][None, None]
-        return list(outs.values())
+            outs = self._adapted_beside(x, targets, adapters, rows, index, place, residual)
+        biases = [self.config.qkv_bias and target in ("q", "k", "v") for target in targets]
+        return [
+            out + getattr(self, f"{target}_bias")[...][None, None] if has_bias else out
+            for target, out, has_bias in zip(targets, outs, biases, strict=True)
+        ]
+
+    def _adapted_beside(
+        self,
+        x: Array,
+        targets: Sequence[str],
+        adapters: Mapping,
+        rows: Rows | None,
+        index: Array,
+        place: Placement,
+        residual: Array | None,
+    ) -> list[Array]:
+        """What is added to x W is added up before: matmuls then take it as what they accumulate onto."""
+        *inputs, own = fan_out(x, len(targets) + 1)
+        bases = {target: self._product(x, target) for x, target in zip(inputs, targets, strict=True)}
+        added = {} if residual is None else dict.fromkeys(targets, residual)
+        if rows is not None:
+            adapted = [target for target in targets if target in adapters]
+            deltas = self._deltas(own, adapted, adapters, rows, index, bases, place)
+            for target, delta in zip(adapted, deltas, strict=True):
+                added[target] = added[target] + delta if target in added else delta
+        return [base + added[target] if target in added else base for target, base in bases.items()]
 
     def _adds_inside(self, targets: Sequence[str], rows: Rows, place: Placement) -> bool:
         """Whether adapters are added inside the base's matmul."""
@@ -136,13 +136,12 @@ class Layer(nnx.Module):
         features = [n for target in targets for n in self.config.target_shapes[target]]
         return place.alone and plain and rank_matmul.runs_here() and rank_matmul.takes(self.dtype, *features)
 
-    def _adapted_linears(
+    def _adapted_inside(
         self, x: Array, targets: Sequence[str], adapters: Mapping, rows: Rows, index: Array
-    ) -> dict[str, Array]:
+    ) -> list[Array]:
         dropped = None if rows.dropout_keys is None else _drop(x, rows, index, targets)
         weights, pairs = tuple(self._weight(t) for t in targets), tuple(adapters.get(t) for t in targets)
-        outs = adapted_linears(rank_matmul.matmul, x, dropped, weights, pairs, rows.rank_slots)
-        return dict(zip(targets, outs, strict=True))
+        return list(adapted_linears(rank_matmul.matmul, x, dropped, weights, pairs, rows.rank_slots))
 
     def _deltas(
         self,
@@ -333,29 +332,6 @@ def _pins(target: str, rows: Rows, shard: Shard) -> Pins:
     dora = rows.tasks.magnitudes is not None  # its product sees the input after dropout, its ratio scales the delta
     read = reads and (rows.dropout_keys is None or dora)
     return Pins(read=shard if read else None, written=shard if writes and not dora else None)
-
-
-def with_remat(function: Callable[..., Array], remat: str) -> Callable[..., Array]:
-    """Applies a parallel config's rematerialisation to one layer."""
-    if remat == "none":
-        return function
-    if remat == "full":
-        return jax.checkpoint(function)
-    if remat in SAVED_NAMES:
-        policies = jax.checkpoint_policies
-        named = policies.save_only_these_names(*SAVED_NAMES[remat])
-        return jax.checkpoint(function, policy=policies.save_from_both_policies(named, _is_flash_forward))
-    raise ValueError(f"remat = {remat!r}: expected none, full or one of {', '.join(SAVED_NAMES)}")
-
-
-def _is_flash_forward(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive.name == FLASH_FORWARD
-
-
-def mlp_chunks(rows: int, length: int) -> int:
-    """The fewest equal chunks along the length of at most MLP_CHUNK_TOKENS tokens each (at least one position)."""
-    wanted = max(1, -(-rows * length // MLP_CHUNK_TOKENS))
-    return next(n for n in range(min(wanted, length), length + 1) if length % n == 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -81,7 +81,7 @@ def test_lowers_to_a_gpu_program_for_tiles_that_reach_over_the_end(transposed, m
 @pytest.mark.parametrize(
     "rows, length, num_slots", [(8, 256, 1), (3, 208, 1), (1, 688, 1), (1, 48, 1), (40, 16, 1), (2, 1000, 3)]
 )
-@pytest.mark.parametrize("rank", [8, 48, 80])
+@pytest.mark.parametrize("rank", [16, 80])
 def test_agrees_with_products_in_fp32_on_a_gpu(rows, length, num_slots, rank, transposed):
     lhs, rhs, h, factors, ids = operands(3, (256, 192), 384, rows, length, rank, 4, num_slots, transposed=transposed)
     ranks = rank_steps(h, factors, ids, transposed=transposed)
