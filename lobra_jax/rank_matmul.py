@@ -39,8 +39,12 @@ LOADING_REGISTERS, MULTIPLYING_REGISTERS = 40, 232
 MULTIPLYING = 2
 """Warpgroups of a block that multiply; one more loads."""
 HOPPER = "9.0"
+GROUP, BLOCK, WARPGROUP = "group", "block", "warpgroup"
+"""Axes: clusters of blocks, blocks of a cluster, warpgroups of a block."""
+CLUSTER = 2
+"""Neighbouring blocks that do the same tokens: each loads half of them for both."""
 INTERPRETED = 2
-"""Blocks where there is no GPU to say how many processors it has."""
+"""Blocks where there is no GPU to say how many processors it has. The interpreter has no clusters."""
 
 
 @jax.tree_util.register_dataclass
@@ -66,7 +70,7 @@ def runs_here() -> bool:
 
 def takes(dtype: Any, *features: int) -> bool:
     """Whether activations of this dtype, and linears between these numbers of features, suit the kernel."""
-    return dtype == jnp.bfloat16 and all(n % TILE_FEATURES == 0 for n in features)
+    return dtype == jnp.bfloat16 and all(n % (CLUSTER * TILE_FEATURES) == 0 for n in features)
 
 
 def _num_processors() -> int:
@@ -119,20 +123,28 @@ def matmul(
       rhs: [K_j, N] bf16, or [N, K_j] with `transposed`.
       interpret: Pallas' parameters to run it without a GPU, for tests.
     """
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     (m, _), n = lhs[0].shape, rhs[0].shape[0 if transposed else 1]
-    grid = _Grid(tokens=m, features=n, blocks=INTERPRETED if interpret else _num_processors())
+    blocks, cluster = (INTERPRETED, 1) if interpret else (_num_processors(), CLUSTER)
+    grid = _Grid(tokens=m, features=n, clusters=blocks // cluster, cluster=cluster)
     spans = [_Span(depth=a.shape[1]) for a in lhs]
     inputs = [*lhs, *rhs]
     if ranks is not None:
         depth = ranks.factors.shape[2 if transposed else 1]
         spans.append(_Span(depth=depth, repeats=ranks.h.shape[1] // depth))
         inputs = [*lhs, ranks.h, *rhs, ranks.factors, ranks.which]
-    body = functools.partial(_body, grid=grid, spans=spans, has_ranks=ranks is not None, transposed=transposed)
+    return _kernel(grid, tuple(spans), ranks is not None, transposed, interpret)(*inputs)
+
+
+@functools.cache
+def _kernel(grid: _Grid, spans: tuple[_Span, ...], has_ranks: bool, transposed: bool, interpret: Any) -> Any:
+    """Jitted, and one for all linears of the same shape: a program then traces and lowers it once."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    body = functools.partial(_body, grid=grid, spans=spans, has_ranks=has_ranks, transposed=transposed)
     swizzled = {"transforms": (plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(2 * STEP))}
     rhs_tile = (TILE_FEATURES, STEP) if transposed else (STEP, TILE_FEATURES)
+    used = functools.partial(plgpu.ClusterBarrier, collective_axes=(BLOCK,)) if grid.cluster > 1 else plgpu.Barrier
 
     def rank_matmul(*refs: Any) -> None:
         pl.run_scoped(
@@ -141,21 +153,24 @@ def matmul(
             plgpu.SMEM((STEPS_IN_FLIGHT, *rhs_tile), jnp.bfloat16, **swizzled),
             plgpu.SMEM((MULTIPLYING, 2, STORED, STORED), jnp.bfloat16, **swizzled),
             plgpu.Barrier(num_arrivals=2, num_barriers=STEPS_IN_FLIGHT),
-            plgpu.Barrier(num_arrivals=MULTIPLYING, num_barriers=STEPS_IN_FLIGHT),
-            collective_axes="warpgroup",
+            used(num_arrivals=MULTIPLYING, num_barriers=STEPS_IN_FLIGHT),
+            collective_axes=WARPGROUP,
         )
 
-    kernel = plgpu.kernel(
-        rank_matmul,  # traces have its name
-        out_type=jax.ShapeDtypeStruct((m, n), jnp.bfloat16),
-        grid=(grid.blocks,),
-        grid_names=("block",),
-        num_threads=MULTIPLYING + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        interpret=interpret,
+    clustered = {"cluster": (grid.cluster,), "cluster_names": (BLOCK,)} if grid.cluster > 1 else {}
+    return jax.jit(
+        plgpu.kernel(
+            rank_matmul,  # traces have its name
+            out_type=jax.ShapeDtypeStruct((grid.tokens, grid.features), jnp.bfloat16),
+            grid=(grid.clusters,),
+            grid_names=(GROUP,),
+            num_threads=MULTIPLYING + 1,
+            thread_name=WARPGROUP,
+            **clustered,
+            compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+            interpret=interpret,
+        )
     )
-    return kernel(*inputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,25 +187,32 @@ class _Span:
 
 @dataclasses.dataclass(frozen=True)
 class _Grid:
-    """Tiles of the result, and how many blocks share them out."""
+    """Tiles of the result, and how many clusters of blocks share them out."""
 
     tokens: int
     features: int
-    blocks: int
+    clusters: int
+    cluster: int
 
     @property
     def tiles(self) -> tuple[int, int]:
-        return -(-self.tokens // TILE_TOKENS), self.features // TILE_FEATURES
+        """Of a cluster."""
+        return -(-self.tokens // TILE_TOKENS), self.features // (self.cluster * TILE_FEATURES)
 
-    def own(self, block: Array) -> Array:
-        """How many tiles are a block's."""
-        return lax.div(self.tiles[0] * self.tiles[1] - block + self.blocks - 1, jnp.int32(self.blocks))
+    def turns(self) -> Array:
+        """How many tiles are this block's."""
+        first = lax.axis_index(GROUP)
+        return lax.div(self.tiles[0] * self.tiles[1] - first + self.clusters - 1, jnp.int32(self.clusters))
 
-    def place(self, block: Array, turn: Array) -> tuple[Array, Array]:
-        """(tile of tokens, tile of features) that a block does at a turn."""
+    def place(self, turn: Array) -> tuple[Array, Array]:
+        """(tile of tokens, tile of features) that this block does at a turn."""
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
-        return plgpu.planar_snake(block + turn * self.blocks, self.tiles, 1, BAND)
+        tile = lax.axis_index(GROUP) + turn * self.clusters
+        token_tile, feature_tile = plgpu.planar_snake(tile, self.tiles, 1, BAND)
+        if self.cluster > 1:
+            feature_tile = feature_tile * self.cluster + lax.axis_index(BLOCK)
+        return token_tile, feature_tile
 
 
 def _body(
@@ -212,8 +234,10 @@ def _body(
 
     count = len(spans)
     lhs, rhs, which, out = refs[:count], refs[count : 2 * count], refs[2 * count], refs[-1]
-    warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+    warpgroup = lax.axis_index(WARPGROUP)
     num_steps = sum(span.num_steps for span in spans)
+
+    shared = {"collective_axes": BLOCK} if grid.cluster > 1 else {}
 
     def buffer(step: Array) -> Array:
         return lax.rem(step, jnp.int32(STEPS_IN_FLIGHT))
@@ -223,7 +247,7 @@ def _body(
         plgpu.set_max_registers(LOADING_REGISTERS, action="decrease")
 
         def load_tile(turn: Array, step: Array) -> Array:
-            token_tile, feature_tile = grid.place(block, turn)
+            token_tile, feature_tile = grid.place(turn)
             tokens = pl.ds(token_tile * TILE_TOKENS, TILE_TOKENS)
             features = pl.ds(feature_tile * TILE_FEATURES, TILE_FEATURES)
             for index, span in enumerate(spans):
@@ -239,7 +263,7 @@ def _body(
                         plgpu.barrier_wait(used.at[to])
 
                     left = pl.ds(k * STEP, STEP)
-                    plgpu.copy_gmem_to_smem(lhs[index].at[tokens, left], lhs_tiles.at[to], loaded.at[to])
+                    plgpu.copy_gmem_to_smem(lhs[index].at[tokens, left], lhs_tiles.at[to], loaded.at[to], **shared)
                     right, source = left, rhs[index]
                     if ranks:
                         repeat = lax.div(k, jnp.int32(span.depth // STEP))
@@ -252,7 +276,7 @@ def _body(
                 step = lax.fori_loop(0, span.num_steps, load_step, step)
             return step
 
-        total = lax.fori_loop(0, grid.own(block), load_tile, jnp.int32(0))
+        total = lax.fori_loop(0, grid.turns(), load_tile, jnp.int32(0))
         for last in range(STEPS_IN_FLIGHT, 0, -1):
 
             @pl.when(total >= last)
@@ -273,7 +297,7 @@ def _body(
                     plgpu.wgmma(
                         total,
                         lhs_tiles.at[at, pl.ds(warpgroup * own_tokens, own_tokens)],
-                        plgpu.transpose_ref(right, (1, 0)) if transposed else right,
+                        right.transpose((1, 0)) if transposed else right,
                     )
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(used.at[at])
@@ -282,7 +306,7 @@ def _body(
                 return total[...]
 
             total = pl.run_scoped(add_up, plgpu.ACC((own_tokens, TILE_FEATURES), jnp.float32)).astype(jnp.bfloat16)
-            token_tile, feature_tile = grid.place(block, turn)
+            token_tile, feature_tile = grid.place(turn)
             for number, part in enumerate(np.ndindex(own_tokens // STORED, TILE_FEATURES // STORED)):
                 row, column = (int(i) * STORED for i in part)
                 piece = out_tiles.at[warpgroup, number % 2]  # the other one may be on its way
@@ -294,5 +318,5 @@ def _body(
                 plgpu.copy_smem_to_gmem(piece, out.at[pl.ds(to_row, STORED), pl.ds(to_column, STORED)])
             return first + num_steps
 
-        lax.fori_loop(0, grid.own(block), multiply_tile, jnp.int32(0))
+        lax.fori_loop(0, grid.turns(), multiply_tile, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)

@@ -66,7 +66,7 @@ def test_without_ranks_it_is_a_matmul():
 @pytest.mark.parametrize("transposed", [False, True])
 def test_lowers_to_a_gpu_program_for_tiles_that_reach_over_the_end(transposed, monkeypatch):
     monkeypatch.setattr("lobra_jax.rank_matmul._num_processors", lambda: 132)
-    lhs, rhs, h, factors, ids = operands(2, (128, 64), 128, 3, 208, 16, 2, 1, transposed=transposed)
+    lhs, rhs, h, factors, ids = operands(2, (128, 64), 256, 3, 208, 16, 2, 1, transposed=transposed)
     ranks = rank_steps(h, factors, ids, transposed=transposed)
 
     def run(lhs, rhs, ranks):
@@ -83,7 +83,7 @@ def test_lowers_to_a_gpu_program_for_tiles_that_reach_over_the_end(transposed, m
 )
 @pytest.mark.parametrize("rank", [16, 80])
 def test_agrees_with_products_in_fp32_on_a_gpu(rows, length, num_slots, rank, transposed):
-    lhs, rhs, h, factors, ids = operands(3, (256, 192), 384, rows, length, rank, 4, num_slots, transposed=transposed)
+    lhs, rhs, h, factors, ids = operands(3, (256, 192), 768, rows, length, rank, 4, num_slots, transposed=transposed)
     ranks = rank_steps(h, factors, ids, transposed=transposed)
     out = matmul(lhs, rhs, ranks, transposed=transposed)
     expected = expected_of(lhs, rhs, h, factors, ids, transposed=transposed)
