@@ -110,19 +110,10 @@ def _into_bwd(shared: bool, pin: Pin | None, saved: tuple[Array, ...], d_h_BLKR:
     x_BLI, a_TRI, task_ids_BK = saved
     d_h = d_h_BLKR.astype(x_BLI.dtype)  # zero in all slots but the token's own
     d_h = d_h if pin is None else pin(d_h, "batch", "length", None, "rank")
-    return input_gradient(d_h, a_TRI, task_ids_BK), a_gradient(d_h, x_BLI, a_TRI, task_ids_BK, shared), None
-
-
-def input_gradient(d_h_BLKR: Array, a_TRI: Array, task_ids_BK: Array) -> Array:
-    """[B, L, I]: of what is read, from that of its low-rank values."""
-    return jnp.einsum("blkr,bkri->bli", d_h_BLKR, _own(a_TRI, task_ids_BK, d_h_BLKR.dtype))
-
-
-def a_gradient(d_h_BLKR: Array, x_BLI: Array, a_TRI: Array, task_ids_BK: Array, shared: bool) -> Array:
-    """[T, R, I] fp32."""
+    d_x = jnp.einsum("blkr,bkri->bli", d_h, _own(a_TRI, task_ids_BK, x_BLI.dtype))
     x_BLI = bounded(x_BLI) if shared else x_BLI
-    d_a_BKRI = jnp.einsum("blkr,bli->bkri", d_h_BLKR, x_BLI, preferred_element_type=jnp.float32)
-    return _by_task(d_a_BKRI, task_ids_BK, a_TRI.shape[0])
+    d_a_BKRI = jnp.einsum("blkr,bli->bkri", d_h, x_BLI, preferred_element_type=jnp.float32)
+    return d_x, _by_task(d_a_BKRI, task_ids_BK, a_TRI.shape[0]), None
 
 
 into_ranks.defvjp(_into_fwd, _into_bwd)
@@ -146,20 +137,10 @@ def _out_fwd(
 def _out_bwd(shared: bool, pin: Pin | None, saved: tuple[Array, ...], d_y_BLO: Array) -> tuple[Array, Array, None]:
     """A gradient that is not finite still reaches its own task through d_h and so its `a`, which stops the task."""
     h_BLKR, b_TRO, task_ids_BK = saved
-    d_h = rank_gradient(_gathered(d_y_BLO, pin), b_TRO, task_ids_BK)
-    return d_h, b_gradient(d_y_BLO, h_BLKR, b_TRO, task_ids_BK, shared), None
-
-
-def rank_gradient(d_y_BLO: Array, b_TRO: Array, task_ids_BK: Array) -> Array:
-    """[B, L, K, R]: of low-rank values, from that of what is written."""
-    return jnp.einsum("blo,bkro->blkr", d_y_BLO, _own(b_TRO, task_ids_BK, d_y_BLO.dtype))
-
-
-def b_gradient(d_y_BLO: Array, h_BLKR: Array, b_TRO: Array, task_ids_BK: Array, shared: bool) -> Array:
-    """[T, R, O] fp32."""
+    d_h = jnp.einsum("blo,bkro->blkr", _gathered(d_y_BLO, pin), _own(b_TRO, task_ids_BK, d_y_BLO.dtype))
     d_y_BLO = bounded(d_y_BLO) if shared else d_y_BLO
     d_b_BKRO = jnp.einsum("blkr,blo->bkro", h_BLKR, d_y_BLO, preferred_element_type=jnp.float32)
-    return _by_task(d_b_BKRO, task_ids_BK, b_TRO.shape[0])
+    return d_h, _by_task(d_b_BKRO, task_ids_BK, b_TRO.shape[0]), None
 
 
 out_of_ranks.defvjp(_out_fwd, _out_bwd)

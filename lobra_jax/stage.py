@@ -109,20 +109,8 @@ class StageFunctions:
 
     def _hidden(self, params: Params, adapters: Adapters, tasks: TaskInputs, x: Array, batch: BatchInputs) -> Array:
         stage = self.abstract.merge(params)
-        rows = self._rows(tasks, batch)
-        return stage(
-            x,
-            adapters,
-            rows,
-            remat=self.remat,
-            shard=self.sharding.constrain,
-            alone=self._alone,
-            chunked=self._chunked(rows),
-        )
-
-    @property
-    def _alone(self) -> bool:
-        return self.sharding.mesh.size == 1
+        rows, shard = self._rows(tasks, batch), self.sharding.constrain
+        return stage(x, adapters, rows, remat=self.remat, shard=shard, chunked=self._chunked(rows))
 
     def _chunked(self, rows: RowInputs | PackedRows) -> bool:
         """Whether long feed-forwards go in chunks: where they are made anew, and nothing depends on a token's position.
@@ -130,7 +118,7 @@ class StageFunctions:
         Dropout masks and packed rows do; and positions that lie on several devices would have to be gathered.
         """
         depends = isinstance(rows, PackedRows) or rows.dropout_keys is not None
-        return self.remat in ("attention", "full") and self._alone and not depends
+        return self.remat in ("attention", "full") and self.sharding.mesh.size == 1 and not depends
 
     def _rows(self, tasks: TaskInputs, batch: BatchInputs) -> RowInputs | PackedRows:
         if batch.segments is None:

@@ -21,8 +21,6 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from lobra_jax import rank_matmul
-from lobra_jax.adapted import adapted_linears
 from lobra_jax.lora import DROPOUT_SITES, Adapters, RowInputs, drop, low_rank_deltas, magnitude_ratios
 from lobra_jax.low_rank import Pins
 from lobra_jax.models.attention import attention, packed_attention
@@ -47,19 +45,6 @@ class WeightSpec:
 
 def _weight(dtype: Any, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
     return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """Where a stage runs.
-
-    Attributes:
-      shard: pins an activation by its logical axes.
-      alone: it has a device of its own, so kernels that no sharding reaches into may run.
-    """
-
-    shard: Shard
-    alone: bool
 
 
 class Layer(nnx.Module):
@@ -88,60 +73,29 @@ class Layer(nnx.Module):
         adapters: Mapping,
         rows: Rows | None,
         index: Array,
-        place: Placement,
+        shard: Shard,
         residual: Array | None = None,
     ) -> list[Array]:
         """x W (+ bias) (+ low-rank delta) (+ residual) for linears that read the same input.
 
+        What is added to x W is added up before: matmuls then take it as what they accumulate onto.
+
         With DoRA the row's task gives x W + bias + (ratio - 1) x W + ratio delta, in which both products of the added
         part see the input after dropout.
         """
-        if rows is None or not any(target in adapters for target in targets):
-            adapters, rows = {}, None
-        if rows is not None and self._adds_inside(targets, rows, place):
-            outs = self._adapted_inside(x, targets, adapters, rows, index)
-            outs = outs if residual is None else [out + residual for out in outs]
-        else:
-            outs = self._adapted_beside(x, targets, adapters, rows, index, place, residual)
-        biases = [self.config.qkv_bias and target in ("q", "k", "v") for target in targets]
-        return [
-            out + getattr(self, f"{target}_bias")[...][None, None] if has_bias else out
-            for target, out, has_bias in zip(targets, outs, biases, strict=True)
-        ]
-
-    def _adapted_beside(
-        self,
-        x: Array,
-        targets: Sequence[str],
-        adapters: Mapping,
-        rows: Rows | None,
-        index: Array,
-        place: Placement,
-        residual: Array | None,
-    ) -> list[Array]:
-        """What is added to x W is added up before: matmuls then take it as what they accumulate onto."""
         *inputs, own = fan_out(x, len(targets) + 1)
         bases = {target: self._product(x, target) for x, target in zip(inputs, targets, strict=True)}
         added = {} if residual is None else dict.fromkeys(targets, residual)
-        if rows is not None:
-            adapted = [target for target in targets if target in adapters]
-            deltas = self._deltas(own, adapted, adapters, rows, index, bases, place)
+        adapted = [target for target in targets if target in adapters] if rows is not None else []
+        if adapted:
+            deltas = self._deltas(own, adapted, adapters, rows, index, bases, shard)
             for target, delta in zip(adapted, deltas, strict=True):
                 added[target] = added[target] + delta if target in added else delta
-        return [base + added[target] if target in added else base for target, base in bases.items()]
-
-    def _adds_inside(self, targets: Sequence[str], rows: Rows, place: Placement) -> bool:
-        """Whether adapters are added inside the base's matmul."""
-        plain = self.quantization == "none" and rows.tasks.magnitudes is None
-        features = [n for target in targets for n in self.config.target_shapes[target]]
-        return place.alone and plain and rank_matmul.runs_here() and rank_matmul.takes(self.dtype, *features)
-
-    def _adapted_inside(
-        self, x: Array, targets: Sequence[str], adapters: Mapping, rows: Rows, index: Array
-    ) -> list[Array]:
-        dropped = None if rows.dropout_keys is None else _drop(x, rows, index, targets)
-        weights, pairs = tuple(self._weight(t) for t in targets), tuple(adapters.get(t) for t in targets)
-        return list(adapted_linears(rank_matmul.matmul, x, dropped, weights, pairs, rows.rank_slots))
+        outs = {target: base + added[target] if target in added else base for target, base in bases.items()}
+        if self.config.qkv_bias:
+            for target in outs.keys() & {"q", "k", "v"}:
+                outs[target] = outs[target] + getattr(self, f"{target}_bias")[...][None, None]
+        return list(outs.values())
 
     def _deltas(
         self,
@@ -151,14 +105,15 @@ class Layer(nnx.Module):
         rows: Rows,
         index: Array,
         bases: Mapping[str, Array],
-        place: Placement,
+        shard: Shard,
     ) -> list[Array]:
         """What each row's task adds to x W."""
-        dropped = _drop(x, rows, index, adapted)
-        deltas = low_rank_deltas(dropped, adapters, adapted, rows.rank_slots, _pins(adapted[0], rows, place.shard))
+        packed = isinstance(rows, PackedRows)
+        dropped = (drop_packed if packed else drop)(x, rows, index, DROPOUT_SITES[adapted[0]])
+        deltas = low_rank_deltas(dropped, adapters, adapted, rows.rank_slots, _pins(adapted[0], rows, shard))
         if rows.tasks.magnitudes is None:
             return deltas
-        ratios = packed_ratios if isinstance(rows, PackedRows) else magnitude_ratios
+        ratios = packed_ratios if packed else magnitude_ratios
         scaled = []
         for target, delta in zip(adapted, deltas, strict=True):
             ratio = ratios(self._weight(target), adapters[target], target, rows)
@@ -188,16 +143,16 @@ class Layer(nnx.Module):
         rows: Rows | None,
         rope: tuple[Array, Array],
         index: Array,
-        place: Placement,
+        shard: Shard,
         mlp_chunks: int = 1,
     ) -> Array:
         """`index` is the layer's number in the model, a scalar; the feed-forward goes in `mlp_chunks` equal chunks."""
-        x_BLD = self._attend(x_BLD, adapters, rows, rope, index, place)
+        x_BLD = self._attend(x_BLD, adapters, rows, rope, index, shard)
         if mlp_chunks == 1:
-            return self._feed_forward(x_BLD, adapters, rows, index, place)
+            return self._feed_forward(x_BLD, adapters, rows, index, shard)
         b, length, d = x_BLD.shape
         chunks = jnp.moveaxis(x_BLD.reshape(b, mlp_chunks, length // mlp_chunks, d), 1, 0)
-        one_chunk = jax.checkpoint(lambda x: self._feed_forward(x, adapters, rows, index, place), prevent_cse=False)
+        one_chunk = jax.checkpoint(lambda x: self._feed_forward(x, adapters, rows, index, shard), prevent_cse=False)
         return jnp.moveaxis(jax.lax.map(one_chunk, chunks), 0, 1).reshape(b, length, d)
 
     def _attend(
@@ -207,31 +162,29 @@ class Layer(nnx.Module):
         rows: Rows | None,
         rope: tuple[Array, Array],
         index: Array,
-        place: Placement,
+        shard: Shard,
     ) -> Array:
         c = self.config
         b, length, _ = x_BLD.shape
         h_BLD = rms_norm(x_BLD, self.attn_norm[...], c.rms_norm_eps)
-        q, k, v = self.linears(h_BLD, ("q", "k", "v"), adapters, rows, index, place)
-        q = place.shard(q, "batch", "position", "heads").reshape(b, length, c.num_heads, c.head_dim)
-        k = place.shard(k, "batch", "position", "kv_heads").reshape(b, length, c.num_kv_heads, c.head_dim)
-        v = place.shard(v, "batch", "position", "kv_heads").reshape(b, length, c.num_kv_heads, c.head_dim)
+        q, k, v = self.linears(h_BLD, ("q", "k", "v"), adapters, rows, index, shard)
+        q = shard(q, "batch", "position", "heads").reshape(b, length, c.num_heads, c.head_dim)
+        k = shard(k, "batch", "position", "kv_heads").reshape(b, length, c.num_kv_heads, c.head_dim)
+        v = shard(v, "batch", "position", "kv_heads").reshape(b, length, c.num_kv_heads, c.head_dim)
         q, k = checkpoint_name(apply_rope(q, rope), "q"), checkpoint_name(apply_rope(k, rope), "k")
         v = checkpoint_name(v, "v")
         out = packed_attention(q, k, v, rows.segments) if isinstance(rows, PackedRows) else attention(q, k, v)
-        out = place.shard(out.reshape(b, length, c.num_heads * c.head_dim), "batch", "position", "heads")
-        (x_BLD,) = self.linears(out, ("o",), adapters, rows, index, place, residual=x_BLD)
-        return checkpoint_name(place.shard(x_BLD, "batch", "length", "hidden"), "residual_mid")
+        out = shard(out.reshape(b, length, c.num_heads * c.head_dim), "batch", "position", "heads")
+        (x_BLD,) = self.linears(out, ("o",), adapters, rows, index, shard, residual=x_BLD)
+        return checkpoint_name(shard(x_BLD, "batch", "length", "hidden"), "residual_mid")
 
-    def _feed_forward(
-        self, x_BLD: Array, adapters: Mapping, rows: Rows | None, index: Array, place: Placement
-    ) -> Array:
+    def _feed_forward(self, x_BLD: Array, adapters: Mapping, rows: Rows | None, index: Array, shard: Shard) -> Array:
         h_BLD = rms_norm(x_BLD, self.mlp_norm[...], self.config.rms_norm_eps)
-        gate, up = self.linears(h_BLD, ("gate", "up"), adapters, rows, index, place)
-        gate = checkpoint_name(place.shard(gate, "batch", "position", "mlp"), "gate")
-        up = checkpoint_name(place.shard(up, "batch", "position", "mlp"), "up")
-        (x_BLD,) = self.linears(swiglu(gate, up), ("down",), adapters, rows, index, place, residual=x_BLD)
-        return place.shard(x_BLD, "batch", "length", "hidden")
+        gate, up = self.linears(h_BLD, ("gate", "up"), adapters, rows, index, shard)
+        gate = checkpoint_name(shard(gate, "batch", "position", "mlp"), "gate")
+        up = checkpoint_name(shard(up, "batch", "position", "mlp"), "up")
+        (x_BLD,) = self.linears(swiglu(gate, up), ("down",), adapters, rows, index, shard, residual=x_BLD)
+        return shard(x_BLD, "batch", "length", "hidden")
 
 
 class Stage(nnx.Module):
@@ -251,20 +204,11 @@ class Stage(nnx.Module):
                 self.head = _weight(dtype, (d, v), ("hidden", "vocab"))
 
     def __call__(
-        self,
-        x: Array,
-        adapters: Adapters,
-        rows: Rows | None,
-        *,
-        remat: str,
-        shard: Shard,
-        alone: bool = False,
-        chunked: bool = False,
+        self, x: Array, adapters: Adapters, rows: Rows | None, *, remat: str, shard: Shard, chunked: bool = False
     ) -> Array:
         """tokens [B, L] (first stage) or hidden [B, L, D] -> hidden [B, L, D], normed on the last stage.
 
-        `rows=None` runs the frozen base alone; `alone` is `Placement`'s, `chunked` lets long feed-forwards go chunk by
-        chunk.
+        `rows=None` runs the frozen base alone; `chunked` lets long feed-forwards go chunk by chunk.
         """
         if self.is_first:
             x = shard(embed_tokens(x, self.embed[...]), "batch", "length", "hidden")
@@ -272,11 +216,10 @@ class Stage(nnx.Module):
         if isinstance(rows, PackedRows):
             rope = tuple(table[rows.segments.positions] for table in rope)
         graph, _ = nnx.split(next(iter(self.layers.values())))
-        place = Placement(shard, alone)
         chunks = mlp_chunks(*x.shape[:2]) if chunked else 1
 
         def run(params: Any, x: Array, pairs: Mapping, rows: Rows | None, rope: Any, index: Array) -> Array:
-            return nnx.merge(graph, params)(x, pairs, rows, rope, index, place, chunks)
+            return nnx.merge(graph, params)(x, pairs, rows, rope, index, shard, chunks)
 
         run_once_traced = jax.jit(with_remat(run, remat))
         for index, layer in self.layers.items():
@@ -319,11 +262,6 @@ def abstract_stage(config: LlamaConfig, layers: range, dtype: Any, quantization:
     return AbstractStage(
         config=config, layers=layers, dtype=dtype, quantization=quantization, graph=graph, weights=weights
     )
-
-
-def _drop(x: Array, rows: Rows, index: Array, targets: Sequence[str]) -> Array:
-    """What the adapters of linears read that read x."""
-    return (drop_packed if isinstance(rows, PackedRows) else drop)(x, rows, index, DROPOUT_SITES[targets[0]])
 
 
 def _pins(target: str, rows: Rows, shard: Shard) -> Pins:

@@ -27,7 +27,7 @@ MODEL = LlamaConfig(
     num_layers=3,
     num_heads=4,
     num_kv_heads=2,
-    head_dim=128,
+    head_dim=64,
 )
 SPECS = [LoraSpec(rank=8, alpha=16), LoraSpec(rank=16, alpha=16, targets=("q", "v", "down"))]
 ROWS, LENGTH = 4, 256
