@@ -33,6 +33,11 @@ LARGEST_STEP = 2.0
 FIRST_STEP = 1.02
 """First factor by which T grows while some bucket cannot be served at all; squared each time."""
 
+MOST_RETREATS = 12
+SHORTEST_RETREAT = 5e-4
+"""How often, and by how much less at the least than the T before, a proof is tried; the relaxation's T is only nearly a
+bound."""
+
 
 def bracket(
     relaxation: Relaxation,
@@ -90,3 +95,16 @@ def _next_trial(low: float, high: float, low_served: float, high_served: float, 
     step = min(low_served ** (-1 / power) * SHY, LARGEST_STEP)
     trial = low * max(step, math.sqrt(BRACKET_RATIO))
     return trial if trial < high else math.sqrt(low * high)
+
+
+def proven_s(relaxation: Relaxation, low_s: float, prices: np.ndarray, bound_s: float) -> float:
+    """`low_s`, or as near as these prices [J + K] of it prove that no plan is within it; `bound_s` if that is more."""
+    trial_s = low_s
+    for _ in range(MOST_RETREATS):
+        if trial_s <= bound_s:
+            break
+        served = relaxation.proven_served(prices, trial_s)
+        if served < 1 - STRICT:
+            return trial_s
+        trial_s *= 1 - max(served - 1, SHORTEST_RETREAT)  # the share served falls by as much as T at the least
+    return bound_s

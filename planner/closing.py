@@ -13,14 +13,9 @@ import numpy as np
 
 from planner import balance_model, choice
 from planner.balance import Share
-from planner.bracket import bracket
-from planner.relaxation import STRICT, Level
+from planner.bracket import bracket, proven_s
+from planner.relaxation import Level
 from planner.search import SHORTEST_SOLVE_S, Search, Settled, dive, settle
-
-MOST_RETREATS = 12
-SHORTEST_RETREAT = 5e-4
-"""How often, and by how much less at the least than the T before, a proof is tried; the relaxation's T is only nearly a
-bound."""
 
 HORIZON = 1.03
 """Replicas are left out that no plan within this multiple of the bound has."""
@@ -34,15 +29,7 @@ CERTAIN = 1e-5
 
 def prove(search: Search, low_s: float, prices: np.ndarray) -> None:
     """Raises the bound to `low_s`, or as near as prices [J + K] of it can."""
-    trial_s = low_s
-    for _ in range(MOST_RETREATS):
-        if trial_s <= search.bound_s:
-            return
-        served = search.relaxation.proven_served(prices, trial_s)
-        if served < 1 - STRICT:
-            search.raise_bound(trial_s)
-            return
-        trial_s *= 1 - max(served - 1, SHORTEST_RETREAT)  # the share served falls by as much as T at the least
+    search.raise_bound(proven_s(search.relaxation, low_s, prices, search.bound_s))
 
 
 def limit(search: Search, prices: np.ndarray, low_s: float) -> None:

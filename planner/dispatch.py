@@ -3,9 +3,9 @@
 Sequences are padded to a few of the plan's buckets (`planner.bucketing`), counted by bucket, shared out over the
 replicas by a method, and dealt out to them task by task:
 
-    balance   least time of the slowest replica: prices, then fills near their bound (`planner.share_out`), re-splits
-              of two replicas at a time where there is time for them, then SCIP from there where a handful of replicas
-              and buckets leave a gap (`planner.balance_model`)
+    balance   least time of the slowest replica: prices, then fills near their bound (`planner.share_out`); where there
+              is time, patterns for whole replicas and re-splits of two; then SCIP from there where a handful of
+              replicas and buckets leave a gap (`planner.balance_model`)
     group     each bucket to the replicas of the smallest capacity that fits it (LobRA's length-based dispatch)
     uniform   each bucket in equal numbers to all replicas that fit it, whatever their speed
 

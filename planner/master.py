@@ -26,7 +26,7 @@ from pyscipopt import LP
 
 from planner.cuts import Cut
 from planner.patterns import Lattice, Pattern
-from planner.problem import PlanningProblem
+from planner.problem import ReplicaProblem
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Master:
 
     def __init__(
         self,
-        problem: PlanningProblem,
+        problem: ReplicaProblem,
         lower: Sequence[int],
         upper: Sequence[int],
         lattices: Sequence[Lattice],

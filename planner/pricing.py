@@ -27,7 +27,7 @@ import numpy as np
 
 from planner.cuts import Cut, SlotWorths
 from planner.patterns import Lattice, Pattern, Slots
-from planner.problem import PlanningProblem
+from planner.problem import ReplicaProblem
 
 NUM_CELLS = 2048
 """Cells of time with which patterns are found: a chunk of slots is off by up to 1/4096 of T."""
@@ -93,7 +93,7 @@ class Pricer:
 
     def __init__(
         self,
-        problem: PlanningProblem,
+        problem: ReplicaProblem,
         slots: Sequence[Slots],
         lattices: Sequence[Lattice],
         replica_s: float,

@@ -86,41 +86,52 @@ class UsableConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanningProblem:
-    """What to plan for. Made by `build_problem`, solved by `solve(problem) -> Plan` of any planner.
+class ReplicaProblem:
+    """How many replicas of each config serve these counts best. With as many `pinned` as there are devices for: how.
 
     Attributes:
-      workload: the tasks' length distributions.
-      costs: the cost table; `costs.step_overhead_s` is paid once a step whatever the plan.
-      num_devices: devices a plan may use (it may leave some idle).
-      buckets: padded lengths, tokens, ascending.
-      expected: E_j, expected sequences of each bucket in one batch.
-      counts: N_j, the integers that are planned for (see the module's docstring).
-      configs: the configs allowed that fit the devices and at least the shortest bucket.
-      row_options: row counts of the lattice for each bucket on a config.
-      proposal: whether planners that know LobRA's configuration proposal use it.
-      time_limit_s: after this many seconds a planner returns the best plan that it has.
-      pinned: for each config, replicas that a plan must have at the least; () for none.
-      max_configs: most distinct configs in a plan; None for no limit.
+      num_devices: devices that replicas may use (some may idle).
+      counts: N_j, sequences of each bucket (see the module's docstring).
+      configs: those that replicas may have.
+      pinned: for each config, replicas that there must be at the least; () for none.
     """
 
-    workload: Workload
-    costs: CostTable
     num_devices: int
-    buckets: tuple[int, ...]
-    expected: tuple[float, ...]
     counts: tuple[int, ...]
     configs: tuple[UsableConfig, ...]
-    row_options: int = DEFAULT_ROW_OPTIONS
-    proposal: bool = True
-    time_limit_s: float = DEFAULT_TIME_LIMIT_S
     pinned: tuple[int, ...] = ()
-    max_configs: int | None = None
 
     @property
     def pinned_counts(self) -> tuple[int, ...]:
         """`pinned` for every config."""
         return self.pinned or (0,) * len(self.configs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanningProblem(ReplicaProblem):
+    """What to plan for. Made by `build_problem`, solved by `solve(problem) -> Plan` of any planner.
+
+    Its `configs` are those allowed that fit the devices and at least the shortest bucket.
+
+    Attributes:
+      workload: the tasks' length distributions.
+      costs: the cost table; `costs.step_overhead_s` is paid once a step whatever the plan.
+      buckets: padded lengths, tokens, ascending.
+      expected: E_j, expected sequences of each bucket in one batch.
+      row_options: row counts of the lattice for each bucket on a config.
+      proposal: whether planners that know LobRA's configuration proposal use it.
+      time_limit_s: after this many seconds a planner returns the best plan that it has.
+      max_configs: most distinct configs in a plan; None for no limit.
+    """
+
+    workload: Workload
+    costs: CostTable
+    buckets: tuple[int, ...]
+    expected: tuple[float, ...]
+    row_options: int = DEFAULT_ROW_OPTIONS
+    proposal: bool = True
+    time_limit_s: float = DEFAULT_TIME_LIMIT_S
+    max_configs: int | None = None
 
     @property
     def narrowest_for_longest(self) -> int:

@@ -29,7 +29,7 @@ from planner.cuts import Cut, violated
 from planner.master import Master, MasterSolution
 from planner.patterns import Pattern, lattice_of, slots_of
 from planner.pricing import Pricer
-from planner.problem import PlanningProblem
+from planner.problem import ReplicaProblem
 
 WORTHWHILE = 3e-4
 """A pattern joins the master when it is worth more than its charge by this share."""
@@ -50,7 +50,7 @@ STRICT = 1e-9
 """What stays below 1 by this much stays below 1."""
 
 
-def least_conceivable_s(problem: PlanningProblem) -> float:
+def least_conceivable_s(problem: ReplicaProblem) -> float:
     """A bound on T without solving: all devices busy at each bucket's best rate; and each bucket's quickest slot."""
     work, quickest = balance.work_and_quickest_s(problem.configs, problem.counts)
     return max(work / problem.num_devices, quickest) * (1 - balance.ROUNDING)
@@ -81,7 +81,7 @@ class Relaxation:
     `lower` and `upper` [C] bound the replicas of each config that plans within `horizon_s` have.
     """
 
-    def __init__(self, problem: PlanningProblem) -> None:
+    def __init__(self, problem: ReplicaProblem) -> None:
         self.problem = problem
         self.devices = np.array([usable.num_devices for usable in problem.configs])
         self.fits_longest = np.array([usable.fits(len(problem.counts) - 1) for usable in problem.configs])

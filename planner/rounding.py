@@ -9,6 +9,7 @@ takes the slowest replica and a few others at a time and shares their loads out 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 
@@ -21,7 +22,7 @@ from planner.master import Master
 from planner.patterns import Lattice, Pattern, lattice_of, slots_of
 from planner.prices import Relaxed
 from planner.pricing import NUM_CELLS, Pricer
-from planner.problem import PlanningProblem
+from planner.problem import ReplicaProblem
 from planner.relaxation import STRICT, SURPLUS, WORTHWHILE
 from planner.repair import repair
 from planner.resplit import resplit
@@ -71,14 +72,15 @@ class RoundedShare:
 
 
 def dive(
-    problem: PlanningProblem,
+    problem: ReplicaProblem,
     replica_s: float,
     patterns: Sequence[Pattern],
     *,
     lower: Sequence[int],
     upper: Sequence[int],
-    deadline: float,
-    improve_s: float,
+    deadline: float = math.inf,
+    improve_s: float = math.inf,
+    most_resplits: int = MOST_RESPLITS,
     cutting: bool = False,
 ) -> RoundedShare:
     """Chooses replicas and shares the counts out over them so that each ends by `replica_s` if it can.
@@ -88,7 +90,8 @@ def dive(
       lower, upper: [C] the least and most replicas of each config; equal where these are given. Within them replicas
         are chosen one pattern after the other, so that the last ones suit what the first ones left.
       deadline: (of `time.perf_counter`) after which the rest is handed out greedily.
-      improve_s: seconds of local search at the end, before re-splits.
+      improve_s: seconds of local search at the end, before re-splits. Without both no clock is looked at.
+      most_resplits: pairs of replicas whose loads are shared out anew at the very end.
       cutting: with cuts of whole slots (`planner.cuts`) in the master: slower, other plans, often better ones.
     """
     devices = np.array([usable.num_devices for usable in problem.configs])
@@ -125,11 +128,11 @@ def dive(
     for config, count in enumerate(idle.tolist()):
         replicas += [config] * count
         loads += [np.zeros_like(left)] * count
-    return _finished(problem, replicas, np.array(loads), left, replica_s, improve_s, deadline)
+    return _finished(problem, replicas, np.array(loads), left, replica_s, improve_s, deadline, most_resplits)
 
 
 def _hand_out(
-    problem: PlanningProblem,
+    problem: ReplicaProblem,
     lower: np.ndarray,
     upper: np.ndarray,
     lattices: Sequence[Lattice],
@@ -209,13 +212,14 @@ def _next(uses: np.ndarray, patterns: Sequence[Pattern]) -> int:
 
 
 def _finished(
-    problem: PlanningProblem,
+    problem: ReplicaProblem,
     replicas: Sequence[int],
     loads: np.ndarray,
     left: np.ndarray,
     replica_s: float,
     improve_s: float,
     deadline: float,
+    most_resplits: int,
 ) -> RoundedShare:
     """Adds what is left, longest first, each micro-batch to the replica that then ends first; and improves."""
     kinds = [problem.configs[config] for config in replicas]
@@ -243,7 +247,7 @@ def _finished(
             replica_s,
             relaxed.prices,
             relaxed.kind_prices,
-            max_pairs=min(RESPLITS * len(kinds), MOST_RESPLITS),
+            max_pairs=min(RESPLITS * len(kinds), most_resplits),
             deadline=min(deadline, time.perf_counter() + SAFETY * improve_s),
         )
     return RoundedShare(replicas=tuple(replicas), share=share)
@@ -267,7 +271,7 @@ def _repaired(
 
 
 def polished(
-    problem: PlanningProblem, rounded: RoundedShare, goal_s: float, *, deadline: float, seed: int = 0
+    problem: ReplicaProblem, rounded: RoundedShare, goal_s: float, *, deadline: float, seed: int = 0
 ) -> RoundedShare:
     """Improves on a share-out until its slowest replica ends by `goal_s`, the deadline, or MAX_FAILURES in a row."""
     rng = np.random.default_rng(seed)
@@ -303,7 +307,7 @@ def polished(
 
 
 def _group(
-    problem: PlanningProblem, loads: np.ndarray, seconds: np.ndarray, slowest: int, rng: np.random.Generator
+    problem: ReplicaProblem, loads: np.ndarray, seconds: np.ndarray, slowest: int, rng: np.random.Generator
 ) -> np.ndarray:
     """The slowest replica and some others, those that end early likelier, within POLISH_CELLS."""
     others = np.delete(np.arange(len(seconds)), slowest)

@@ -3,8 +3,8 @@
 `planner.prices` bounds the slowest replica and prices every bucket; `planner.fill` makes loads that end by a target,
 `planner.repair` places what did not fit, and `planner.balance.improve` moves slots about. The first share-out within
 the wanted gap is taken. Where slots are long, the bound counts them whole (`planner.tighten`). A share-out that is made
-while another step runs is worked on further (`planner.resplit`), for a small part of the time that its own step takes.
-Nothing here looks at a clock: the same step gives the same answer.
+while another step runs is worked on further (`planner.pattern_share`, `planner.resplit`), for a small part of the time
+that its own step takes. Nothing here looks at a clock: the same step gives the same answer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from planner import balance, prices, tighten
+from planner import balance, pattern_share, prices, tighten
 from planner.balance import Share, Tables
 from planner.fill import fill, own_worth
 from planner.problem import UsableConfig
@@ -54,7 +54,11 @@ TIGHTEN_UP_TO = 1.0125
 """Multiple of the bound up to which whole slots of one kind may raise it."""
 
 AHEAD_SHARE = 0.05
-"""Share of its own step's least seconds that a share-out made ahead may take longer, at `PAIR_S` a re-split."""
+"""Share of its own step's least seconds that a share-out made ahead may take longer: by patterns, where they take no
+more than that, and at `PAIR_S` a re-split."""
+
+AHEAD_GAP = 0.5
+"""Share of the gap limit within which a share-out made ahead need not get any nearer."""
 
 PAIR_S = 1e-3
 
@@ -79,7 +83,7 @@ def share_out(
     best = Share(loads=loads, replica_s=table.replica_s(loads))
     good, first = 1 + gap_limit, 1 + JUST_INSIDE * gap_limit
     bound_s = relaxed.bound_s
-    if best.max_s <= bound_s * good:
+    if best.max_s <= bound_s * (1 + gap_limit * AHEAD_GAP if ahead else good):
         return best, min(bound_s, best.max_s)
     slot_shares = tighten.slot_shares(kinds, relaxed)
     slot_worth = relaxed.kind_prices * slot_shares
@@ -106,10 +110,32 @@ def share_out(
             if not 0 < counted_s < up_to_s or table.bubbles.any() or table.fixed_s.any():
                 bound_s = max(bound_s, tighten.by_kind(kinds, multiplicity, counts, relaxed, coarsest, best.max_s))
             best = _more_attempts(attempt, best, bound_s, target_s, gap_limit, len(replicas))
-    if ahead and best.max_s > bound_s * good:
-        pairs = min(AHEAD_PAIRS * len(replicas), int(bound_s * AHEAD_SHARE / PAIR_S))
-        best = resplit(table, best, bound_s * first, relaxed.prices, relaxed.kind_prices, max_pairs=pairs)
+    if ahead:
+        best, bound_s = _ahead(replicas, table, counts, relaxed, best, bound_s, gap_limit)
     return best, min(bound_s, best.max_s)
+
+
+def _ahead(
+    replicas: Sequence[UsableConfig],
+    table: Tables,
+    counts: Sequence[int],
+    relaxed: prices.Relaxed,
+    best: Share,
+    bound_s: float,
+    gap_limit: float,
+) -> tuple[Share, float]:
+    """Looks on, by patterns and re-splits, as far as AHEAD_SHARE of the step allows: (share-out, proven bound)."""
+    spare_s, pattern_s = bound_s * AHEAD_SHARE, pattern_share.seconds(len(replicas))
+    if best.max_s > bound_s * (1 + gap_limit * AHEAD_GAP) and pattern_s <= spare_s:
+        spare_s -= pattern_s
+        found, bound_s = pattern_share.pattern_share(replicas, table, counts, bound_s=bound_s, gap_limit=gap_limit)
+        if found is not None and found.max_s < best.max_s:
+            best = found
+    if best.max_s > bound_s * (1 + gap_limit):
+        pairs = min(AHEAD_PAIRS * len(replicas), int(spare_s / PAIR_S))
+        target_s = bound_s * (1 + JUST_INSIDE * gap_limit)
+        best = resplit(table, best, target_s, relaxed.prices, relaxed.kind_prices, max_pairs=pairs)
+    return best, bound_s
 
 
 def _more_attempts(

@@ -1,6 +1,7 @@
 """The quick dispatch search: its bound holds, its share-outs are whole, it lands near the best on small instances."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,14 +9,18 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from planner import balance, prices, tighten
+from planner.bucketing import bucket_lengths
 from planner.cost import ConfigCost, CostTable
 from planner.dispatch import GAP_LIMIT, dispatch
 from planner.fill import fill
+from planner.pattern_share import pattern_share
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
 from planner.problem import usable_config
 from planner.repair import repair
 from planner.share_out import share_out
+from planner.workload import Workload
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 BUCKETS = (8, 16, 40)
 SHAPES = ((1, 1, 40), (2, 1, 70), (1, 2, 64), (4, 1, 130), (2, 3, 100))
 
@@ -147,6 +152,58 @@ def test_made_ahead_it_is_no_worse_and_repeats_itself(instance):
     assert bound_s <= ahead.max_s <= share.max_s
     assert ahead.replica_s == pytest.approx([u.replica_s(row) for u, row in zip(replicas, ahead.loads, strict=True)])
     assert (ahead.loads == again.loads).all()
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(small)
+def test_patterns_serve_all_and_prove_no_more_than_there_is(instance):
+    chosen, counts, fixed_s, slot_s = instance
+    replicas = replicas_of(chosen, configs(fixed_s, slot_s))
+    table = balance.tables(replicas, counts)
+    least_s = prices.relax(*kinds_of(replicas), counts).bound_s
+    share, bound_s = pattern_share(replicas, table, counts, bound_s=least_s, gap_limit=0.01)
+    assert share.loads.min() >= 0 and share.loads.sum(axis=0).tolist() == counts
+    assert share.replica_s == pytest.approx([u.replica_s(row) for u, row in zip(replicas, share.loads, strict=True)])
+    assert least_s <= bound_s <= brute_force_s(replicas, counts) * (1 + 1e-9) <= share.max_s * (1 + 1e-8)
+
+
+def test_patterns_give_each_replica_its_own_load_whatever_the_order():
+    usable = configs()
+    replicas = [usable[2], usable[0], usable[3], usable[0], usable[2]]
+    counts = [40, 30, 9]
+    table = balance.tables(replicas, counts)
+    bound_s = prices.relax(*kinds_of(replicas), counts).bound_s
+    share, _ = pattern_share(replicas, table, counts, bound_s=bound_s, gap_limit=0.01)
+    for usable_, row, seconds in zip(replicas, share.loads, share.replica_s, strict=True):
+        assert all(usable_.fits(j) for j, n in enumerate(row) if n)
+        assert usable_.replica_s(row) == pytest.approx(seconds)
+
+
+def test_patterns_find_nothing_where_no_replica_fits_the_last_bucket():
+    replicas = [configs(buckets=(8, 16, 400))[0]] * 2
+    counts = [5, 3, 0]
+    table = balance.tables(replicas, counts)
+    assert pattern_share(replicas, table, counts, bound_s=0.1, gap_limit=0.01) == (None, 0.1)
+
+
+def test_pipelines_are_kept_within_a_percent_ahead():
+    """A pipeline pays its longest slot's bubbles for all that it runs; prices by bucket do not know that."""
+    costs = CostTable.load(CONFIGS / "costs" / "llama2_7b_a100_40g.json")
+    workload = Workload.load(CONFIGS / "lengths" / "lobra_six_tasks.json")
+    buckets = bucket_lengths(workload, "dynamic", num_buckets=16, max_capacity_tokens=16384)
+    fleet = ((4, 8, 1), (4, 1, 16), (6, 4, 2), (10, 1, 8), (40, 1, 2))
+    replicas = [
+        usable_config(costs[ParallelConfig(tp=tp, pp=pp, remat="none")], buckets)
+        for count, tp, pp in fleet
+        for _ in range(count)
+    ]
+    _, lengths = workload.sample(np.random.default_rng(0))
+    counts = (6 * np.bincount(np.searchsorted(buckets, lengths), minlength=len(buckets))).tolist()
+    table = balance.tables(replicas, counts)
+    quick, bound_s = share_out(replicas, table, counts, gap_limit=GAP_LIMIT)
+    ahead, proven_s = share_out(replicas, table, counts, gap_limit=GAP_LIMIT, ahead=True)
+    assert proven_s >= bound_s
+    assert ahead.max_s <= proven_s * (1 + GAP_LIMIT) < quick.max_s
 
 
 @pytest.mark.parametrize(("scale", "is_better"), [(1.0, False), (1000.0, True)])
