@@ -192,12 +192,17 @@ def drop(x_BLI: Array, rows: RowInputs, layer: Array | int, site: int) -> Array:
 def low_rank_deltas(
     x_BLI: Array, pairs: Mapping[str, dict[str, Array]], targets: Sequence[str], slots: Slots, pins: Pins = NO_PINS
 ) -> list[Array]:
-    """scale * x a_t^T b_t for linears that read the same `x`, one [B, L, O] each; one input matmul for all."""
+    """scale * x a_t^T b_t for linears that read the same `x`, one [B, L, O] each; one input matmul for all.
+
+    Values of packed rows are of all their slots, zero but in one: remat policies keep those of padded rows alone.
+    """
     a_TRI = jnp.concatenate([pairs[t]["a"] for t in targets], axis=1)
     h_BLKR = slots.scaled(into_ranks(x_BLI, a_TRI, slots.task_ids, slots.shared, pins.read), x_BLI.dtype)
+    if not slots.shared:
+        h_BLKR = checkpoint_name(h_BLKR, LOW_RANK)
     ranks = np.cumsum([pairs[t]["a"].shape[1] for t in targets])[:-1].tolist()
     return [
-        out_of_ranks(checkpoint_name(h, LOW_RANK), pairs[t]["b"], slots.task_ids, slots.shared, pins.written)
+        out_of_ranks(h, pairs[t]["b"], slots.task_ids, slots.shared, pins.written)
         for t, h in zip(targets, jnp.split(h_BLKR, ranks, axis=-1), strict=True)
     ]
 

@@ -38,7 +38,6 @@ LOW_RANK = "low_rank"
 """What remat policies call values of the rank's size."""
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slots:
     """Whose factors the tokens of each row use.

@@ -16,8 +16,9 @@ import numpy as np
 from planner.balance import Share, Tables
 from planner.problem import ReplicaProblem, UsableConfig
 
-BASE_S, REPLICA_S = 0.06, 0.0015
-"""About what it takes, in CPU seconds, whatever the replicas and for each."""
+BUCKET_S, REPLICA_S = 0.008, 0.0005
+"""About what it takes, in CPU seconds, for each bucket and each replica: up to three times that where pipelines are
+few and long."""
 
 FIRST = 1.005
 """The time that is looked at first, as a multiple of the bound that is known."""
@@ -29,39 +30,36 @@ DIVES = (1.0, 1.004)
 """Where share-outs are looked for, as multiples of the least time found, until one is near enough."""
 
 
-def seconds(num_replicas: int) -> float:
+def seconds(num_replicas: int, counts: Sequence[int]) -> float:
     """About how long `pattern_share` takes."""
-    return BASE_S + REPLICA_S * num_replicas
+    return REPLICA_S * num_replicas + BUCKET_S * sum(count > 0 for count in counts)
 
 
 def pattern_share(
     replicas: Sequence[UsableConfig], table: Tables, counts: Sequence[int], *, bound_s: float, gap_limit: float
-) -> tuple[Share | None, float]:
+) -> tuple[Share, float]:
     """(the best share-out found; proven least seconds of the slowest replica, `bound_s` or more).
 
-    None where no replica fits the last bucket, which then has no sequences.
+    The last bucket must have sequences.
     """
     from planner import rounding
     from planner.bracket import bracket, proven_s
     from planner.relaxation import Relaxation
 
     kinds = tuple(replicas[int(index)] for index in np.unique(table.kind, return_index=True)[1])
-    if not any(usable.fits(len(counts) - 1) for usable in kinds):
-        return None, bound_s
     each = tuple(np.bincount(table.kind).tolist())
     num_devices = sum(usable.num_devices for usable in replicas)
     problem = ReplicaProblem(num_devices=num_devices, counts=tuple(counts), configs=kinds, pinned=each)
     relaxation = Relaxation(problem)
     low_s, prices, high_s = bracket(relaxation, np.inf, low_s=bound_s, first_s=bound_s * FIRST, ratio=RATIO)
     bound_s = proven_s(relaxation, low_s, prices, bound_s)
-    best: Share | None = None
+    shares: list[Share] = []
     for factor in DIVES:
-        if best is not None and best.max_s <= bound_s * (1 + gap_limit):
+        dived = rounding.dive(problem, high_s * factor, relaxation.pool, lower=each, upper=each, most_resplits=0)
+        shares.append(dived.in_order())
+        if shares[-1].max_s <= bound_s * (1 + gap_limit):
             break
-        rounded = rounding.dive(problem, high_s * factor, relaxation.pool, lower=each, upper=each, most_resplits=0)
-        found = rounded.in_order()
-        if best is None or found.max_s < best.max_s:
-            best = found
+    best = min(shares, key=lambda share: share.max_s)
     of_kinds = np.argsort(table.kind, kind="stable")
     loads, replica_s = np.empty_like(best.loads), np.empty_like(best.replica_s)
     loads[of_kinds], replica_s[of_kinds] = best.loads, best.replica_s

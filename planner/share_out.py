@@ -53,9 +53,9 @@ LONG = 0.125
 TIGHTEN_UP_TO = 1.0125
 """Multiple of the bound up to which whole slots of one kind may raise it."""
 
-AHEAD_SHARE = 0.05
-"""Share of its own step's least seconds that a share-out made ahead may take longer: by patterns, where they take no
-more than that, and at `PAIR_S` a re-split."""
+AHEAD_SHARE = 0.1
+"""Share of its own step's least seconds that a share-out made ahead may take longer, or about that: half of it by
+patterns, where that is enough for them, and the rest at `PAIR_S` a re-split."""
 
 AHEAD_GAP = 0.5
 """Share of the gap limit within which a share-out made ahead need not get any nearer."""
@@ -81,6 +81,8 @@ def share_out(
     relaxed = prices.relax(kinds, multiplicity, counts)
     loads = balance.list_schedule(table, counts)
     best = Share(loads=loads, replica_s=table.replica_s(loads))
+    if len(replicas) == 1:
+        return best, best.max_s
     good, first = 1 + gap_limit, 1 + JUST_INSIDE * gap_limit
     bound_s = relaxed.bound_s
     if best.max_s <= bound_s * (1 + gap_limit * AHEAD_GAP if ahead else good):
@@ -125,12 +127,12 @@ def _ahead(
     gap_limit: float,
 ) -> tuple[Share, float]:
     """Looks on, by patterns and re-splits, as far as AHEAD_SHARE of the step allows: (share-out, proven bound)."""
-    spare_s, pattern_s = bound_s * AHEAD_SHARE, pattern_share.seconds(len(replicas))
-    if best.max_s > bound_s * (1 + gap_limit * AHEAD_GAP) and pattern_s <= spare_s:
+    spare_s, pattern_s = bound_s * AHEAD_SHARE, pattern_share.seconds(len(replicas), counts)
+    # A dive sees to it that some replica takes the last bucket.
+    if best.max_s > bound_s * (1 + gap_limit * AHEAD_GAP) and pattern_s <= spare_s / 2 and counts[-1] > 0:
         spare_s -= pattern_s
         found, bound_s = pattern_share.pattern_share(replicas, table, counts, bound_s=bound_s, gap_limit=gap_limit)
-        if found is not None and found.max_s < best.max_s:
-            best = found
+        best = min(best, found, key=lambda share: share.max_s)
     if best.max_s > bound_s * (1 + gap_limit):
         pairs = min(AHEAD_PAIRS * len(replicas), int(spare_s / PAIR_S))
         target_s = bound_s * (1 + JUST_INSIDE * gap_limit)

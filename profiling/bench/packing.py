@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -24,9 +25,11 @@ from lobra_jax.data.batches import TaskData, TaskSampler, task_key
 from lobra_jax.data.dataset import TokenStore, whole
 from lobra_jax.lora_spec import LoraSpec
 from lobra_jax.models.config import PRESETS, LlamaConfig
+from lobra_jax.models.weights import weight_shapes
 from planner.batching import choose_batching
 from planner.bucketing import planning_buckets
 from planner.cost import CostTable
+from planner.errors import UserError
 from planner.packed_dispatch import packed_replicas
 from planner.plan import REMATS, ParallelConfig, Plan, ReplicaGroup
 from planner.workload import TaskLengths, Workload
@@ -48,6 +51,9 @@ MODELS = {SMALL.name: SMALL, **PRESETS}
 NUM_BUCKETS = 7
 HOST_LIMIT_BYTES = 8 * 2**30
 """CPU devices do not tell their memory."""
+STATE_BYTES = 4 * 4
+"""Of each number of an adapter: master, two moments and a gradient, in float32."""
+
 EXAMPLES_A_TASK = 512
 BATCHINGS = ("padded", "packed")
 
@@ -97,16 +103,23 @@ def main(
     model: str, layers: int | None, dtype: str, remat: str, rank: int, steps: int, out: Path | None, **options: Any
 ) -> None:
     """Run the same steps with padded and with packed rows."""
+    if options["context_length"] > options["max_tokens"]:
+        key, value = "--context-length", options["context_length"]
+        raise UserError("longer than a micro-batch", key=key, value=value, expected=f"at most {options['max_tokens']}")
     shape = MODELS[model] if layers is None else dataclasses.replace(MODELS[model], num_layers=layers)
     config, spec = ParallelConfig(tp=1, pp=1, remat=remat), LoraSpec(rank=rank, alpha=2 * rank)
     case = Case(model=shape, dtype=dtype, spec=spec, config=config, **options)
     tasks = _tasks(case)
     workload = Workload.from_samples({t.name: (t.sampler.batch_size, t.train.lengths.tolist()) for t in tasks})
     costs = _measure(case, len(tasks), workload)
+    capacity = costs[config].capacity_tokens
+    if capacity < workload.max_length:
+        expected = f"at most {capacity}, which memory has room for with both ways at once"
+        raise UserError("too long", key="--context-length", value=workload.max_length, expected=expected)
     plan = Plan(
         model=shape.name,
         num_devices=1,
-        replicas=(ReplicaGroup(count=1, config=config, capacity_tokens=costs[config].capacity_tokens),),
+        replicas=(ReplicaGroup(count=1, config=config, capacity_tokens=capacity),),
         buckets=planning_buckets(workload, NUM_BUCKETS),
     )
     choice = choose_batching(plan, costs, workload, seed=case.seed, max_buckets=NUM_BUCKETS)
@@ -165,6 +178,7 @@ def _measure(case: Case, num_tasks: int, workload: Workload) -> CostTable:
 
     device = jax.devices()[0]
     on_host = device.platform == "cpu"
+    limit_bytes = memory_limit(DevicesConfig(memory_bytes=HOST_LIMIT_BYTES if on_host else None), device)
     setup = Setup(
         model=case.model,
         dtype=jnp.dtype(case.dtype),
@@ -176,7 +190,7 @@ def _measure(case: Case, num_tasks: int, workload: Workload) -> CostTable:
         optimizers=("adamw",),
         averages=False,
         devices=[device],
-        limit_bytes=memory_limit(DevicesConfig(memory_bytes=HOST_LIMIT_BYTES if on_host else None), device),
+        limit_bytes=limit_bytes - _held_bytes(case, num_tasks),
         lengths=default_lengths(workload),
         max_tokens=case.max_tokens,
         repeats=3,
@@ -188,6 +202,14 @@ def _measure(case: Case, num_tasks: int, workload: Workload) -> CostTable:
     return CostTable(
         model=case.model.name, model_fingerprint=case.model.fingerprint, hardware={"num_devices": 1}, configs=(cost,)
     )
+
+
+def _held_bytes(case: Case, num_tasks: int) -> int:
+    """What the engine that waits holds: weights, and each adapter's master, moments and gradient."""
+    weights = sum(math.prod(shape) for shape in weight_shapes(case.model).values())
+    features = sum(sum(case.model.target_shapes[target]) for target in case.spec.targets)
+    adapters = num_tasks * case.spec.rank * features * case.model.num_layers
+    return weights * np.dtype(case.dtype if case.dtype != "bfloat16" else np.float16).itemsize + STATE_BYTES * adapters
 
 
 def _run(case: Case, tasks: Sequence[TaskData], plan: Plan, costs: CostTable, steps: int) -> dict[str, dict[str, Any]]:

@@ -179,11 +179,33 @@ def test_patterns_give_each_replica_its_own_load_whatever_the_order():
         assert usable_.replica_s(row) == pytest.approx(seconds)
 
 
-def test_patterns_find_nothing_where_no_replica_fits_the_last_bucket():
-    replicas = [configs(buckets=(8, 16, 400))[0]] * 2
-    counts = [5, 3, 0]
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(small)
+def test_a_bound_made_ahead_is_at_most_the_best_share_out(instance):
+    chosen, counts, fixed_s, slot_s = instance
+    replicas = replicas_of(chosen, configs(1000 * fixed_s, 1000 * slot_s))
+    share, bound_s = share_out(replicas, balance.tables(replicas, counts), counts, gap_limit=0.0, ahead=True)
+    assert bound_s <= brute_force_s(replicas, counts) * (1 + 1e-9) <= share.max_s * (1 + 1e-8)
+
+
+def test_no_clock_tells_what_is_found_ahead(monkeypatch):
+    replicas = replicas_of([0, 0, 0, 1, 1, 2, 2, 4], configs(fixed_s=5.0, slot_s=3.0))
+    counts = [151, 133, 117]
     table = balance.tables(replicas, counts)
-    assert pattern_share(replicas, table, counts, bound_s=0.1, gap_limit=0.01) == (None, 0.1)
+    share, bound_s = share_out(replicas, table, counts, gap_limit=0.001, ahead=True)
+    quick, quick_bound_s = share_out(replicas, table, counts, gap_limit=0.001)
+    assert share.max_s < quick.max_s and bound_s >= quick_bound_s
+    ticks = itertools.count(step=1e6)
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
+    again, bound_again_s = share_out(replicas, table, counts, gap_limit=0.001, ahead=True)
+    assert (share.loads == again.loads).all() and bound_s == bound_again_s
+
+
+def test_one_replica_has_nothing_to_share_out():
+    replicas = replicas_of([2], configs())
+    counts = [31, 7, 3]
+    share, bound_s = share_out(replicas, balance.tables(replicas, counts), counts, gap_limit=0.01)
+    assert share.loads.tolist() == [counts] and bound_s == share.max_s == pytest.approx(replicas[0].replica_s(counts))
 
 
 def test_pipelines_are_kept_within_a_percent_ahead():
@@ -208,7 +230,7 @@ def test_pipelines_are_kept_within_a_percent_ahead():
 
 @pytest.mark.parametrize(("scale", "is_better"), [(1.0, False), (1000.0, True)])
 def test_only_long_steps_are_worked_on_further_ahead(scale, is_better):
-    """A twentieth of a step of milliseconds is no time to look on in."""
+    """A tenth of a step of milliseconds is no time to look on in."""
     usable = [
         usable_config(
             ConfigCost(

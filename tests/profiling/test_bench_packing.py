@@ -5,6 +5,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
+from planner.errors import UserError
 from profiling.bench.packing import main
 
 SMALL = [
@@ -32,3 +33,9 @@ def test_both_ways_run_the_same_tokens_and_packed_rows_pad_less(tmp_path):
     assert 0 <= packed["padding_share"] < padded["padding_share"]
     assert record["chosen"] in ("padded", "packed")
     assert record["plan"]["model"] == "small"
+
+
+def test_lengths_over_a_micro_batch_are_refused_before_anything_is_measured():
+    arguments = [*SMALL, "--context-length", "512", "--max-tokens", "256"]
+    with pytest.raises(UserError, match="--context-length: longer than a micro-batch"):
+        main.main(arguments, standalone_mode=False)
