@@ -43,7 +43,8 @@ def test_step_reports_every_case(tmp_path):
         assert row["ranks"] == [2, 4] and row["micro_batches"] == 2 and len(row["all_step_s"]) == 3
         assert row["tokens_per_s_per_device"] == pytest.approx(2 * 2 * 32 / row["step_s"])
         assert row["share_of_ceiling"] == pytest.approx(row["floor_flop_rate"] / row["matmul_rate"])
-        assert 0 < row["sum_update_s"] <= row["step_s"] and row["predicted_bytes"] > 0
+        # A busy host may note the last backward's end as late as the update's.
+        assert 0 <= row["sum_update_s"] < row["step_s"] and row["predicted_bytes"] > 0
         assert str(row["case"]) in result.output
         trace = row["trace"]
         assert [step["step"] for step in trace["steps"]] == [1, 2, 3]
