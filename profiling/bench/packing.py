@@ -190,7 +190,7 @@ def _measure(case: Case, num_tasks: int, workload: Workload) -> CostTable:
         optimizers=("adamw",),
         averages=False,
         devices=[device],
-        limit_bytes=limit_bytes - _held_bytes(case, num_tasks),
+        limit_bytes=limit_bytes - _held_bytes(case, num_tasks, jnp.dtype(case.dtype).itemsize),
         lengths=default_lengths(workload),
         max_tokens=case.max_tokens,
         repeats=3,
@@ -204,12 +204,12 @@ def _measure(case: Case, num_tasks: int, workload: Workload) -> CostTable:
     )
 
 
-def _held_bytes(case: Case, num_tasks: int) -> int:
+def _held_bytes(case: Case, num_tasks: int, weight_bytes: int) -> int:
     """What the engine that waits holds: weights, and each adapter's master, moments and gradient."""
     weights = sum(math.prod(shape) for shape in weight_shapes(case.model).values())
     features = sum(sum(case.model.target_shapes[target]) for target in case.spec.targets)
     adapters = num_tasks * case.spec.rank * features * case.model.num_layers
-    return weights * np.dtype(case.dtype if case.dtype != "bfloat16" else np.float16).itemsize + STATE_BYTES * adapters
+    return weight_bytes * weights + STATE_BYTES * adapters
 
 
 def _run(case: Case, tasks: Sequence[TaskData], plan: Plan, costs: CostTable, steps: int) -> dict[str, dict[str, Any]]:

@@ -50,6 +50,14 @@ def kinds_of(replicas):
     return kinds, np.bincount(table.kind).tolist()
 
 
+def assert_serves(share, replicas, counts):
+    """Every sequence once, on a replica that fits it, and seconds that are the replicas' own."""
+    assert share.loads.min() >= 0 and share.loads.sum(axis=0).tolist() == counts
+    for usable, row, seconds in zip(replicas, share.loads, share.replica_s, strict=True):
+        assert all(usable.fits(bucket) for bucket, n in enumerate(row) if n)
+        assert usable.replica_s(row) == pytest.approx(seconds)
+
+
 def brute_force_s(replicas, counts):
     splits = [
         [split for split in itertools.product(range(n + 1), repeat=len(replicas)) if sum(split) == n] for n in counts
@@ -133,8 +141,7 @@ def test_search_serves_all_and_beats_list_scheduling_and_repeats_itself(instance
     table = balance.tables(replicas, counts)
     share, bound_s = share_out(replicas, table, counts, gap_limit=0.01)
     again, bound_again_s = share_out(replicas, table, counts, gap_limit=0.01)
-    assert share.loads.min() >= 0 and share.loads.sum(axis=0).tolist() == counts
-    assert share.replica_s == pytest.approx([u.replica_s(row) for u, row in zip(replicas, share.loads, strict=True)])
+    assert_serves(share, replicas, counts)
     assert bound_s <= share.max_s <= table.replica_s(balance.list_schedule(table, counts)).max() * (1 + 1e-9)
     assert (share.loads == again.loads).all() and bound_s == bound_again_s
 
@@ -146,11 +153,10 @@ def test_made_ahead_it_is_no_worse_and_repeats_itself(instance):
     replicas = replicas_of(chosen, configs(100 * fixed_s, 100 * slot_s))
     table = balance.tables(replicas, counts)
     share, _ = share_out(replicas, table, counts, gap_limit=0.01)
-    ahead, bound_s = share_out(replicas, table, counts, gap_limit=0.01, ahead=True)
+    ahead, _ = share_out(replicas, table, counts, gap_limit=0.01, ahead=True)
     again, _ = share_out(replicas, table, counts, gap_limit=0.01, ahead=True)
-    assert ahead.loads.min() >= 0 and ahead.loads.sum(axis=0).tolist() == counts
-    assert bound_s <= ahead.max_s <= share.max_s
-    assert ahead.replica_s == pytest.approx([u.replica_s(row) for u, row in zip(replicas, ahead.loads, strict=True)])
+    assert_serves(ahead, replicas, counts)
+    assert ahead.max_s <= share.max_s
     assert (ahead.loads == again.loads).all()
 
 
@@ -162,21 +168,17 @@ def test_patterns_serve_all_and_prove_no_more_than_there_is(instance):
     table = balance.tables(replicas, counts)
     least_s = prices.relax(*kinds_of(replicas), counts).bound_s
     share, bound_s = pattern_share(replicas, table, counts, bound_s=least_s, gap_limit=0.01)
-    assert share.loads.min() >= 0 and share.loads.sum(axis=0).tolist() == counts
-    assert share.replica_s == pytest.approx([u.replica_s(row) for u, row in zip(replicas, share.loads, strict=True)])
+    assert_serves(share, replicas, counts)
     assert least_s <= bound_s <= brute_force_s(replicas, counts) * (1 + 1e-9) <= share.max_s * (1 + 1e-8)
 
 
 def test_patterns_give_each_replica_its_own_load_whatever_the_order():
-    usable = configs()
-    replicas = [usable[2], usable[0], usable[3], usable[0], usable[2]]
+    replicas = [configs()[index] for index in (2, 0, 3, 0, 2)]
     counts = [40, 30, 9]
     table = balance.tables(replicas, counts)
     bound_s = prices.relax(*kinds_of(replicas), counts).bound_s
     share, _ = pattern_share(replicas, table, counts, bound_s=bound_s, gap_limit=0.01)
-    for usable_, row, seconds in zip(replicas, share.loads, share.replica_s, strict=True):
-        assert all(usable_.fits(j) for j, n in enumerate(row) if n)
-        assert usable_.replica_s(row) == pytest.approx(seconds)
+    assert_serves(share, replicas, counts)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
