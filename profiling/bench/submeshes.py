@@ -1,4 +1,4 @@
-"""`lobra bench submeshes`: one replica of every (tp, pp) that fits, each running the same micro-batches.
+"""`lobra bench submeshes`: one replica of every (tp, pp) that fits, or of some, each running the same micro-batches.
 
 All in one process: programs of all submeshes are compiled together, then each is timed over joint steps, gradient sum
 and update included, and its weights are let go before the next one's are made. Efficiency is tokens/s a device against
@@ -53,6 +53,7 @@ FEW_READINGS = 3
 @click.option("--rank", type=click.IntRange(min=1), default=16, show_default=True, help="Of the adapters.")
 @click.option("--targets", help="Adapted linears, of q,k,v,o,gate,up,down; by default all.")
 @click.option("--devices", type=click.IntRange(min=1), help="Use only so many.")
+@click.option("--configs", metavar="TPxPP,...", help="Time only these, such as 1x1,2x1; by default all.")
 @click.option("--steps", type=click.IntRange(min=3), default=5, show_default=True, help="Timed steps of each.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the result as JSON.")
 def main(out: Path | None, **options: Any) -> None:
@@ -95,8 +96,11 @@ def _cases(options: dict[str, Any], model: LlamaConfig, shape: tuple[int, int], 
     """Narrow ones first."""
     from lobra_jax.models.config import TARGETS
     from profiling.bench.step_case import Case
-    from profiling.grid import parallel_configs
+    from profiling.grid import parallel_configs, parse_configs
 
+    configs = parallel_configs(model, num_devices=num_devices, remats=(options["remat"],))
+    if options["configs"] is not None:
+        configs = parse_configs(options["configs"], configs)
     targets = parse_names("--targets", options["targets"] or ",".join(TARGETS), TARGETS)
     return [
         Case(
@@ -111,7 +115,7 @@ def _cases(options: dict[str, Any], model: LlamaConfig, shape: tuple[int, int], 
             targets=targets,
             dropout=0.0,
         )
-        for config in parallel_configs(model, num_devices=num_devices, remats=(options["remat"],))
+        for config in configs
     ]
 
 

@@ -42,6 +42,15 @@ def test_every_cut_of_two_devices_is_timed_and_checked(tmp_path):
         assert f"(tp{tp},pp{pp},none): step" in result.output
 
 
+def test_only_those_named_are_timed(tmp_path):
+    out = tmp_path / "submeshes.json"
+    result = submeshes("--devices", 2, "--shape", "2x16", "--micro-batches", 1, "--configs", "2x1", "--out", out)
+    assert result.exit_code == 0, result.output
+    record = json.loads(out.read_text(encoding="utf-8"))
+    assert [(row["tp"], row["pp"], row["efficiency"]) for row in record["rows"]] == [(2, 1, None)]
+    assert "--configs 2x1" in record["command"] and "of one device's" not in result.output
+
+
 def test_random_weights_do_not_depend_on_the_cut():
     def made(tp, pp):
         config = ParallelConfig(tp=tp, pp=pp, remat="none")
@@ -70,6 +79,10 @@ def test_random_weights_do_not_depend_on_the_cut():
         (("--shape", "2x16,4x16"), "--shape: more than one (got '2x16,4x16'); expected one ROWSxLENGTH"),
         (("--targets", "q,upp"), "--targets: unknown name, did you mean 'up'? (got 'upp'); expected one of q, k, v"),
         (("--devices", 99), "--devices: more than there are (got 99); expected at most 8"),
+        (
+            ("--devices", 2, "--configs", "1x3"),
+            "--configs: no such config here (got '1x3'); expected TPxPP of 1x1, 1x2, 2x1",
+        ),
         (("--model", "tinny"), "--model: unknown preset, did you mean 'tiny'?"),
         (("--out", "gone/s.json"), "--out: no such folder"),
     ],
