@@ -3,29 +3,28 @@
 The expected batch hides what a step waits for: how many of the longest sequences come together. So deployments are
 judged on sampled batches, by the mean of the step time or by a percentile of it.
 
-1. Candidates: what a planner makes of the expected batch, of some sampled batches, and of a batch that holds of every
-   bucket its upper quantile; then neighbours of the best so far, one or two replicas replaced by others on their
-   devices and the idle ones, in a seeded order, from each better one on.
+1. Candidates: what a planner makes of the expected batch and of one that holds of every bucket its upper quantile; then
+   neighbours of the best so far (`planner.robust_search`).
 2. Every candidate is screened by the mean (or percentile) of its bounds over the samples (`planner.prices`: a proven
    bound for each batch, usually within 1 % of the dispatch).
-3. The best few are judged by the dispatch's own search on every sample (`planner.share_out`) where time allows, and the
-   choice is compared with the plan of the expected batch on samples that took no part in choosing.
+3. Those near the best are judged by the dispatch's own search (`planner.share_out`) where time allows, and the choice
+   is compared with the plan of the expected batch on samples that took no part in choosing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from planner import balance, prices
+from planner import balance
 from planner.dispatch import GAP_LIMIT
 from planner.errors import UserError
 from planner.plan import Plan
 from planner.problem import PlanningProblem
+from planner.robust_search import Screen, over_samples
 from planner.share_out import share_out
 from planner.simulate import batch
 
@@ -38,26 +37,24 @@ DEFAULT_SEED = 10_000
 UPPER = 0.95
 """Quantile of every bucket in the batch that stands for a hard one."""
 
-NUM_PLANNED_BATCHES = 4
-"""Sampled batches that the planner plans for, one by one, beside the expected one."""
+TIMED_BATCHES = 8
+"""Samples that tell how long dispatching takes."""
 
-SCREENED_BATCHES = 8
-"""Samples that neighbours are screened on."""
+NEAR = 1.02
+"""Candidates whose bounds are within this ratio of the best one's are dispatched: others would hardly overtake it."""
 
-MOST_REMOVED = 2
-"""Replicas that are replaced at once: none (only idle devices are filled), one, or where that does not help two.
+NUM_JUDGED, FIRST_SHARE = 5, 0.25
+"""How many of them at the most, at first on this share of the samples."""
 
-Beside two come as many of one config as one replica of another needs the devices of."""
-
-NUM_JUDGED = 5
-"""Candidates that are dispatched on every sample, the plan of the expected batch among them."""
+NUM_FINALISTS = 2
+"""Those of them that are dispatched on all."""
 
 MEAN_SHARE = 0.2
 PLANNED_SHARE = 0.02
-"""Shares of the time limit for the plan of the expected batch and for the plan of each other batch."""
+"""Shares of the time limit for the plan of the expected batch and for that of the hard one."""
 
 JUDGING_SHARE = 0.4
-"""Most of the time left that goes to dispatching candidates, at least two or none; neighbours have the rest."""
+"""Most of the time left that dispatching candidates may take; where it takes more, their bounds choose."""
 
 NUM_REPORTED = 2
 """Deployments that are dispatched on fresh samples at the end: the one chosen and that of the expected batch."""
@@ -97,7 +94,7 @@ class Robust:
       num_samples, seed: batches it was chosen on; as many others gave the times below.
       times: of the plan.
       mean_plan, mean_plan_times: the plan made for the expected batch alone, and its times.
-      num_candidates: deployments screened.
+      num_candidates: deployments compared, most of them by the prices of others.
     """
 
     plan: Plan
@@ -136,18 +133,14 @@ def solve_robust(
     mean_counts = replica_counts(problem, mean_plan)
     once_s = _dispatching_s(problem, mean_counts, samples)
     deadline = started + problem.time_limit_s - NUM_REPORTED * once_s
-    left_s = deadline - time.perf_counter()
-    num_judged = min(NUM_JUDGED, int(JUDGING_SHARE * left_s / once_s))
-    judging_s = num_judged * once_s if num_judged > 1 else 0.0
-    screened = _screen(problem, solve, mean_counts, samples, quantile, seed, deadline - judging_s)
-    best = min(screened, key=screened.__getitem__)
-    if num_judged > 1:
-        others = sorted((counts for counts in screened if counts != mean_counts), key=screened.__getitem__)
-        judged = {
-            counts: step_times(problem, counts, samples, quantile).objective_s
-            for counts in (mean_counts, *others[: num_judged - 1])
-        }
-        best = min(judged, key=judged.__getitem__)
+    judging_s = once_s * (NUM_JUDGED * FIRST_SHARE + NUM_FINALISTS * (1 - FIRST_SHARE))
+    is_judged = judging_s <= JUDGING_SHARE * (deadline - time.perf_counter())
+    screen = Screen(problem, samples, quantile)
+    _search(screen, solve, mean_counts, samples, deadline - judging_s * is_judged)
+    best = screen.seen[0]
+    if is_judged:
+        near = [counts for counts in screen.seen if screen(counts) <= NEAR * screen(best)]
+        best = _judged(problem, near[:NUM_JUDGED], samples, quantile)
     fresh = sampled_counts(problem, num_samples, seed, first=num_samples)
     times = step_times(problem, best, fresh, quantile)
     mean_times = times if best == mean_counts else step_times(problem, mean_counts, fresh, quantile)
@@ -159,7 +152,7 @@ def solve_robust(
         times=times,
         mean_plan=mean_plan,
         mean_plan_times=mean_times,
-        num_candidates=len(screened),
+        num_candidates=len(screen.known),
     )
 
 
@@ -194,138 +187,52 @@ def step_times(
         mean_s=float(np.mean(seconds)) + overhead_s,
         p50_s=float(np.quantile(seconds, 0.5)) + overhead_s,
         p95_s=float(np.quantile(seconds, 0.95)) + overhead_s,
-        objective_s=_objective(seconds, quantile) + overhead_s,
+        objective_s=float(over_samples(seconds, quantile)) + overhead_s,
         bound_s=float(np.mean(bounds)) + overhead_s,
     )
 
 
 def _dispatching_s(problem: PlanningProblem, counts: Sequence[int], samples: np.ndarray) -> float:
     """Seconds that dispatching every sample on a deployment takes, as measured on a few of them."""
-    few = samples[:SCREENED_BATCHES]
+    few = samples[:TIMED_BATCHES]
     started = time.perf_counter()
     step_times(problem, counts, few)
     return (time.perf_counter() - started) * len(samples) / len(few)
 
 
-def _screen(
-    problem: PlanningProblem,
+def _search(
+    screen: Screen,
     solve: Callable[[PlanningProblem], Plan],
     mean_counts: tuple[int, ...],
     samples: np.ndarray,
-    quantile: float | None,
-    seed: int,
     deadline: float,
-) -> dict[tuple[int, ...], float]:
-    """Deployment -> objective of its bounds over all samples, infinite for those that fewer samples ruled out."""
-    few = samples[:: max(1, len(samples) // SCREENED_BATCHES)]
-    quick: dict[tuple[int, ...], float] = {}
-
-    def look(counts: tuple[int, ...]) -> float:
-        if counts not in quick:
-            quick[counts] = _bound_objective(problem, counts, few, quantile)
-        return quick[counts]
-
-    looking = time.perf_counter()
-    look(mean_counts)
-    sample_s = (time.perf_counter() - looking) / len(few)
-    search_until = deadline - NUM_JUDGED * len(samples) * sample_s
+) -> None:
+    """Looks at the plans of the expected batch and of a hard one, then from the better of them on."""
+    problem = screen.problem
+    screen.look(mean_counts)
     upper = np.quantile(samples, UPPER, axis=0, method="higher").astype(np.int64)
-    for row in (upper, *samples[:NUM_PLANNED_BATCHES]):
-        left_s = min(search_until - time.perf_counter(), PLANNED_SHARE * problem.time_limit_s)
-        if left_s > 0:
-            look(replica_counts(problem, solve(_within(problem, row.tolist(), left_s))))
-    better: tuple[int, ...] | None = min(quick, key=quick.__getitem__)
-    order = np.random.default_rng(seed)
-    while better is not None:
-        better = _better_neighbour(problem, better, look, order, search_until)
-    kept = sorted(quick, key=quick.__getitem__)[:NUM_JUDGED]
-    screened = dict.fromkeys(quick, float("inf"))
-    return screened | {counts: _bound_objective(problem, counts, samples, quantile) for counts in kept}
+    left_s = min(deadline - time.perf_counter(), PLANNED_SHARE * problem.time_limit_s)
+    if left_s > 0:
+        screen.look(replica_counts(problem, solve(_within(problem, upper.tolist(), left_s))))
+    screen.descend(screen.seen[0], deadline)
 
 
-def _better_neighbour(
-    problem: PlanningProblem,
-    counts: tuple[int, ...],
-    look: Callable[[tuple[int, ...]], float],
-    order: np.random.Generator,
-    deadline: float,
-) -> tuple[int, ...] | None:
-    """The first neighbour, in an order drawn anew, that looks better than `counts`; None if there is none in time."""
-    for num_removed in range(MOST_REMOVED + 1):
-        others = list(neighbours(problem, counts, num_removed))
-        for index in order.permutation(len(others)):
-            if time.perf_counter() >= deadline:
-                return None
-            if look(others[index]) < look(counts):
-                return others[index]
-    return None
+def _judged(
+    problem: PlanningProblem, candidates: Sequence[tuple[int, ...]], samples: np.ndarray, quantile: float | None
+) -> tuple[int, ...]:
+    """The candidate that dispatches best: all on the first samples, the best of them on all."""
+    first = samples[: max(1, round(FIRST_SHARE * len(samples)))]
+
+    def best(among: Sequence[tuple[int, ...]], batches: np.ndarray) -> list[tuple[int, ...]]:
+        times = {counts: step_times(problem, counts, batches, quantile).objective_s for counts in among}
+        return sorted(times, key=times.__getitem__)
+
+    finalists = best(candidates, first)[:NUM_FINALISTS] if len(candidates) > NUM_FINALISTS else candidates
+    return best(finalists, samples)[0] if len(finalists) > 1 else finalists[0]
 
 
 def _within(problem: PlanningProblem, counts: Sequence[int], seconds: float) -> PlanningProblem:
     return dataclasses.replace(problem, counts=tuple(counts), time_limit_s=seconds)
-
-
-def _bound_objective(
-    problem: PlanningProblem, counts: Sequence[int], samples: np.ndarray, quantile: float | None
-) -> float:
-    kinds = [usable for usable, count in zip(problem.configs, counts, strict=True) if count]
-    multiplicity = [count for count in counts if count]
-    bounds = [prices.relax(kinds, multiplicity, row).bound_s for row in samples.tolist()]
-    return _objective(bounds, quantile)
-
-
-def _objective(seconds: Sequence[float], quantile: float | None) -> float:
-    return float(np.mean(seconds) if quantile is None else np.quantile(seconds, quantile))
-
-
-def neighbours(problem: PlanningProblem, counts: Sequence[int], num_removed: int = 1) -> Iterator[tuple[int, ...]]:
-    """Deployments with `num_removed` replicas less and the room filled by one or two other configs, each once.
-
-    `MOST_REMOVED` stands also for more replicas of one config, where a replica of another needs so many devices. Idle
-    devices count as room. All hold the longest bucket and the pinned replicas, and no more configs than allowed.
-    """
-    devices = [usable.num_devices for usable in problem.configs]
-    pinned = problem.pinned or (0,) * len(counts)
-    most_configs = len(counts) if problem.max_configs is None else problem.max_configs
-    last = len(problem.buckets) - 1
-    seen = {tuple(counts)}
-    for kept in _removals(counts, devices, problem.num_devices, num_removed):
-        if any(count < least for count, least in zip(kept, pinned, strict=True)):
-            continue
-        room = problem.num_devices - sum(count * number for count, number in zip(kept, devices, strict=True))
-        for changed in _filled(kept, devices, room):
-            serves = any(count and problem.configs[i].fits(last) for i, count in enumerate(changed))
-            if serves and sum(count > 0 for count in changed) <= most_configs and changed not in seen:
-                seen.add(changed)
-                yield changed
-
-
-def _removals(counts: Sequence[int], devices: Sequence[int], num_devices: int, num_removed: int) -> Iterator[list[int]]:
-    """`counts` without `num_removed` replicas; for `MOST_REMOVED` also without as many as a larger one needs."""
-    present = [index for index, count in enumerate(counts) if count]
-    removals = set(itertools.combinations_with_replacement(present, num_removed))
-    if num_removed == MOST_REMOVED:
-        idle = num_devices - sum(count * number for count, number in zip(counts, devices, strict=True))
-        needed = ((index, -(-(size - idle) // devices[index])) for index in present for size in devices)
-        removals |= {(index,) * number for index, number in needed if MOST_REMOVED < number <= counts[index]}
-    for removed in sorted(removals):
-        kept = list(counts)
-        for index in removed:
-            kept[index] -= 1
-        yield kept
-
-
-def _filled(counts: Sequence[int], devices: Sequence[int], room: int) -> Iterator[tuple[int, ...]]:
-    """`counts` with a replica of one config and as many of another as fit beside it into `room` devices."""
-    for one in range(len(counts)):
-        for two in range(one, len(counts)):
-            changed = list(counts)
-            left = room
-            for index, most in ((one, 1), (two, room)):
-                added = min(most, left // devices[index])
-                changed[index] += added
-                left -= added * devices[index]
-            yield tuple(changed)
 
 
 def _plan(problem: PlanningProblem, counts: tuple[int, ...], mean_plan: Plan, solve_s: float) -> Plan:

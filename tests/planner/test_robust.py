@@ -14,7 +14,8 @@ from planner.errors import UserError
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
 from planner.planners import solver
 from planner.problem import build_problem
-from planner.robust import neighbours, percentile, replica_counts, sampled_counts, solve_robust, step_times
+from planner.robust import percentile, replica_counts, sampled_counts, solve_robust, step_times
+from planner.robust_search import Screen, neighbours
 from planner.simulate import simulate
 from planner.workload import TaskLengths, Workload
 
@@ -69,6 +70,37 @@ def test_the_chosen_plan_is_the_best_of_all_deployments_on_its_samples(objective
     chosen = step_times(problem, replica_counts(problem, found.plan), samples, quantile).objective_s
     assert chosen <= best * 1.011
     assert found.plan.used_devices <= 12 and found.num_samples == 16
+
+
+def every_deployment(problem):
+    """Of `COSTS`, with a replica for the longest."""
+    wide = next(i for i, usable in enumerate(problem.configs) if usable.config == WIDE)
+    for num_wide in range(1, problem.num_devices // 4 + 1):
+        for narrow in range(problem.num_devices - 4 * num_wide + 1):
+            yield tuple(num_wide if i == wide else narrow for i in range(2))
+
+
+@pytest.mark.parametrize("quantile", [None, 0.5, 0.95])
+def test_the_search_ends_at_the_deployment_with_the_best_bounds(quantile):
+    problem = problem_of(num_devices=16)
+    samples = sampled_counts(problem, 24, seed=5)
+    screen = Screen(problem, samples, quantile)
+    every = list(every_deployment(problem))
+    screen.descend(every[0], float("inf"))
+    found, num_looks = screen(screen.seen[0]), len(screen.seen)
+    assert found == pytest.approx(min(screen(counts) for counts in every), rel=1e-6)
+    assert num_looks < len(every) / 2 and set(screen.seen) <= screen.known | set(every)
+
+
+def test_prices_of_one_deployment_bound_every_other():
+    problem = problem_of()
+    samples = sampled_counts(problem, 12, seed=2)
+    screen = Screen(problem, samples, None)
+    every = list(every_deployment(problem))
+    bounds = np.array([screen.look(counts).bounds for counts in every])
+    for counts in every:
+        promised = screen.look(counts).least_s(np.array(every, dtype=float))
+        assert (promised <= bounds * (1 + 1e-3)).all()
 
 
 def test_a_plan_for_the_tail_beats_the_plan_of_the_mean_where_long_ones_bunch():
