@@ -21,8 +21,8 @@ COUNT_FLAG = "--xla_force_host_platform_device_count"
 ACCELERATOR_FLAGS = ("--xla_gpu_enable_triton_gemm=false", "--xla_disable_hlo_passes=rematerialization")
 """Set unless XLA_FLAGS has them already. On an H200 the library's matmuls took a step of a 7B model with six adapters
 from 920 to 887 ms against those that XLA generates. Kernels stay in CUDA graphs: launched one by one the step took 870
-ms in place of 855 (profiling/results/h200_step.json). What is made anew is the plan's to choose: XLA's own choice,
-where a program is too large, comes after it, so that bytes would no longer grow with the micro-batch, and takes long."""
+ms in place of 855 (profiling/results/h200_step.json). What is made anew is the plan's to choose: XLA, where a program
+is too large, would choose more, after which bytes no longer grow with the micro-batch, and take long over it."""
 
 CACHE_FOLDER = "xla"
 MIN_COMPILE_S_TO_CACHE = 0.2

@@ -9,7 +9,7 @@ import numpy as np
 
 from planner.cost import CostTable
 from planner.dispatch import Dispatch, MicroBatch
-from planner.packing import MAX_TASKS_OF_A_ROW, MIN_SEGMENTS, TOKENS_A_SEGMENT
+from planner.packing import MAX_SEGMENTS, MAX_TASKS_OF_A_ROW, MIN_SEGMENTS, TOKENS_A_SEGMENT
 from planner.plan import Plan, ReplicaGroup
 from planner.workload import Workload
 
@@ -189,7 +189,7 @@ def _packed_violations(
         tokens = sum(int(lengths[i]) for i in own)
         if tokens > batch.length:
             out.append(f"{name}: row {row} holds {tokens} tokens of {batch.length}")
-        if len(own) + 1 > max(batch.length // TOKENS_A_SEGMENT, MIN_SEGMENTS):
+        if len(own) + 1 > min(max(batch.length // TOKENS_A_SEGMENT, MIN_SEGMENTS), MAX_SEGMENTS):
             out.append(f"{name}: row {row} holds {len(own)} sequences")
         if task_ids is not None and len({int(task_ids[i]) for i in own}) > MAX_TASKS_OF_A_ROW:
             out.append(f"{name}: row {row} holds more than {MAX_TASKS_OF_A_ROW} tasks")

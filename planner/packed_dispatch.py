@@ -3,8 +3,9 @@
 At a time T every replica runs the packed micro-batches that end by T, full ones first, then a half, a quarter. T is
 feasible where all sequences fit into their rows, (1) to (3) of `planner.packing`; bisection finds the least. Sequences
 are laid longest first into the first row that has room, rows of the replicas that take the shortest sequences first:
-so long ones go where they must and short ones fill what is left. What a micro-batch takes also depends on how long its
-sequences are, which is known only afterwards: a second round starts from what the first one found. Looks at no clock.
+so long ones go where they must and short ones fill what is left. Where the last rows have no room for so many short
+ones, all rows get long and short ones. What a micro-batch takes also depends on how long its sequences are, which is
+known only afterwards: a second round starts from what the first one found. Looks at no clock.
 """
 
 from __future__ import annotations
@@ -216,20 +217,21 @@ def _bisect(
     order = np.lexsort((task_ids, -lengths))
     by_longest = sorted(range(len(replicas)), key=lambda index: replicas[index].longest)
 
-    def attempt(seconds: float) -> dict[Slot, list[int]] | None:
-        """The sequences of each micro-batch; None where they do not fit."""
+    def attempt(seconds: float) -> dict[Slot, list[tuple[int, int]]] | None:
+        """(sequence, row of the micro-batch) of each micro-batch's sequences; None where they do not fit."""
         rows = [
-            (Slot(replica, number, shape), shape[1])
+            (Slot(replica, number, shape), row)
             for replica in by_longest
             for number, shape in enumerate(replicas[replica].shapes_within(seconds, ratios[replica]))
-            for _ in range(shape[0])
+            for row in range(shape[0])
         ]
-        placed = first_fit(lengths[order], task_ids[order], [length for _, length in rows])
+        placed = place(lengths[order], task_ids[order], [slot.shape[1] for slot, _ in rows])
         if placed is None:
             return None
-        chosen: dict[Slot, list[int]] = {}
-        for index, row in zip(order.tolist(), placed, strict=True):
-            chosen.setdefault(rows[row][0], []).append(index)
+        chosen: dict[Slot, list[tuple[int, int]]] = {}
+        for index, at in zip(order.tolist(), placed, strict=True):
+            slot, row = rows[at]
+            chosen.setdefault(slot, []).append((index, row))
         return chosen
 
     low_s = high_s = bound_s
@@ -248,28 +250,41 @@ def _bisect(
     for slot, own in found.items():
         shapes = replicas[slot.replica].shapes
         smaller = shapes[shapes.index(slot.shape) :]
-        work[slot.replica].append(_smallest(smaller, np.array(own), lengths, task_ids))
+        sequences, places = (list(column) for column in zip(*own, strict=True))
+        work[slot.replica].append(_smallest(smaller, np.array(sequences), places, lengths, task_ids))
     for replica, micro_batches in zip(replicas, work, strict=True):
         micro_batches.sort(key=lambda m: (-m.slot_s(replica.cost), m.sequences))
     return work
 
 
 def _smallest(
-    shapes: Sequence[tuple[int, int]], own: np.ndarray, lengths: np.ndarray, task_ids: np.ndarray
+    shapes: Sequence[tuple[int, int]],
+    own: np.ndarray,
+    places: Sequence[int],
+    lengths: np.ndarray,
+    task_ids: np.ndarray,
 ) -> MicroBatch:
-    """The smallest of the shapes, largest first, that holds these sequences, longest first; the first one does."""
-    for rows, length in reversed(shapes):
-        places = first_fit(lengths[own], task_ids[own], [length] * rows)
-        if places is not None:
-            by_row = sorted(range(len(own)), key=lambda i: (places[i], i))
-            return MicroBatch(
-                rows=rows,
-                length=length,
-                sequences=tuple(int(own[i]) for i in by_row),
-                places=tuple(places[i] for i in by_row),
-                squares=int(np.sum(lengths[own] ** 2)),
-            )
-    raise AssertionError("sequences that fitted a micro-batch do not fit it")
+    """The smallest of the shapes, largest first, that holds these sequences, longest first: at `places` the first."""
+    shape = shapes[0]
+    for rows, length in reversed(shapes[1:]):
+        found = place(lengths[own], task_ids[own], [length] * rows)
+        if found is not None:
+            shape, places = (rows, length), found
+            break
+    by_row = sorted(range(len(own)), key=lambda i: (places[i], i))
+    return MicroBatch(
+        rows=shape[0],
+        length=shape[1],
+        sequences=tuple(int(own[i]) for i in by_row),
+        places=tuple(places[i] for i in by_row),
+        squares=int(np.sum(lengths[own] ** 2)),
+    )
+
+
+def place(lengths: np.ndarray, task_ids: np.ndarray, row_lengths: Sequence[int]) -> list[int] | None:
+    """The row of each sequence, longest first, as `first_fit` lays them, or as `even_fit` where that has no room."""
+    placed = first_fit(lengths, task_ids, row_lengths)
+    return even_fit(lengths, task_ids, row_lengths) if placed is None else placed
 
 
 def first_fit(lengths: np.ndarray, task_ids: np.ndarray, row_lengths: Sequence[int]) -> list[int] | None:
@@ -295,5 +310,43 @@ def first_fit(lengths: np.ndarray, task_ids: np.ndarray, row_lengths: Sequence[i
             slots[row] -= 1
         free[row] -= length
         segments[row] -= 1
+        placed.append(row)
+    return placed
+
+
+def even_fit(lengths: np.ndarray, task_ids: np.ndarray, row_lengths: Sequence[int]) -> list[int] | None:
+    """The row of each sequence in turn: that which has most tokens left to each segment left.
+
+    Longest first, every row gets long ones and short ones, where `first_fit` leaves the shortest to the last rows,
+    which have no room for so many. A task takes a slot of one more row only while there are slots left for the tasks
+    that have none.
+    """
+    if int(np.sum(lengths)) > sum(row_lengths):
+        return None
+    free = np.array(row_lengths, dtype=np.float64)
+    segments = np.array([max_segments(length) - 1 for length in row_lengths], dtype=np.float64)
+    slots = np.full(len(row_lengths), MAX_TASKS_OF_A_ROW, dtype=np.int64)
+    names, tasks = np.unique(task_ids, return_inverse=True)
+    holds = np.zeros((len(names), len(row_lengths)), dtype=bool)
+    need = free / segments
+    spare, unseen = int(slots.sum()) - len(names), np.ones(len(names), dtype=bool)
+    placed = []
+    for length, task in zip(lengths.tolist(), tasks.tolist(), strict=True):
+        room = (free >= length) & (segments > 0)
+        if not unseen[task] and spare <= 0:
+            room &= holds[task]
+        else:
+            room &= holds[task] | (slots > 0)
+        row = int(np.where(room, need, -1.0).argmax())
+        if not room[row]:
+            return None
+        if not holds[task, row]:
+            spare -= not unseen[task]
+            unseen[task] = False
+            holds[task, row] = True
+            slots[row] -= 1
+        free[row] -= length
+        segments[row] -= 1
+        need[row] = free[row] / max(segments[row], 1.0)
         placed.append(row)
     return placed

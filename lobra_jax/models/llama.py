@@ -26,7 +26,7 @@ from lobra_jax.low_rank import Pins
 from lobra_jax.models.attention import attention, packed_attention
 from lobra_jax.models.config import LlamaConfig, RopeScaling
 from lobra_jax.models.quantized import SCALE, block_dim, dequantized, frozen_product, stored
-from lobra_jax.models.remat import mlp_chunks, with_remat
+from lobra_jax.models.remat import in_chunks, mlp_chunks, with_remat
 from lobra_jax.packed import PackedRows, drop_packed, packed_ratios
 from lobra_jax.sharding import TARGET_AXES
 
@@ -150,10 +150,13 @@ class Layer(nnx.Module):
         x_BLD = self._attend(x_BLD, adapters, rows, rope, index, shard)
         if mlp_chunks == 1:
             return self._feed_forward(x_BLD, adapters, rows, index, shard)
-        b, length, d = x_BLD.shape
-        chunks = jnp.moveaxis(x_BLD.reshape(b, mlp_chunks, length // mlp_chunks, d), 1, 0)
-        one_chunk = jax.checkpoint(lambda x: self._feed_forward(x, adapters, rows, index, shard), prevent_cse=False)
-        return jnp.moveaxis(jax.lax.map(one_chunk, chunks), 0, 1).reshape(b, length, d)
+        graph, state = nnx.split(self)
+
+        def one_chunk(x: Array, adapters: Mapping, constants: tuple) -> Array:
+            state, rows, index = constants
+            return nnx.merge(graph, state)._feed_forward(x, adapters, rows, index, shard)
+
+        return in_chunks(one_chunk, mlp_chunks, x_BLD, adapters, (state, rows, index))
 
     def _attend(
         self,

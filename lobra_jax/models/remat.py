@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from lobra_jax.low_rank import LOW_RANK
@@ -48,3 +50,48 @@ def mlp_chunks(rows: int, length: int) -> int:
     """The fewest equal chunks along the length of at most MLP_CHUNK_TOKENS tokens each (at least one position)."""
     wanted = max(1, -(-rows * length // MLP_CHUNK_TOKENS))
     return next(n for n in range(min(wanted, length), length + 1) if length % n == 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def in_chunks(function: Callable[..., Array], num_chunks: int, x: Array, adapters: Any, constants: Any) -> Array:
+    """function(x, adapters, constants) for chunk after chunk along x's second axis; no gradient for the constants.
+
+    The backward makes a chunk's activations anew when it comes to it. Each loop writes over what it was given, x or the
+    result's gradient, chunk by chunk: results of their own, as those of `jax.lax.map`, XLA may have for all layers at
+    once.
+    """
+
+    def one(i: Array, done: Array) -> Array:
+        return _put(done, i, function(_chunk(done, i, num_chunks), adapters, constants))
+
+    return jax.lax.fori_loop(0, num_chunks, one, x)
+
+
+def _in_chunks_fwd(
+    function: Callable[..., Array], num_chunks: int, x: Array, adapters: Any, constants: Any
+) -> tuple[Array, tuple]:
+    return in_chunks(function, num_chunks, x, adapters, constants), (x, adapters, constants)
+
+
+def _in_chunks_bwd(function: Callable[..., Array], num_chunks: int, saved: tuple, dy: Array) -> tuple[Array, Any, None]:
+    x, adapters, constants = saved
+
+    def one(i: Array, done: tuple[Array, Any]) -> tuple[Array, Any]:
+        d, d_adapters = done
+        _, vjp = jax.vjp(lambda x, own: function(x, own, constants), _chunk(x, i, num_chunks), adapters)
+        d_x, d_own = vjp(_chunk(d, i, num_chunks))
+        return _put(d, i, d_x), jax.tree.map(jnp.add, d_adapters, d_own)
+
+    return *jax.lax.fori_loop(0, num_chunks, one, (dy, jax.tree.map(jnp.zeros_like, adapters))), None
+
+
+in_chunks.defvjp(_in_chunks_fwd, _in_chunks_bwd)
+
+
+def _chunk(x: Array, i: Array, num_chunks: int) -> Array:
+    size = x.shape[1] // num_chunks
+    return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1)
+
+
+def _put(x: Array, i: Array, chunk: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, chunk, i * chunk.shape[1], axis=1)
