@@ -257,6 +257,10 @@ class TaskState:
         """The adapters to evaluate and to export."""
         return self.averages if jax.tree.leaves(self.averages) else self.adapters
 
+    def by_tree(self, function: Callable[[dict[str, Any]], dict[str, Any]]) -> TaskState:
+        """The state of `function` of each of its trees."""
+        return TaskState(**{field.name: function(getattr(self, field.name)) for field in dataclasses.fields(self)})
+
 
 def update(
     state: TaskState, gradients: dict[str, Any], hyper: HyperInputs, squared_norm: Array, alive: Array

@@ -82,6 +82,9 @@ def assign_homes(num_layers: int, devices: Sequence[Any]) -> tuple[Home, ...]:
 
 Layers = tuple[str, ...]
 
+UPDATED_LAYERS = 4
+"""Layers of one call of the update: of 32 layers at once its program took as long to compile as a micro-batch's."""
+
 
 def pack(tree: Adapters, layers: Layers) -> Array:
     """The adapters (or gradients) of these layers as one flat float32 array."""
@@ -265,21 +268,27 @@ class GradientSum:
         squared_norm = _add_up(norms)
         parts, alive, first_norm = [], state.alive, squared_norm
         for home, total in zip(self.homes, sums, strict=True):
-            own = TaskState(
-                **{
-                    field.name: {layer: getattr(state.tasks, field.name)[layer] for layer in home.layers}
-                    for field in dataclasses.fields(TaskState)
-                }
-            )
             inputs = jax.device_put((hyper, squared_norm, state.alive), home.sharding)
-            part, norm, still_alive = update(own, total, *inputs)
-            parts.append(part)
-            if home is self.homes[0]:
-                alive, first_norm = still_alive, norm
-        merged = TaskState(
-            **{
-                field.name: {layer: tree for part in parts for layer, tree in getattr(part, field.name).items()}
-                for field in dataclasses.fields(TaskState)
-            }
-        )
-        return AdapterState(tasks=merged, alive=alive), first_norm
+            for start in range(0, len(home.layers), UPDATED_LAYERS):
+                layers = home.layers[start : start + UPDATED_LAYERS]
+                own = state.tasks.by_tree(lambda tree, layers=layers: _numbered(tree, layers))
+                part, norm, still_alive = update(own, _numbered(total, layers), *inputs)
+                parts.append((layers, part))
+                if home is self.homes[0]:
+                    alive, first_norm = still_alive, norm
+        return AdapterState(tasks=_named_again(parts), alive=alive), first_norm
+
+
+def _numbered(tree: Mapping[str, Any], layers: Layers) -> dict[str, Any]:
+    """Some layers' parts of a tree, by number, so that all groups of as many layers are updated by one program."""
+    return {str(number): tree[layer] for number, layer in enumerate(layers)}
+
+
+def _named_again(parts: Sequence[tuple[Layers, TaskState]]) -> TaskState:
+    """One state of the states of groups of layers, which are by number."""
+
+    def joined(field: str) -> dict[str, Any]:
+        trees = ((layers, getattr(part, field)) for layers, part in parts)
+        return {layer: tree[str(number)] for layers, tree in trees for number, layer in enumerate(layers)}
+
+    return TaskState(**{field.name: joined(field.name) for field in dataclasses.fields(TaskState)})
