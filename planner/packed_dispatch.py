@@ -1,11 +1,10 @@
 """Per step, packed: which sequences lie in which row of which micro-batch of which replica.
 
 At a time T every replica runs the packed micro-batches that end by T, full ones first, then a half, a quarter. T is
-feasible where all sequences fit into their rows, (1) to (3) of `planner.packing`; bisection finds the least. Sequences
-are laid longest first into the first row that has room, rows of the replicas that take the shortest sequences first:
-so long ones go where they must and short ones fill what is left. Where the last rows have no room for so many short
-ones, all rows get long and short ones. What a micro-batch takes also depends on how long its sequences are, which is
-known only afterwards: a second round starts from what the first one found. Looks at no clock.
+feasible where all sequences fit into their rows (`planner.row_fit`), rows of the replicas that take the shortest
+sequences first: so long ones go where they must and short ones fill what is left; bisection finds the least. What a
+micro-batch takes also depends on how long its sequences are, which is known only afterwards: a second round starts from
+what the first one found. Looks at no clock.
 """
 
 from __future__ import annotations
@@ -23,8 +22,9 @@ from scipy.sparse import coo_array
 from planner.cost import ConfigCost, CostTable, PackedCost
 from planner.dispatch import Dispatch, MicroBatch
 from planner.errors import UserError
-from planner.packing import MAX_TASKS_OF_A_ROW, ROW_ALIGN, max_segments, packed_shapes
+from planner.packing import ROW_ALIGN, packed_shapes
 from planner.plan import Plan
+from planner.row_fit import fit
 
 METHOD = "packed"
 
@@ -225,7 +225,7 @@ def _bisect(
             for number, shape in enumerate(replicas[replica].shapes_within(seconds, ratios[replica]))
             for row in range(shape[0])
         ]
-        placed = place(lengths[order], task_ids[order], [slot.shape[1] for slot, _ in rows])
+        placed = fit(lengths[order], task_ids[order], [slot.shape[1] for slot, _ in rows])
         if placed is None:
             return None
         chosen: dict[Slot, list[tuple[int, int]]] = {}
@@ -267,7 +267,7 @@ def _smallest(
     """The smallest of the shapes, largest first, that holds these sequences, longest first: at `places` the first."""
     shape = shapes[0]
     for rows, length in reversed(shapes[1:]):
-        found = place(lengths[own], task_ids[own], [length] * rows)
+        found = fit(lengths[own], task_ids[own], [length] * rows)
         if found is not None:
             shape, places = (rows, length), found
             break
@@ -279,74 +279,3 @@ def _smallest(
         places=tuple(places[i] for i in by_row),
         squares=int(np.sum(lengths[own] ** 2)),
     )
-
-
-def place(lengths: np.ndarray, task_ids: np.ndarray, row_lengths: Sequence[int]) -> list[int] | None:
-    """The row of each sequence, longest first, as `first_fit` lays them, or as `even_fit` where that has no room."""
-    placed = first_fit(lengths, task_ids, row_lengths)
-    return even_fit(lengths, task_ids, row_lengths) if placed is None else placed
-
-
-def first_fit(lengths: np.ndarray, task_ids: np.ndarray, row_lengths: Sequence[int]) -> list[int] | None:
-    """The row of each sequence in turn: the first with room that holds its task already, else the first with room."""
-    if int(np.sum(lengths)) > sum(row_lengths):
-        return None
-    free = np.array(row_lengths, dtype=np.int64)
-    segments = np.array([max_segments(length) - 1 for length in row_lengths], dtype=np.int64)
-    slots = np.full(len(row_lengths), MAX_TASKS_OF_A_ROW, dtype=np.int64)
-    _, tasks = np.unique(task_ids, return_inverse=True)
-    holds = np.zeros((int(tasks.max(initial=0)) + 1, len(row_lengths)), dtype=bool)
-    placed = []
-    for length, task in zip(lengths.tolist(), tasks.tolist(), strict=True):
-        room = (free >= length) & (segments > 0)
-        own = room & holds[task]
-        row = int(own.argmax())
-        if not own[row]:
-            room &= slots > 0
-            row = int(room.argmax())
-            if not room[row]:
-                return None
-            holds[task, row] = True
-            slots[row] -= 1
-        free[row] -= length
-        segments[row] -= 1
-        placed.append(row)
-    return placed
-
-
-def even_fit(lengths: np.ndarray, task_ids: np.ndarray, row_lengths: Sequence[int]) -> list[int] | None:
-    """The row of each sequence in turn: that which has most tokens left to each segment left.
-
-    Longest first, every row gets long ones and short ones, where `first_fit` leaves the shortest to the last rows,
-    which have no room for so many. A task takes a slot of one more row only while there are slots left for the tasks
-    that have none.
-    """
-    if int(np.sum(lengths)) > sum(row_lengths):
-        return None
-    free = np.array(row_lengths, dtype=np.float64)
-    segments = np.array([max_segments(length) - 1 for length in row_lengths], dtype=np.float64)
-    slots = np.full(len(row_lengths), MAX_TASKS_OF_A_ROW, dtype=np.int64)
-    names, tasks = np.unique(task_ids, return_inverse=True)
-    holds = np.zeros((len(names), len(row_lengths)), dtype=bool)
-    need = free / segments
-    spare, unseen = int(slots.sum()) - len(names), np.ones(len(names), dtype=bool)
-    placed = []
-    for length, task in zip(lengths.tolist(), tasks.tolist(), strict=True):
-        room = (free >= length) & (segments > 0)
-        if not unseen[task] and spare <= 0:
-            room &= holds[task]
-        else:
-            room &= holds[task] | (slots > 0)
-        row = int(np.where(room, need, -1.0).argmax())
-        if not room[row]:
-            return None
-        if not holds[task, row]:
-            spare -= not unseen[task]
-            unseen[task] = False
-            holds[task, row] = True
-            slots[row] -= 1
-        free[row] -= length
-        segments[row] -= 1
-        need[row] = free[row] / max(segments[row], 1.0)
-        placed.append(row)
-    return placed

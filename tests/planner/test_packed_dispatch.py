@@ -12,9 +12,10 @@ from planner.cost import ConfigCost, CostTable, PackedCost
 from planner.errors import UserError
 from planner.evaluate import evaluate
 from planner.packed_dispatch import least_s, packed_dispatch, packed_replicas
-from planner.packing import packed_shapes
+from planner.packing import MAX_SEGMENTS, packed_shapes
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
 from planner.planning import PlanningFlags, choose_plan
+from planner.row_fit import fit
 from planner.simulate import simulate
 from planner.workload import TaskLengths, Workload
 
@@ -78,6 +79,18 @@ def test_replicas_are_about_equally_busy_near_the_bound(plan):
     assert min(found.predicted_s) > 0.85 * max(found.predicted_s)
     judged = evaluate(plan, COSTS, found, lengths)
     assert judged.padding_share < 0.05
+
+
+def test_short_sequences_share_rows_with_long_ones_where_a_row_takes_only_so_many():
+    """First-fit would fill the first row with the long ones and leave more short ones than the last may hold."""
+    per_row = MAX_SEGMENTS - 1
+    lengths, rows = np.array([2000, 2000] + [10] * (2 * per_row - 2)), [4096, 4096]
+    placed = fit(lengths, np.zeros(len(lengths), int), rows)
+    assert placed is not None and np.bincount(placed).tolist() == [per_row, per_row]
+    assert fit(np.append(lengths, 10), np.zeros(len(lengths) + 1, int), rows) is None
+    fewer = lengths[: per_row + 9]
+    spread = fit(fewer, np.arange(len(fewer)) % 6, rows)  # of six tasks a row may hold four
+    assert spread is not None and all(len({i % 6 for i, at in enumerate(spread) if at == row}) <= 4 for row in (0, 1))
 
 
 def test_the_bound_is_what_full_rows_of_one_replica_take():
