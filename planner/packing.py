@@ -16,8 +16,8 @@ TOKENS_A_SEGMENT = 32
 
 MIN_SEGMENTS, MAX_SEGMENTS = 8, 32
 """Room in the shortest and in the longest rows. cuDNN's flash kernel takes and clears working memory for as many
-segments as there is room for, each of the whole row's length: with room for 256 in a row of 8,192 tokens it asked for
-80 GiB of an H100, 8 layers of a 7B model."""
+segments as there is room for, each of the whole row's length: with room for 256 in each of two rows of 8,192 tokens, 8
+layers of a 7B model asked for 80 GiB of an H100 (profiling/results/h100_tries.json)."""
 
 
 def max_tasks(num_tasks: int) -> int:

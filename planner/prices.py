@@ -91,15 +91,6 @@ class Slots:
         """[K, J] share of one bucket's count that a replica serves in so many seconds."""
         return np.maximum(self.rates * seconds - self.offsets, 0.0).max(axis=2)
 
-    def worth(self, seconds: float, worth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """([K] the most that a replica serves in so many seconds, by the worth [J] of each count; [K] its slope)."""
-        num_kinds = len(self.rates)
-        slope = (self.rates * worth[:, None]).reshape(num_kinds, -1)
-        value = slope * seconds - (self.offsets * worth[:, None]).reshape(num_kinds, -1)
-        best = value.argmax(axis=1)
-        most, every = np.maximum(value.max(axis=1), 0.0), np.arange(num_kinds)
-        return most, np.where(most > 0, slope[every, best], 0.0)
-
     def fraction(self, seconds: float) -> np.ndarray:
         """[K, J, options] share of a replica's seconds that a slot takes at least, its part of the bubbles included."""
         room = seconds - self.fixed_s - self.bubbles * self.slot_s

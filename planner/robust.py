@@ -133,7 +133,7 @@ def solve_robust(
     mean_counts = replica_counts(problem, mean_plan)
     once_s = _dispatching_s(problem, mean_counts, samples)
     deadline = started + problem.time_limit_s - NUM_REPORTED * once_s
-    judging_s = once_s * (NUM_JUDGED * FIRST_SHARE + NUM_FINALISTS * (1 - FIRST_SHARE))
+    judging_s = once_s * (NUM_JUDGED * FIRST_SHARE + NUM_FINALISTS)
     is_judged = judging_s <= JUDGING_SHARE * (deadline - time.perf_counter())
     screen = Screen(problem, samples, quantile)
     _search(screen, solve, mean_counts, samples, deadline - judging_s * is_judged)

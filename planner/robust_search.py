@@ -6,9 +6,9 @@ config c can be worth in T seconds, p replicas of each config need at least the 
 
     (1)  sum over c of p_c v_c(T) = 1
 
-which is taken from the tangents of v_c at the T that the prices were found at. The greatest T by the prices of all
-looks so far says what a neighbour promises (the cuts of Benders' decomposition, by sample); a look at one that did not
-keep its promise brings the prices that say why.
+As v_c is convex and v_c(0) = 0, lines between a few of its points lie above it and bound T from below. The greatest T
+by the prices of all looks so far says what a neighbour promises (the cuts of Benders' decomposition, by sample); a look
+at one that did not keep its promise brings the prices that say why.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ Beside two come as many of one config as one replica of another needs the device
 MOST_LOOKED_AT = 24
 """Neighbours of one deployment, the most promising, of which one must be better for the search to go on."""
 
-NEVER_S = 1e12
-"""Seconds of what a deployment cannot do at all; percentiles of infinities are not numbers."""
+POINTS = (0.85, 1.0, 1.15, 2.0)
+"""Multiples of a look's T at which replicas are priced; of a T beyond the last it is only known that it is."""
+
+LOOKED_AT_S = 1e12
+"""In place of the promise of a neighbour that was looked at; percentiles of infinities are not numbers."""
 
 STRICTLY = 1e-6
 """A neighbour must promise to be better by this share."""
@@ -45,18 +48,21 @@ class Look:
 
     Attributes:
       bounds: [S] seconds.
-      worth, slope: [C, S] worth of a replica of each config in these seconds, and by how much that rises a second.
+      worths: [POINTS, C, S] worth of a replica of each config in the multiples POINTS of these seconds.
     """
 
     bounds: np.ndarray
-    worth: np.ndarray
-    slope: np.ndarray
+    worths: np.ndarray
 
     def least_s(self, others: np.ndarray) -> np.ndarray:
-        """[N, S] about the least seconds of other deployments [N, C] by these prices."""
-        short, slope = 1 - others @ self.worth, others @ self.slope
-        seconds = self.bounds + short / np.where(slope > 0, slope, 1.0)
-        return np.where(slope > 0, seconds, np.where(short > 0, NEVER_S, 0.0))
+        """[N, S] bounds on the least seconds of other deployments [N, C] by these prices."""
+        served = [others @ worth for worth in self.worths]
+        least = self.bounds * POINTS[0] / np.maximum(served[0], 1.0)
+        for low, high, before, after in zip(POINTS[:-1], POINTS[1:], served[:-1], served[1:], strict=True):
+            rise = np.where(after > before, after - before, 1.0)
+            part = np.where(after > before, np.clip((1 - before) / rise, 0.0, 1.0), 1.0)
+            least = np.where(before < 1, self.bounds * (low + (high - low) * part), least)
+        return least
 
 
 class Screen:
@@ -90,14 +96,13 @@ class Screen:
             self.known.add(counts)
             kinds = [usable for usable, count in zip(self.problem.configs, counts, strict=True) if count]
             multiplicity = [count for count in counts if count]
-            bounds, worths, slopes = [], [], []
+            bounds, worths = [], []
             for row, (used, lines) in zip(self._samples, self._lines, strict=True):
                 relaxed = prices.relax(kinds, multiplicity, row.tolist())
-                worth, slope = lines.worth(relaxed.bound_s, relaxed.prices[used] * row[used])
+                worth = relaxed.prices[used] * row[used]
                 bounds.append(relaxed.bound_s)
-                worths.append(worth)
-                slopes.append(slope)
-            self._looks[counts] = Look(bounds=np.array(bounds), worth=np.array(worths).T, slope=np.array(slopes).T)
+                worths.append([(lines.most(m * relaxed.bound_s) * worth).max(axis=1) for m in POINTS])
+            self._looks[counts] = Look(bounds=np.array(bounds), worths=np.moveaxis(np.array(worths), 0, -1))
         return self._looks[counts]
 
     def descend(self, start: tuple[int, ...], deadline: float) -> None:
@@ -114,9 +119,13 @@ class Screen:
         others = [o for removed in range(MOST_REMOVED + 1) for o in neighbours(self.problem, counts, removed)]
         if not others:
             return None
-        self.known.update(others)
         replicas = np.array(others, dtype=np.float64)
-        promised_s = np.max([look.least_s(replicas) for look in self._looks.values()], axis=0)
+        promised_s = np.zeros((len(others), len(self._samples)))
+        for look in self._looks.values():
+            promised_s = np.maximum(promised_s, look.least_s(replicas))
+        if time.perf_counter() >= deadline:
+            return None
+        self.known.update(others)
         for _ in range(MOST_LOOKED_AT):
             promises = over_samples(promised_s, self._quantile, axis=1)
             best = int(promises.argmin())
@@ -126,7 +135,7 @@ class Screen:
                 return others[best]
             look = self.look(others[best])
             promised_s = np.maximum(promised_s, look.least_s(replicas))
-            promised_s[best] = NEVER_S
+            promised_s[best] = LOOKED_AT_S
         return None
 
 
