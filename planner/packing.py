@@ -15,9 +15,9 @@ TOKENS_A_SEGMENT = 32
 """A row has room for one segment to so many tokens: shorter sequences are rare."""
 
 MIN_SEGMENTS, MAX_SEGMENTS = 8, 32
-"""Room in the shortest and in the longest rows. cuDNN's flash kernel takes and clears working memory for as many
-segments as there is room for, each of the whole row's length: with room for 256 in each of two rows of 8,192 tokens, 8
-layers of a 7B model asked for 80 GiB of an H100 (profiling/results/h100_tries.json)."""
+"""Room in the shortest and in the longest rows. cuDNN's flash kernel takes the more working memory the more
+segments there is room for: with room for 256 in each of two rows of 8,192 tokens, 8 layers of a 7B model asked for 80
+GiB of an H100 (profiling/results/h100_tries.json)."""
 
 
 def max_tasks(num_tasks: int) -> int:
