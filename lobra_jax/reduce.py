@@ -58,7 +58,7 @@ class _Route:
     """A stage's exchange with the homes of its layers, one flat array each way and home elsewhere.
 
     `collect` packs the stage's gradients, whole on each of its devices; `distribute` unpacks and cuts new adapters.
-    `local` is the home that needs none of it, `local_layers` its layers, `placement` where the stage wants them.
+    `local` is the home that needs none of it, `local_layers` its layers: they go to and fro as they are.
     """
 
     homes: tuple[Home, ...]
@@ -68,7 +68,6 @@ class _Route:
     distribute: Callable[[list[Array]], Adapters]
     local: Home | None
     local_layers: Layers
-    placement: Mapping[str, Any]
 
 
 def assign_homes(num_layers: int, devices: Sequence[Any]) -> tuple[Home, ...]:
@@ -185,7 +184,6 @@ class GradientSum:
             ),
             local=None if local is None else local[0],
             local_layers=() if local is None else local[1],
-            placement=placement,
         )
 
     def home_of(self, layer: str) -> Home:
@@ -232,7 +230,7 @@ class GradientSum:
         ]
 
     def _receive(self, route: _Route, packed: Mapping[Layers, Array], adapters: Adapters) -> Adapters:
-        own = {layer: jax.device_put(adapters[layer], route.placement[layer]) for layer in route.local_layers}
+        own = {layer: adapters[layer] for layer in route.local_layers}
         if not route.layers:
             return own
         return own | route.distribute([jax.device_put(packed[layers], route.whole) for layers in route.layers])
