@@ -1,5 +1,7 @@
 """Sets JAX up before any test imports it: eight simulated CPU devices, strict promotion, a compile cache.
 
+Where JAX_PLATFORMS names an accelerator, it is that one instead, with the flags that runs have.
+
 Environment variables rather than `jax.config`: tests of the planner then import no JAX, and programs that a test
 starts inherit the same settings.
 """
@@ -10,12 +12,16 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from lobra_jax.devices import set_accelerator_flags
+
 NUM_SIMULATED_DEVICES = 8
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _flags = os.environ.get("XLA_FLAGS", "")
-if "xla_force_host_platform_device_count" not in _flags:
+if os.environ["JAX_PLATFORMS"] != "cpu":
+    set_accelerator_flags()
+elif "xla_force_host_platform_device_count" not in _flags:
     # Little models are compiled for longer than they run: leave out the costly optimisation.
     _own = f"--xla_force_host_platform_device_count={NUM_SIMULATED_DEVICES} --xla_backend_optimization_level=0"
     os.environ["XLA_FLAGS"] = f"{_flags} {_own}".strip()
