@@ -39,6 +39,7 @@ def find_capacity(
     fixed_bytes: int,
     lengths: Sequence[int],
     max_tokens: int,
+    expected: int | None = None,
 ) -> Capacity:
     """The largest capacity found, at most `max_tokens`, whose full micro-batches were compiled and fit.
 
@@ -47,6 +48,7 @@ def find_capacity(
       limit_bytes: what a micro-batch may use on a device.
       fixed_bytes: weights, adapters and gradients, whatever the shape.
       lengths: ascending; single rows of these are compiled to foretell the rest.
+      expected: what the capacity may well be: its micro-batches are compiled along with the first ones.
 
     Raises:
       DoesNotFitError: one row of the shortest length is too much.
@@ -55,20 +57,24 @@ def find_capacity(
     measured: dict[Shape, int] = {}
 
     def measure(shapes: Sequence[Shape]) -> int:
-        new = [shape for shape in shapes if shape not in measured]
-        measured.update(zip(new, measure_bytes(new), strict=True))
+        new = [shape for shape in dict.fromkeys(shapes) if shape not in measured]
+        if new:
+            measured.update(zip(new, measure_bytes(new), strict=True))
         return max(measured[shape] for shape in shapes)
 
     if fixed_bytes > limit_bytes:
         raise DoesNotFitError(f"weights and adapters alone need {fixed_bytes:,} bytes of {limit_bytes:,}")
     if shortest > max_tokens:
         raise DoesNotFitError(f"the shortest length {shortest} exceeds the largest micro-batch of {max_tokens} tokens")
-    measure(probe_shapes(lengths, max_tokens))
+    of_expected = () if expected is None else full_shapes(lengths, expected)
+    measure((*probe_shapes(lengths, max_tokens), *of_expected))
     if measured[1, shortest] > limit_bytes:
         raise DoesNotFitError(f"1 x {shortest} tokens need {measured[1, shortest]:,} bytes of {limit_bytes:,}")
 
-    fits = shortest
-    too_large = min((tokens for (_, tokens), size in measured.items() if size > limit_bytes), default=max_tokens + 1)
+    fits = expected if expected is not None and measure(of_expected) <= limit_bytes else shortest
+    too_large = min(
+        (rows * length for (rows, length), size in measured.items() if size > limit_bytes), default=max_tokens + 1
+    )
     for _ in range(MAX_TRIES):
         foretold = foretold_tokens(measured, AIM * limit_bytes, fixed_bytes, lengths=lengths)
         limit = min(foretold, too_large - 1)

@@ -83,3 +83,23 @@ def test_nothing_fits_says_why():
 def test_a_single_length_will_do():
     found, _ = capacity(quadratic, 10**7, lengths=(64,))
     assert found.tokens >= 64 and quadratic(1, found.tokens) <= 10**7
+
+
+@pytest.mark.parametrize("bytes_of", [quadratic, bumpy, kinked])
+@pytest.mark.parametrize("limit", [5 * 10**6, 10**7, 10**8])
+def test_an_expected_capacity_that_is_right_spares_all_but_one_round_of_compiling(bytes_of, limit):
+    found, _ = capacity(bytes_of, limit)
+    rounds = []
+
+    def compile_round(shapes):
+        rounds.append(shapes)
+        return [int(bytes_of(*shape)) for shape in shapes]
+
+    fixed = dict(limit_bytes=limit, fixed_bytes=10**6, lengths=LENGTHS, max_tokens=4096)
+    again = find_capacity(compile_round, expected=found.tokens, **fixed)
+    assert again.tokens == found.tokens and len(rounds) == 1
+    assert set(again.bytes) >= set(full_shapes(LENGTHS, found.tokens))
+    for wrong in (found.tokens // 4, min(2 * found.tokens, 4096)):
+        other = find_capacity(compile_round, expected=wrong, **fixed)
+        assert max(bytes_of(*shape) for shape in full_shapes(LENGTHS, other.tokens)) <= limit
+        assert other.tokens >= 0.7 * found.tokens

@@ -14,7 +14,7 @@ from lobra_jax.config import load_config, model_config
 from lobra_jax.memory import memory_bytes
 from planner.cost import CostTable
 from planner.plan import ParallelConfig
-from profiling.measure import Bench, Setup, reserve_bytes
+from profiling.measure import Bench, Setup, reserve_bytes, search_capacity
 from profiling.packed import measure_packed
 from profiling.table import partial_path
 
@@ -97,6 +97,26 @@ def test_packed_micro_batches_are_measured_with_short_and_with_long_sequences(co
     for point in cost.points:
         assert 0 < point.peak_bytes <= LIMIT
         assert cost.micro_batch_s(point.rows, point.length, point.squares) > 0
+
+
+def test_few_layers_foretell_the_capacity_of_many(config_file, monkeypatch):
+    """The model itself is then compiled in one round."""
+    base = setup_of(config_file)
+    model = dataclasses.replace(base.model, num_layers=9)
+    setup = dataclasses.replace(base, model=model, cores=None, limit_bytes=2_500_000, lengths=(16,), max_tokens=256)
+    rounds = []
+    compile_shapes = Bench.compile
+
+    def noted(self, shapes, *, copies):
+        if shapes and self.setup.model.num_layers == model.num_layers:
+            rounds.append(list(shapes))
+        compile_shapes(self, shapes, copies=copies)
+
+    monkeypatch.setattr(Bench, "compile", noted)
+    found = search_capacity(setup, WHOLE)
+    assert len(rounds) == 1 and 16 < found.capacity_tokens < setup.max_tokens
+    assert max(found.sizes.values()) <= setup.limit_bytes
+    assert max(found.bench.bytes([(1, int(1.3 * found.capacity_tokens))])) > setup.limit_bytes
 
 
 def test_table_says_how_it_was_measured(profiled):
