@@ -249,7 +249,10 @@ def make_header(setup: Setup, configs: Sequence[ParallelConfig]) -> Header:
 def progress_bar(
     console: Console, total: int, done: int
 ) -> Iterator[Callable[[ParallelConfig, ConfigCost | str], None]]:
-    """Call what it yields with each config's outcome: it moves the bar and prints why a config is left out."""
+    """Call what it yields with each config's outcome: it moves the bar and prints why a config is left out.
+
+    Where no terminal shows a bar, what is done is printed.
+    """
     from rich import progress as rich_progress
 
     columns = (
@@ -266,6 +269,9 @@ def progress_bar(
             bar.update(task, advance=1, description=f"profile {config}")
             if isinstance(outcome, str):
                 bar.console.print(f"{config} is left out: {outcome}", highlight=False)
+            elif not console.is_terminal:
+                count = f"{int(bar.tasks[task].completed)} of {total} configs"
+                console.print(f"{config}: up to {outcome.capacity_tokens:,} tokens ({count})", highlight=False)
 
         yield advance
 

@@ -85,6 +85,7 @@ def test_table_has_every_config_with_times_and_a_held_out_error(profiled, config
         assert all(p.rows * p.length <= cost.capacity_tokens for p in cost.points)
         assert cost.micro_batch_s(1, cost.capacity_tokens) >= cost.micro_batch_s(1, 16) >= 0
         assert str(cost.capacity_tokens) in output
+    assert "(3 of 3 configs)" in output
 
 
 def test_packed_micro_batches_are_measured_with_short_and_with_long_sequences(config_file):
