@@ -207,29 +207,42 @@ class Engine:
             await_gradients(self._issue_micro_batches(batches))
         self.pause()
 
-    def issue(self, batches: ReplicaBatches, hyper: HyperInputs, *, step: int = 0) -> IssuedStep:
+    def issue(
+        self,
+        batches: ReplicaBatches,
+        hyper: HyperInputs,
+        *,
+        step: int = 0,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> IssuedStep:
         """Hands one step to the devices, all replicas at once, while the one before it may still run.
 
         Until the micro-batches of a step are done, the state before it is held, in case there was no room for them.
         Where devices have no room for two states beside micro-batches, the host waits for them instead and the update
         is made in place: a new state elsewhere would besides cut up the room that they need.
 
-        `step` is the number that a trace has of it.
+        `step` is the number that a trace has of it; `meanwhile` is called when the devices have the micro-batches,
+        before the host waits for any.
 
         Raises:
           OutOfMemoryError: nothing of this step has happened; or of the one before, which `finish` then says again.
           NoRoomForUpdateError: there was room for the micro-batches but not for an update in place.
         """
         with jax.profiler.StepTraceAnnotation(ISSUE_MARK, step_num=step):
-            return self._issue(batches, hyper, step)
+            return self._issue(batches, hyper, step, meanwhile or _nothing)
 
-    def _issue(self, batches: ReplicaBatches, hyper: HyperInputs, step: int) -> IssuedStep:
+    def _issue(
+        self, batches: ReplicaBatches, hyper: HyperInputs, step: int, meanwhile: Callable[[], None]
+    ) -> IssuedStep:
         issued_at, settle_s = time.perf_counter(), 0.0
         runs = None if self._before is None else self._issue_ahead(batches)
+        if runs is not None:
+            meanwhile()
         if self._unsettled is not None:
             settle_s += _seconds(functools.partial(self._await_micro_batches, self._unsettled))
         if runs is None:
             runs = self._issue_micro_batches(batches)
+            meanwhile()
         before = self.state if self._has_room_for_two_states() else None
         if before is None:
             settle_s += _seconds(functools.partial(self._await_for_update_in_place, runs))
@@ -412,6 +425,10 @@ class Engine:
                 with blaming(replica.index, arrays.tokens.shape):
                     total += np.asarray(result, np.float64)
         return total
+
+
+def _nothing() -> None:
+    pass
 
 
 def _seconds(call: Callable[[], None]) -> float:

@@ -4,6 +4,7 @@ recorded of the step."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -70,13 +71,15 @@ def issue_step(
     feeder: Feeder,
     optimizers: Sequence[TaskOptimizer],
     engine: Engine,
+    following: Mapping[str, int | None] | None = None,
     before_issue: Callable[[int], None] | None = None,
 ) -> PendingStep:
-    """Takes a step from the feeder and issues it.
+    """Takes a step from the feeder and issues it; while devices work on it, the feeder prepares the one after it.
 
     Args:
       step: whole steps done before it.
       task_steps: task -> its own step, None for one that takes no part.
+      following: as `task_steps`, of the step after it; None for none.
       before_issue: told the step's number, `step` + 1, when it is prepared.
 
     Raises:
@@ -88,7 +91,8 @@ def issue_step(
     hyper = step_inputs(optimizers, list(task_steps.values()))
     if before_issue is not None:
         before_issue(step + 1)
-    issued = engine.issue(prepared.arrays, hyper, step=step + 1)
+    meanwhile = None if following is None else functools.partial(feeder.prefetch, following)
+    issued = engine.issue(prepared.arrays, hyper, step=step + 1, meanwhile=meanwhile)
     return PendingStep(
         step=step,
         prepared=prepared,

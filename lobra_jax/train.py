@@ -223,9 +223,7 @@ class Trainer:
           OutOfMemoryError: of the one or the other, see `_retry`.
         """
         step = self._step
-        issued = None if self.standing.is_over(step) else self._issue(step, self.standing.task_steps(step), feeder)
-        if not self.standing.is_over(step + 1):
-            feeder.prefetch(self.standing.task_steps(step + 1))
+        issued = None if self.standing.is_over(step) else self._issue(step, feeder)
         if self._pending is not None:
             advance(self._record(self._pending, metrics))
         self._pending, self._step = issued, step + 1
@@ -248,13 +246,14 @@ class Trainer:
         self.engine.pause()
         self.room.lower(failures, f"step {self._step + 1}")
 
-    def _issue(self, step: int, task_steps: dict[str, int | None], feeder: Feeder) -> PendingStep:
+    def _issue(self, step: int, feeder: Feeder) -> PendingStep:
         return issue_step(
             step,
-            task_steps,
+            self.standing.task_steps(step),
             feeder=feeder,
             optimizers=self.optimizers,
             engine=self.engine,
+            following=None if self.standing.is_over(step + 1) else self.standing.task_steps(step + 1),
             before_issue=self.tracer.before_issue,
         )
 

@@ -177,9 +177,7 @@ class _Loop:
         pending: PendingStep | None = None
         last = NUM_WARM_UPS + self._scene.num_steps
         for step in range(last + 1):
-            issued = self._issue(step) if step < last else None
-            if step + 1 < last:
-                self._feeder.prefetch(self._task_steps(step + 1))
+            issued = self._issue(step, following=step + 1 if step + 1 < last else None) if step < last else None
             if pending is not None:
                 record = self._record(pending, timeline if step == last else None)
                 if pending.step >= NUM_WARM_UPS:
@@ -190,9 +188,14 @@ class _Loop:
     def _task_steps(self, step: int) -> dict[str, int | None]:
         return {task.name: step for task in self._scene.tasks}
 
-    def _issue(self, step: int) -> PendingStep:
+    def _issue(self, step: int, *, following: int | None) -> PendingStep:
         return issue_step(
-            step, self._task_steps(step), feeder=self._feeder, optimizers=self._optimizers, engine=self._engine
+            step,
+            self._task_steps(step),
+            feeder=self._feeder,
+            optimizers=self._optimizers,
+            engine=self._engine,
+            following=None if following is None else self._task_steps(following),
         )
 
     def _record(self, pending: PendingStep, timeline: Path | None) -> tuple[StepRecord, tuple[float, ...]]:

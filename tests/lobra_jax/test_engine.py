@@ -143,6 +143,27 @@ def test_a_step_that_is_not_one_for_these_replicas_leaves_nothing_waiting(world)
         assert not thread.is_alive()
 
 
+@pytest.mark.parametrize(("has_room", "waits"), [(True, "step before"), (False, "update in place")])
+def test_what_is_done_meanwhile_begins_with_the_micro_batches_and_before_any_wait(world, monkeypatch, has_room, waits):
+    tasks = list(world.tasks.values())[:1]
+    engine = world.engine(world.plan((1, 1, "none")), tasks)
+    events = []
+
+    def note(name, event):
+        call = getattr(engine, name)
+        monkeypatch.setattr(engine, name, lambda *args: (events.append(event), call(*args))[1])
+
+    note("_issue_micro_batches", "micro-batches")
+    note("_await_micro_batches", "step before")
+    note("_await_for_update_in_place", "update in place")
+    monkeypatch.setattr(engine, "_has_room_for_two_states", lambda: has_room)
+    for _ in range(2):
+        events.clear()
+        engine.issue([()], no_inputs(1), meanwhile=lambda: events.append("meanwhile"))
+    assert events.index("meanwhile") == events.index("micro-batches") + 1 < events.index(waits)
+    assert events.count("meanwhile") == 1
+
+
 def noted(value) -> Future:
     future: Future = Future()
     future.set_result(value)
