@@ -44,9 +44,22 @@ def configure(config: DevicesConfig, *, cache_dir: Path) -> None:
         set_accelerator_flags()
     import jax
 
+    find_programs_again()
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir / CACHE_FOLDER))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_S_TO_CACHE)
+
+
+def find_programs_again() -> None:
+    """Lets the compilation cache know a program of several devices again that has cuDNN's attention.
+
+    How that is cut up is a Python callback, whose address would be part of the program's key, another one in every
+    process. JAX leaves such addresses in because programs might differ in nothing else; ours with the same operands
+    call one and the same attention.
+    """
+    import jax
+
+    jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
 
 
 def set_accelerator_flags() -> None:

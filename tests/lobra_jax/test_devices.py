@@ -30,6 +30,45 @@ def test_fresh_process_gets_simulated_devices_and_a_compilation_cache(tmp_path):
     assert done.stdout.split() == ["3", "cpu", str(tmp_path / "xla")]
 
 
+CUT_BY_CALLBACK = """
+import sys
+from pathlib import Path
+from lobra_jax.compilation import CompilationCount
+from lobra_jax.config import DevicesConfig
+from lobra_jax.devices import configure
+configure(DevicesConfig(simulated=2), cache_dir=Path(sys.argv[1]))
+import jax, numpy as np
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+@custom_partitioning
+def doubled(x):
+    return 2 * x
+
+def partition(mesh, arguments, result):
+    return mesh, lambda x: 2 * x, arguments[0].sharding, (arguments[0].sharding,)
+
+doubled.def_partition(partition=partition, sharding_rule="i -> i")
+rows = NamedSharding(Mesh(np.array(jax.devices()), ("x",)), PartitionSpec("x"))
+count = CompilationCount()
+jax.jit(doubled, in_shardings=rows, out_shardings=rows).lower(jax.ShapeDtypeStruct((8,), np.float32)).compile()
+print(count.total, count.from_cache)
+"""
+
+
+def test_another_process_finds_a_program_again_that_a_callback_cuts_up(tmp_path):
+    """As it does cuDNN's attention."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+
+    def run(padding):
+        command = [sys.executable, "-c", padding + CUT_BY_CALLBACK, tmp_path]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+
+    assert run("") == ["1", "0"]
+    assert run("elsewhere = [object() for _ in range(10**6)]") == ["1", "1"]
+
+
 @pytest.mark.parametrize("given", [None, "--xla_gpu_enable_triton_gemm=true"])
 def test_flags_for_accelerators_give_way_to_the_users_own(monkeypatch, tmp_path, given):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))

@@ -31,6 +31,11 @@ MODEL = LlamaConfig(
 )
 SPECS = [LoraSpec(rank=8, alpha=16), LoraSpec(rank=16, alpha=16, targets=("q", "v", "down"))]
 ROWS, LENGTH = 4, 256
+CACHE_SETTINGS = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_remove_custom_partitioning_ptr_from_cache_key",
+)
 FIELDS = operator.attrgetter("tokens", "targets", "loss_weights")
 
 
@@ -144,6 +149,33 @@ def test_unlike_replicas_agree_with_one(reference, shapes, remat):
     losses, found = gradients([(tp, pp, remat) for tp, pp in shapes], np.float32)
     np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
     assert distance(found, reference[1]) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 2)])
+def test_a_second_engine_finds_its_programs_in_the_cache(shape, tmp_path):
+    from jax.experimental.compilation_cache import compilation_cache
+
+    from lobra_jax.compilation import CompilationCount
+    from lobra_jax.devices import find_programs_again
+
+    if shape[0] * shape[1] > len(jax.devices()):
+        pytest.skip(f"needs more than {len(jax.devices())} devices")
+    before = {name: getattr(jax.config, name) for name in CACHE_SETTINGS}
+    compilation_cache.reset_cache()
+    for name, value in zip(CACHE_SETTINGS, (str(tmp_path), 0.0, False), strict=True):
+        jax.config.update(name, value)
+    find_programs_again()
+    try:
+        count = CompilationCount()
+        gradients([(*shape, "dots")], jnp.bfloat16)
+        first = count.total - count.from_cache
+        gradients([(*shape, "dots")], jnp.bfloat16)
+        again = count.total - count.from_cache - first
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+    assert first > 0 and again == 0
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 2)])
