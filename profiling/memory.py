@@ -48,7 +48,7 @@ def find_capacity(
       limit_bytes: what a micro-batch may use on a device.
       fixed_bytes: weights, adapters and gradients, whatever the shape.
       lengths: ascending; single rows of these are compiled to foretell the rest.
-      expected: what the capacity may well be: its micro-batches are compiled along with the first ones.
+      expected: a capacity found otherwise, which is the answer if its micro-batches, compiled with the first ones, fit.
 
     Raises:
       DoesNotFitError: one row of the shortest length is too much.
@@ -67,14 +67,15 @@ def find_capacity(
     if shortest > max_tokens:
         raise DoesNotFitError(f"the shortest length {shortest} exceeds the largest micro-batch of {max_tokens} tokens")
     of_expected = () if expected is None else full_shapes(lengths, expected)
-    measure((*probe_shapes(lengths, max_tokens), *of_expected))
+    measure((*probe_shapes(lengths, expected or max_tokens), *of_expected))
     if measured[1, shortest] > limit_bytes:
         raise DoesNotFitError(f"1 x {shortest} tokens need {measured[1, shortest]:,} bytes of {limit_bytes:,}")
+    if expected is not None and measure(of_expected) <= limit_bytes:
+        return Capacity(tokens=expected, bytes=measured)
 
-    fits = expected if expected is not None and measure(of_expected) <= limit_bytes else shortest
-    too_large = min(
-        (rows * length for (rows, length), size in measured.items() if size > limit_bytes), default=max_tokens + 1
-    )
+    fits = shortest
+    tokens_without_room = (rows * length for (rows, length), size in measured.items() if size > limit_bytes)
+    too_large = min(tokens_without_room, default=max_tokens + 1)
     for _ in range(MAX_TRIES):
         foretold = foretold_tokens(measured, AIM * limit_bytes, fixed_bytes, lengths=lengths)
         limit = min(foretold, too_large - 1)
