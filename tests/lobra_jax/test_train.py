@@ -115,10 +115,10 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, last: int) -> None:
     """Interrupts a run where it would issue step `last`."""
     issue = Trainer._issue
 
-    def killed(self, step, task_steps, feeder):
+    def killed(self, step, feeder):
         if step == last:
             raise KeyboardInterrupt
-        return issue(self, step, task_steps, feeder)
+        return issue(self, step, feeder)
 
     monkeypatch.setattr(Trainer, "_issue", killed)
 
