@@ -152,8 +152,7 @@ class Replica:
     def load(self, source: WeightSource) -> None:
         """Reads each weight straight into the shards of its stage, a few weights at a time.
 
-        What is quantised is so on its devices, weight by weight, from the source's own dtype: rounded to `dtype` first,
-        a weight near the middle of two codes would take the other one.
+        What is quantised is so on its devices, weight by weight, from `dtype` as it would be without.
         """
         quantising = threading.Lock()
 
@@ -162,12 +161,9 @@ class Replica:
             is_quantised = name + SCALE in layout.params
             target = name.rpartition(".")[2]
             shape = self.model.target_shapes[target] if is_quantised else spec.shape
-
-            def part(index: tuple[slice, ...]) -> np.ndarray:
-                values = source.read(name, index)
-                return values if is_quantised else values.astype(layout.dtype, copy=False)
-
-            weight = jax.make_array_from_callback(shape, spec.sharding, part)
+            weight = jax.make_array_from_callback(
+                shape, spec.sharding, lambda index: source.read(name, index).astype(layout.dtype, copy=False)
+            )
             if not is_quantised:
                 return {name: weight}
             shardings = (spec.sharding, layout.params[name + SCALE].sharding)

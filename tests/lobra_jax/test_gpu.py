@@ -83,6 +83,13 @@ def packed(padded: MicroBatchArrays) -> MicroBatchArrays:
     )
 
 
+class Bfloat16Weights(RandomWeights):
+    """A checkpoint in bf16: quantised to the same codes whatever dtype a run has."""
+
+    def read(self, name, index):
+        return super().read(name, index).astype(jnp.bfloat16)
+
+
 def gradients(configs, dtype, as_packed=False, quantization="none"):
     """(losses [T], gradient pytree) of four micro-batches, dealt round the replicas of (tp, pp, remat)."""
     from lobra_jax.engine import Engine
@@ -94,7 +101,7 @@ def gradients(configs, dtype, as_packed=False, quantization="none"):
     )
     plan = Plan(model=MODEL.name, num_devices=len(jax.devices()), replicas=groups, buckets=(LENGTH,))
     engine = Engine(plan, MODEL, SPECS, dtype=dtype, quantization=quantization, packed=as_packed)
-    engine.load(RandomWeights(MODEL, seed=0))
+    engine.load((RandomWeights if quantization == "none" else Bfloat16Weights)(MODEL, seed=0))
     shape = (ROWS // 2, 2 * LENGTH) if as_packed else (ROWS, LENGTH)
     for _ in engine.compile([[shape]] * len(groups), [()] * len(groups), num_threads=4):
         pass
