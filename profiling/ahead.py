@@ -1,6 +1,6 @@
 """Capacity searches of several parallel configs at a time, done before the first of them is timed.
 
-A search compiles a few programs, looks at their bytes and compiles the next, which leaves most of a host's cores idle.
+A search compiles a few programs, looks at their bytes and compiles the next, which leaves many of a host's cores idle.
 Timing wants the host and the devices for itself, so searches and timing take turns.
 """
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 DEFAULT_REPEATS = 3
 MAX_COMPILE_THREADS = 64
-PROGRAMS_OF_SEARCH = 3
-"""That the search for one config's capacity compiles at a time, at the most."""
+CORES_A_SEARCH = 3
+"""For each of the capacity searches at a time: it compiles up to seven programs at once, then waits for the slowest."""
 
 
 @click.command(
@@ -107,7 +107,7 @@ def run_profile(
     if known:
         console.print(f"{len(known)} of {len(wanted)} configs were measured before")
     pending = [c for c in wanted if c not in progress]
-    searches = Searches(lambda c: search_capacity(setup, c), pending, at_once=setup.num_threads // PROGRAMS_OF_SEARCH)
+    searches = Searches(lambda c: search_capacity(setup, c), pending, at_once=setup.num_threads // CORES_A_SEARCH)
     with progress_bar(console, len(wanted), len(known)) as advance:
         progress = measure_all(
             wanted,
