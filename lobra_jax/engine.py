@@ -45,7 +45,7 @@ from lobra_jax.out_of_memory import (
 from lobra_jax.peft_folder import TaskAdapter
 from lobra_jax.reduce import AdapterState, GradientSum
 from lobra_jax.replica import Replica, ReplicaRun, Shape
-from lobra_jax.step_times import StepResult, action_times
+from lobra_jax.step_times import StepResult, step_result
 from lobra_jax.trace_steps import ISSUE_MARK, PAUSE_MARK, READY_MARK
 from lobra_jax.watch import Watch
 from planner.lattice import shapes as lattice_shapes
@@ -363,35 +363,15 @@ class Engine:
             host_wait_s = max(0.0, step.issued_at - before)
             start = max(step.issued_at, before)
         self._previous_ready = step.adapters_ready
-        losses = np.zeros(len(self.specs), np.float64)
-        for run in step.runs:
-            for micro_batch_losses in run.losses:
-                losses += np.asarray(micro_batch_losses, np.float64)
-        actions = tuple(
-            action_times(run.issued, [end.result() for end in ends], replica.parallel.pp, start, ready)
-            for replica, run, ends in zip(self.replicas, step.runs, step.ends, strict=True)
-        )
-        replica_s = tuple(max((a.end_s for a in own), default=0.0) for own in actions)
-        work_s = ready - start
-        execute_s = max(replica_s)
-        return StepResult(
-            losses=losses,
+        return step_result(
+            step.runs,
+            [[end.result() for end in ends] for ends in step.ends],
+            [replica.parallel for replica in self.replicas],
+            start=start,
+            ready=ready,
+            host_wait_s=host_wait_s,
             gradient_norms=np.asarray(step.gradient_norms),
             alive=np.asarray(step.alive),
-            replica_s=replica_s,
-            busy_s=tuple(
-                sum(a.end_s - a.start_s for a in own) * replica.parallel.tp
-                for replica, own in zip(self.replicas, actions, strict=True)
-            ),
-            late_s=tuple(
-                max(sum(a.late_s for a in own if a.action.stage == stage) for stage in range(replica.parallel.pp))
-                for replica, own in zip(self.replicas, actions, strict=True)
-            ),
-            host_wait_s=host_wait_s,
-            execute_s=execute_s,
-            sum_update_s=work_s - execute_s,
-            total_s=host_wait_s + work_s,
-            actions=actions,
         )
 
     def pause(self) -> None:

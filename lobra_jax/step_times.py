@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lobra_jax.replica import Issued, Shape
+from lobra_jax.replica import Issued, ReplicaRun, Shape
 from lobra_jax.schedule import Action, dependency
+from planner.plan import ParallelConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,51 @@ class StepResult:
     sum_update_s: float
     total_s: float
     actions: tuple[tuple[ActionTime, ...], ...]
+
+
+def step_result(
+    runs: Sequence[ReplicaRun],
+    ends: Sequence[Sequence[Sequence[float]]],
+    parallel: Sequence[ParallelConfig],
+    *,
+    start: float,
+    ready: float,
+    host_wait_s: float,
+    gradient_norms: np.ndarray,
+    alive: np.ndarray,
+) -> StepResult:
+    """Of replicas' `runs`, `ends` [replica][stage] when their actions ended, and `parallel` [replica].
+
+    The devices turned to the step at `start`; its new adapters were `ready`.
+    """
+    losses = np.zeros(len(alive), np.float64)
+    for run in runs:
+        for micro_batch_losses in run.losses:
+            losses += np.asarray(micro_batch_losses, np.float64)
+    actions = tuple(
+        action_times(run.issued, own_ends, config.pp, start, ready)
+        for run, own_ends, config in zip(runs, ends, parallel, strict=True)
+    )
+    replica_s = tuple(max((a.end_s for a in own), default=0.0) for own in actions)
+    execute_s = max(replica_s)
+    return StepResult(
+        losses=losses,
+        gradient_norms=gradient_norms,
+        alive=alive,
+        replica_s=replica_s,
+        busy_s=tuple(
+            sum(a.end_s - a.start_s for a in own) * config.tp for own, config in zip(actions, parallel, strict=True)
+        ),
+        late_s=tuple(
+            max(sum(a.late_s for a in own if a.action.stage == stage) for stage in range(config.pp))
+            for own, config in zip(actions, parallel, strict=True)
+        ),
+        host_wait_s=host_wait_s,
+        execute_s=execute_s,
+        sum_update_s=ready - start - execute_s,
+        total_s=host_wait_s + ready - start,
+        actions=actions,
+    )
 
 
 def action_times(
