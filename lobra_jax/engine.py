@@ -141,8 +141,14 @@ class Engine:
         self._before: AdapterState | None = None
 
     def load(self, source: WeightSource) -> None:
+        """Base weights onto every replica: read for the first of each (tp, pp), copied to others like it."""
+        first: dict[tuple[int, int], Replica] = {}
         for replica in self.replicas:
-            replica.load(source)
+            like = first.setdefault((replica.parallel.tp, replica.parallel.pp), replica)
+            if like is replica:
+                replica.load(source)
+            else:
+                replica.copy_weights(like)
 
     def init_adapters(self, seeds: Sequence[int], given: Mapping[int, TaskAdapter] = NOTHING_GIVEN) -> None:
         """Adapters to start from: fresh ones, one seed a task, or those `given` by task. Call it after `load`."""

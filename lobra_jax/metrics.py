@@ -117,8 +117,9 @@ class StartRecord:
     """How a run, or its resumption after `step` steps, got ready.
 
     Attributes:
-      weights_s: base weights and adapters placed.
-      compile_s: every program compiled or read, and the sum and update run once.
+      weights_s: from the start until base weights and adapters were placed.
+      compile_s: from the start, beside them, until every program was compiled or read, and the sum and update had run
+        once.
       programs: XLA programs made ready in that time.
       programs_from_cache: those of them that were in the compilation cache: none is a cold start.
     """

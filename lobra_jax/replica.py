@@ -182,6 +182,13 @@ class Replica:
                 {name: array for future in stage for name, array in future.result().items()} for stage in futures
             ]
 
+    def copy_weights(self, other: Replica) -> None:
+        """Takes the weights of a replica of the same width and stages, from device to device."""
+        self.params = [
+            {name: jax.device_put(array, layout.params[name].sharding) for name, array in params.items()}
+            for layout, params in zip(self.layouts, other.params, strict=True)
+        ]
+
     def column_norms(self, targets: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
         """layer -> target -> [out] float32: norms of the base's columns, where DoRA's magnitudes start.
 

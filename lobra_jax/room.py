@@ -61,15 +61,6 @@ class Room:
         """Compiles what the plan's shapes lack, in parallel; returns the number of programs."""
         return self.within("compiling", self._compile)
 
-    def warm_up(self) -> None:
-        """Runs the sum and the update once, and each training program where its first run costs much: not on CPUs."""
-
-        def work() -> None:
-            on_cpu = self.engine.replicas[0].submesh.devices[0].platform == "cpu"
-            self.engine.warm_up(None if on_cpu else self._training_shapes())
-
-        self.within("warm-up", work)
-
     def within(self, doing: str, work: Callable[[], Result]) -> Result:
         """The outcome of `work`, done again with smaller capacities for as long as a device runs out of memory.
 

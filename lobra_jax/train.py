@@ -9,6 +9,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -121,20 +122,24 @@ class Trainer:
         self._pending: PendingStep | None = None
 
     def prepare(self, checkpoints: Checkpoints, *, resume: bool) -> StartRecord:
-        """Weights, adapters and compiled programs onto the devices; the record's `step` is the steps already done."""
+        """Weights, adapters and compiled programs onto the devices; the record's `step` is the steps already done.
+
+        Programs are compiled, or read from the cache, while weights are.
+        """
         started = time.perf_counter()
-        self._place()
-        done = 0
-        if resume:
-            done = self._restore(checkpoints)
-        placed, before, before_from_cache = time.perf_counter(), self.compilations.total, self.compilations.from_cache
-        self.room.compile()
-        self.room.warm_up()
+        before, before_from_cache = self.compilations.total, self.compilations.from_cache
+        with ThreadPoolExecutor(1, thread_name_prefix="programs") as executor:
+            programs = executor.submit(self.room.compile)
+            self._place()
+            done = self._restore(checkpoints) if resume else 0
+            placed = time.perf_counter()
+            programs.result()
+        self.room.within("warm-up", self.engine.warm_up)
         self._compiled = self.compilations.total
         record = StartRecord(
             step=done,
             weights_s=placed - started,
-            compile_s=time.perf_counter() - placed,
+            compile_s=time.perf_counter() - started,
             programs=self._compiled - before,
             programs_from_cache=self.compilations.from_cache - before_from_cache,
         )
@@ -157,7 +162,7 @@ class Trainer:
     def _base(self) -> WeightSource:
         """The base weights, converted into the cache first where the config names one."""
         section, model = self.config.model, self.inputs.model
-        source = base_weights(model, path=section.path, init_seed=section.init_seed)
+        source = base_weights(model, path=section.path, init_seed=section.init_seed, dtype=section.dtype)
         if section.cache_dir is None:
             return source
         assert section.path is not None, "checked by ModelConfig"

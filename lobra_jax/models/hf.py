@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.hf_config import config_json
-from lobra_jax.models.weights import RandomWeights, WeightSource, weight_shapes, whole
+from lobra_jax.models.weights import RandomWeights, WeightSource, numpy_dtype, weight_shapes, whole
 from planner.errors import UserError
 
 WEIGHTS_FILE = "model.safetensors"
@@ -158,9 +157,11 @@ class HFWeights:
                     _check_tensor(file, path, key, shape)
 
 
-def base_weights(config: LlamaConfig, *, path: Path | None, init_seed: int) -> WeightSource:
-    """The base a run names: the weights in folder `path`, or random ones where it names only a preset."""
-    return RandomWeights(config, init_seed) if path is None else HFWeights(path, config)
+def base_weights(config: LlamaConfig, *, path: Path | None, init_seed: int, dtype: str = "float32") -> WeightSource:
+    """The base a run names: the weights in folder `path`, or random ones, in `dtype`, where it names only a preset."""
+    if path is not None:
+        return HFWeights(path, config)
+    return RandomWeights(config, init_seed, numpy_dtype(dtype))
 
 
 def _check_tensor(file: Any, path: Path, key: str, shape: tuple[int, ...]) -> None:
@@ -227,7 +228,7 @@ def save_hf(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    target = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    target = numpy_dtype(dtype)
     settings = {**config_json(config, dtype=dtype), **(extra or {})}
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     shards = _split(weight_shapes(config), target.itemsize, max_shard_bytes)

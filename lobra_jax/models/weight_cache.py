@@ -14,11 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from lobra_jax.models.config import LlamaConfig
-from lobra_jax.models.weights import WeightSource, weight_shapes, whole
+from lobra_jax.models.weights import WeightSource, numpy_dtype, weight_shapes, whole
 from planner.errors import UserError
 
 CACHE_VERSION = 1
@@ -59,7 +58,7 @@ def converted(
             with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".tmp-", ignore_cleanup_errors=True) as name:
                 partial = Path(name) / folder.name
                 for tensor, shape in weight_shapes(config).items():
-                    array = source.read(tensor, whole(shape)).astype(_dtype(dtype))
+                    array = source.read(tensor, whole(shape)).astype(numpy_dtype(dtype))
                     _open(partial, tensor, shape, dtype, create=True).write(array).result()
                     on_tensor()
                 try:
@@ -88,15 +87,11 @@ def _key(config: LlamaConfig, checkpoint: Path, dtype: str) -> str:
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:KEY_DIGITS]
 
 
-def _dtype(name: str) -> np.dtype:
-    return np.dtype(getattr(ml_dtypes, name, name))
-
-
 def _open(folder: Path, name: str, shape: tuple[int, ...], dtype: str, *, create: bool) -> Any:
     import tensorstore
 
     # Whole rows to a chunk: shards cut either dim, and a row is what both sides hold in one piece.
-    row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * _dtype(dtype).itemsize
+    row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * numpy_dtype(dtype).itemsize
     rows = max(1, min(shape[0], CHUNK_BYTES // row_bytes))
     layout = {"grid_origin": [0] * len(shape), "chunk": {"shape": [rows, *shape[1:]]}}
     return tensorstore.open(

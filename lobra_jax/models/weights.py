@@ -16,9 +16,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import os
 from collections.abc import Mapping
-from typing import Protocol
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 
 from lobra_jax.models.config import LlamaConfig
@@ -26,6 +29,8 @@ from lobra_jax.models.config import LlamaConfig
 EMBEDDING_STD = 0.02
 """Standard deviation of random embeddings, head and biases (GPT-2's and Llama's)."""
 
+BLOCK_SIZE = 2**20
+"""Numbers of a random tensor that come from one stream."""
 
 DRAWN_AND_KEPT = 4
 """Random tensors kept, as many as are read at once (`lobra_jax.replica.LOAD_THREADS`)."""
@@ -60,23 +65,30 @@ def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def numpy_dtype(name: str) -> np.dtype:
+    """Of a config's dtype; NumPy itself has no bfloat16."""
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
 def whole(shape: tuple[int, ...]) -> tuple[slice, ...]:
     """The index that reads all of a tensor of this shape."""
     return tuple(slice(0, size) for size in shape)
 
 
 class RandomWeights:
-    """Weights of an untrained model: float32, a function of (seed, tensor name) alone.
+    """Weights of an untrained model: a function of (seed, tensor name) alone, drawn in float32 and kept in `dtype`.
 
-    Each tensor is drawn whole, so that its values do not depend on how it is sharded. Norms are one, linears normal
-    with variance 1/in (those that write to the residual stream 1/(2 num_layers in)), the rest normal with
-    standard deviation 0.02.
+    Each tensor is drawn whole, so that its values do not depend on how it is sharded; in blocks, each from a stream of
+    its own, on as many threads as there are cores. Norms are one, linears normal with variance 1/in (those that write
+    to the residual stream 1/(2 num_layers in)), the rest normal with standard deviation 0.02.
     """
 
-    def __init__(self, config: LlamaConfig, seed: int) -> None:
+    def __init__(self, config: LlamaConfig, seed: int, dtype: Any = np.float32) -> None:
         self.config = config
         self.seed = seed
+        self.dtype = np.dtype(dtype)
         self._shapes = weight_shapes(config)
+        self._drawers = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="draw")
         # A tensor's shards are read one after the other, some tensors at once: keeping the last ones drawn spares
         # drawing each once a device.
         self._last = functools.lru_cache(maxsize=DRAWN_AND_KEPT)(self._draw)
@@ -88,14 +100,24 @@ class RandomWeights:
         shape = self._shapes[name]
         kind = name.rpartition(".")[2]
         if kind.endswith("norm"):
-            return np.ones(shape, np.float32)
+            return np.ones(shape, self.dtype)
         std = EMBEDDING_STD
         if kind in self.config.target_shapes:
             num_residual_writes = 2 * self.config.num_layers if kind in ("o", "down") else 1
             std = 1 / math.sqrt(shape[0] * num_residual_writes)
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
-        generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-        return generator.standard_normal(shape, np.float32) * np.float32(std)
+        weights = np.empty(math.prod(shape), self.dtype)
+
+        def draw_block(start: int) -> None:
+            block = weights[start : start + BLOCK_SIZE]
+            seed = np.random.SeedSequence([int.from_bytes(digest[:16], "little"), start // BLOCK_SIZE])
+            drawn = np.random.Generator(np.random.SFC64(seed)).standard_normal(len(block), np.float32)
+            np.multiply(drawn, np.float32(std), out=drawn)
+            block[:] = drawn
+
+        for _ in self._drawers.map(draw_block, range(0, len(weights), BLOCK_SIZE)):
+            pass
+        return weights.reshape(shape)
 
 
 class ArrayWeights:

@@ -1,10 +1,13 @@
 import dataclasses
+import os
 
+import ml_dtypes
 import numpy as np
 import pytest
 
+from lobra_jax.models import weights
 from lobra_jax.models.config import PRESETS
-from lobra_jax.models.weights import ArrayWeights, RandomWeights, weight_shapes, whole
+from lobra_jax.models.weights import ArrayWeights, RandomWeights, numpy_dtype, weight_shapes, whole
 
 TINY = PRESETS["tiny"]
 
@@ -48,6 +51,23 @@ def test_random_tensors_differ_by_seed_and_by_name() -> None:
     first, second = RandomWeights(TINY, seed=0), RandomWeights(TINY, seed=1)
     assert not np.array_equal(read_all(first, "layers.0.q"), read_all(second, "layers.0.q"))
     assert not np.array_equal(read_all(first, "layers.0.q"), read_all(first, "layers.1.q"))
+
+
+def test_large_random_tensors_come_from_streams_of_their_own(monkeypatch) -> None:
+    """Whatever the number of threads, and no stream twice."""
+    monkeypatch.setattr(weights, "BLOCK_SIZE", 1000)
+    whole_tensor = read_all(RandomWeights(TINY, seed=0), "layers.0.q").reshape(-1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    np.testing.assert_array_equal(read_all(RandomWeights(TINY, seed=0), "layers.0.q").reshape(-1), whole_tensor)
+    blocks = [tuple(whole_tensor[start : start + 1000]) for start in range(0, len(whole_tensor), 1000)]
+    assert len(set(blocks)) == len(blocks) > 3
+
+
+def test_random_weights_are_rounded_to_the_dtype_they_are_kept_in() -> None:
+    exact = read_all(RandomWeights(TINY, seed=0), "layers.0.q")
+    kept = read_all(RandomWeights(TINY, 0, numpy_dtype("bfloat16")), "layers.0.q")
+    assert kept.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(kept, exact.astype(ml_dtypes.bfloat16))
 
 
 def test_random_weights_have_the_stated_spread() -> None:
