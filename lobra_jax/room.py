@@ -27,7 +27,7 @@ class Room:
       engine: compiles and runs the plan.
       costs: where the plan's packed shapes come from.
       batching: padded or packed.
-      eval_replicas: which replicas evaluate.
+      eval_replicas: which replicas evaluate; None where no task does.
       longest: tokens of the longest sequence that must be served.
       plan_path: the run's plan, rewritten so that a resumed run keeps what was lowered.
       say: receives lines for the user.
@@ -39,7 +39,7 @@ class Room:
         costs: CostTable,
         *,
         batching: str,
-        eval_replicas: EvalReplicas,
+        eval_replicas: EvalReplicas | None,
         longest: int,
         plan_path: Path,
         say: Callable[[str], None],
@@ -100,7 +100,8 @@ class Room:
         self.compile()
 
     def _compile(self) -> int:
-        evaluation = evaluation_shapes(self.plan, self.eval_replicas)
+        nothing: list[list[Shape]] = [[] for _ in self.engine.replicas]
+        evaluation = nothing if self.eval_replicas is None else evaluation_shapes(self.plan, self.eval_replicas)
         programs = 0
         with compile_bar() as advance:
             for done, total in self.engine.compile(

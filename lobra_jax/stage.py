@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ from lobra_jax.sharding import StageSharding
 from planner.packing import max_segments, max_tasks
 
 Params = Mapping[str, Array]
+
+_TRACING = threading.Lock()
+"""Taken to trace: the interpreter does one at a time anyway, and by turns of all they and others would wait for it."""
 
 
 @jax.tree_util.register_dataclass
@@ -263,17 +267,21 @@ def stage_layout(functions: StageFunctions, max_rank: int, targets: Sequence[str
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageProgram:
-    """One stage's compiled programs for one micro-batch shape; those a stage does not have are None."""
+    """One stage's compiled programs for one micro-batch shape; those a stage does not have are None.
+
+    `memory` is XLA's memory analysis of each program there is: a large one takes long to tell it, which is better done
+    on the thread that compiles it than when devices wait for a step.
+    """
 
     forward: jax.stages.Compiled | None = None
     backward: jax.stages.Compiled | None = None
     fused: jax.stages.Compiled | None = None
+    memory: Mapping[str, Any]
 
-    @functools.cached_property
-    def memory(self) -> Mapping[str, Any]:
-        """XLA's memory analysis of each program there is; a large program takes long to tell it."""
-        programs = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: program.memory_analysis() for name, program in programs.items() if program is not None}
+    @classmethod
+    def of(cls, **programs: jax.stages.Compiled) -> StageProgram:
+        """Of the programs by name, their memory analysed."""
+        return cls(**programs, memory={name: program.memory_analysis() for name, program in programs.items()})
 
 
 def compile_training(layout: StageLayout, rows: int, length: int, *, packed: bool = False) -> StageProgram:
@@ -288,12 +296,13 @@ def compile_training(layout: StageLayout, rows: int, length: int, *, packed: boo
     if f.is_last:
         shardings = (gradients, dx, f.sharding.replicated)
         fused = jax.jit(named(f.fused, FUSED, detail), donate_argnums=0, out_shardings=shardings)
-        lowered = fused.lower(layout.adapters, layout.params, layout.adapters, layout.tasks, x, batch)
-        return StageProgram(fused=lowered.compile())
+        with _TRACING:
+            lowered = fused.lower(layout.adapters, layout.params, layout.adapters, layout.tasks, x, batch)
+        return StageProgram.of(fused=lowered.compile())
     done = f.sharding.replicated
-    lowered = jax.jit(named(f.forward, FORWARD, detail), out_shardings=(hidden.sharding, None, done)).lower(
-        layout.params, layout.adapters, layout.tasks, x, batch
-    )
+    forward = jax.jit(named(f.forward, FORWARD, detail), out_shardings=(hidden.sharding, None, done))
+    with _TRACING:
+        lowered = forward.lower(layout.params, layout.adapters, layout.tasks, x, batch)
     forward = lowered.compile()
     residuals = jax.tree.map(
         lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
@@ -301,10 +310,12 @@ def compile_training(layout: StageLayout, rows: int, length: int, *, packed: boo
         forward.output_shardings[1],
     )
     shardings = (gradients, dx, done)
-    backward = jax.jit(named(f.backward, BACKWARD, detail), donate_argnums=0, out_shardings=shardings).lower(
-        layout.adapters, layout.params, layout.adapters, layout.tasks, batch, residuals, hidden
-    )
-    return StageProgram(forward=forward, backward=backward.compile())
+    backward = jax.jit(named(f.backward, BACKWARD, detail), donate_argnums=0, out_shardings=shardings)
+    with _TRACING:
+        lowered = backward.lower(
+            layout.adapters, layout.params, layout.adapters, layout.tasks, batch, residuals, hidden
+        )
+    return StageProgram.of(forward=forward, backward=lowered.compile())
 
 
 def compile_evaluation(layout: StageLayout, rows: int, length: int) -> jax.stages.Compiled:
@@ -316,4 +327,6 @@ def compile_evaluation(layout: StageLayout, rows: int, length: int) -> jax.stage
     x = batch.tokens if f.is_first else hidden
     detail = stage_detail(f.abstract.layers, rows, length)
     evaluate = jax.jit(named(f.evaluate, EVALUATION, detail), out_shardings=out)
-    return evaluate.lower(layout.params, layout.adapters, layout.tasks, x, batch).compile()
+    with _TRACING:
+        lowered = evaluate.lower(layout.params, layout.adapters, layout.tasks, x, batch)
+    return lowered.compile()

@@ -104,11 +104,12 @@ class Trainer:
             devices=inputs.devices,
             packed=inputs.batching == "packed",
         )
+        evaluates_any = any(task.has_evaluation for task in self.task_configs)
         self.room = Room(
             self.engine,
             inputs.costs,
             batching=inputs.batching,
-            eval_replicas=self.config.training.eval_replicas,
+            eval_replicas=self.config.training.eval_replicas if evaluates_any else None,
             longest=max(_longest(task) for task in inputs.tasks),
             plan_path=out / PLAN_FILE,
             say=say,

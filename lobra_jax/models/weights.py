@@ -29,8 +29,8 @@ from lobra_jax.models.config import LlamaConfig
 EMBEDDING_STD = 0.02
 """Standard deviation of random embeddings, head and biases (GPT-2's and Llama's)."""
 
-BLOCK_SIZE = 2**20
-"""Numbers of a random tensor that come from one stream."""
+BLOCK_SIZE = 2**22
+"""Numbers of a random tensor that come from one stream: enough that threads seldom wait for the interpreter."""
 
 DRAWN_AND_KEPT = 4
 """Random tensors kept, as many as are read at once (`lobra_jax.replica.LOAD_THREADS`)."""
