@@ -130,6 +130,20 @@ def _check_layout(allowed: Sequence[ConfigCost]) -> None:
             )
 
 
+def check_pins_hold(constraints: Constraints, too_small: Sequence[ConfigCost], shortest: int) -> None:
+    """Raises `UserError` for a pin of a config that does not hold a sequence of the shortest padded length."""
+    capacities = {cost.config: cost.capacity_tokens for cost in too_small}
+    for text in constraints.pinned:
+        _, config = parse_replicas(text)
+        if config in capacities:
+            raise UserError(
+                f"holds {capacities[config]} tokens, less than the shortest padded length",
+                key="pinned",
+                value=text,
+                expected=f"a config that holds at least {shortest} tokens",
+            )
+
+
 def pinned_counts(
     constraints: Constraints, configs: Sequence[ConfigCost], num_devices: int, max_length: int
 ) -> tuple[int, ...]:

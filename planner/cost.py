@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,9 +77,8 @@ class PackedCost:
 
     def __post_init__(self) -> None:
         if len(self.coefficients) != NUM_PACKED_COEFFICIENTS:
-            raise ValueError(f"PackedCost.coefficients: {len(self.coefficients)}, expected {NUM_PACKED_COEFFICIENTS}")
-        if self.capacity_tokens < 1:
-            raise ValueError(f"PackedCost.capacity_tokens = {self.capacity_tokens}: expected >= 1")
+            raise ValueError(f"packed: {len(self.coefficients)} coefficients, expected {NUM_PACKED_COEFFICIENTS}")
+        _check_numbers("packed", self.capacity_tokens, self.coefficients)
 
     def micro_batch_s(self, rows: int, length: int, squares: float) -> float:
         """Seconds that one packed micro-batch occupies the slowest stage."""
@@ -102,11 +103,10 @@ class ConfigCost:
 
     def __post_init__(self) -> None:
         if len(self.coefficients) != NUM_COEFFICIENTS:
-            raise ValueError(
-                f"ConfigCost.coefficients of {self.config}: {len(self.coefficients)}, expected {NUM_COEFFICIENTS}"
-            )
-        if self.capacity_tokens < 1:
-            raise ValueError(f"ConfigCost.capacity_tokens of {self.config} = {self.capacity_tokens}: expected >= 1")
+            raise ValueError(f"{self.config}: {len(self.coefficients)} coefficients, expected {NUM_COEFFICIENTS}")
+        _check_numbers(f"{self.config}", self.capacity_tokens, self.coefficients)
+        if not 0 <= self.fixed_s < math.inf:
+            raise ValueError(f"{self.config}: fixed_s = {self.fixed_s}, expected seconds >= 0")
 
     def micro_batch_s(self, rows: int, length: int) -> float:
         """Seconds that one micro-batch of `rows` x `length` tokens occupies the slowest stage."""
@@ -137,11 +137,13 @@ class CostTable:
 
     def __post_init__(self) -> None:
         if not self.configs:
-            raise ValueError("CostTable.configs is empty: expected at least one parallel config")
+            raise ValueError("configs is empty, expected at least one parallel config")
+        if not 0 <= self.step_overhead_s < math.inf:
+            raise ValueError(f"step_overhead_s = {self.step_overhead_s}, expected seconds >= 0")
         seen: set[ParallelConfig] = set()
         for cost in self.configs:
             if cost.config in seen:
-                raise ValueError(f"CostTable.configs names {cost.config} twice")
+                raise ValueError(f"configs names {cost.config} twice")
             seen.add(cost.config)
 
     def __getitem__(self, config: ParallelConfig) -> ConfigCost:
@@ -183,6 +185,9 @@ class CostTable:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, file: object = None) -> CostTable:
+        """Reads the format of `to_dict`; keys that it does not have are let be."""
+        if not isinstance(raw, Mapping):
+            raise UserError("not a mapping", file=file, value=raw, expected="a cost table of `lobra profile`")
         try:
             if raw["version"] != COST_TABLE_VERSION:
                 raise UserError(
@@ -218,6 +223,13 @@ class CostTable:
         except ValueError as error:
             raise UserError(f"not JSON: {error}", file=path, expected="a costs.json of `lobra profile`") from error
         return cls.from_dict(raw, file=path)
+
+
+def _check_numbers(name: str, capacity_tokens: object, coefficients: Sequence[float]) -> None:
+    if not isinstance(capacity_tokens, numbers.Integral) or capacity_tokens < 1:
+        raise ValueError(f"{name}: capacity_tokens = {capacity_tokens!r}, expected an integer >= 1")
+    if not all(math.isfinite(c) for c in coefficients):
+        raise ValueError(f"{name}: coefficients = {list(coefficients)}, expected finite numbers")
 
 
 def _config_to_dict(cost: ConfigCost) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def explain(
     problem = build_problem(
         workload, costs, plan.num_devices, buckets=plan.buckets, row_options=plan.row_options, time_limit_s=time_limit_s
     )
-    replicas = replica_times(plan, costs, problem)
+    replicas, share_bound_s = replica_times(plan, costs, problem)
     step_s = max(replica.seconds for replica in replicas) + costs.step_overhead_s
     alternatives, bound_s = (), None
     if compare:
@@ -153,14 +153,15 @@ def explain(
         overhead_s=costs.step_overhead_s,
         counts={length: count for length, count in zip(problem.buckets, problem.counts, strict=True) if count},
         replicas=replicas,
-        limits=limits(plan, replicas, costs.step_overhead_s),
-        doubts=_doubts(plan, step_s),
+        limits=limits(plan, replicas, costs.step_overhead_s, share_bound_s),
+        doubts=_doubts(plan, step_s, share_bound_s + costs.step_overhead_s),
         alternatives=alternatives,
     )
 
 
-def replica_times(plan: Plan, costs: CostTable, problem: PlanningProblem) -> tuple[ReplicaTime, ...]:
-    """Where each replica's time goes on the expected batch."""
+def replica_times(plan: Plan, costs: CostTable, problem: PlanningProblem) -> tuple[tuple[ReplicaTime, ...], float]:
+    """(where each replica's time goes on the expected batch, dispatched as a step of a run is; proven least seconds of
+    the slowest replica, whatever the share-out)."""
     lengths = np.repeat(np.asarray(problem.buckets), problem.counts)
     dispatched = dispatch(
         plan,
@@ -170,12 +171,14 @@ def replica_times(plan: Plan, costs: CostTable, problem: PlanningProblem) -> tup
         method="balance",
         max_buckets=len(plan.buckets),
         time_limit_s=DISPATCH_TIME_LIMIT_S,
+        ahead=True,
     )
     groups = plan.expanded()
-    return tuple(
+    times = tuple(
         _replica_time(name, costs[group.config], group.capacity_tokens, micro_batches)
         for name, group, micro_batches in zip(replica_names(plan), groups, dispatched.replicas, strict=True)
     )
+    return times, dispatched.bound_s
 
 
 def _replica_time(
@@ -201,14 +204,14 @@ def _replica_time(
     )
 
 
-def limits(plan: Plan, replicas: Sequence[ReplicaTime], overhead_s: float) -> tuple[str, ...]:
-    """Sentences on what limits the step, the most important first."""
+def limits(plan: Plan, replicas: Sequence[ReplicaTime], overhead_s: float, share_bound_s: float) -> tuple[str, ...]:
+    """Sentences on what limits the step, the most important first; `share_bound_s` as `replica_times` has it."""
     slowest = max(replicas, key=lambda replica: replica.seconds)
     step_s = slowest.seconds + overhead_s
     used = sum(replica.num_devices for replica in replicas)
     busy = sum(replica.num_devices * replica.seconds for replica in replicas)
     waiting = 1 - busy / (used * slowest.seconds)
-    said = [_who_limits(slowest, replicas, waiting), *_what_fills(slowest, replicas)]
+    said = [_who_limits(slowest, replicas, waiting, share_bound_s), *_what_fills(slowest, replicas)]
     if used < plan.num_devices:
         said.append(f"{plan.num_devices - used} of {plan.num_devices} devices hold no replica.")
     without = [replica.name for replica in replicas if replica.seconds == 0]
@@ -227,14 +230,25 @@ def limits(plan: Plan, replicas: Sequence[ReplicaTime], overhead_s: float) -> tu
     return tuple(said)
 
 
-def _doubts(plan: Plan, step_s: float) -> tuple[str, ...]:
+def _doubts(plan: Plan, step_s: float, least_s: float) -> tuple[str, ...]:
+    """`least_s` is proven: no share-out of the batch over these replicas gives a shorter step."""
     said = [f"In the plan, {violation}." for violation in prediction_violations(plan)]
     made = plan.predicted
     if made is not None and abs(step_s - made.step_s) > NEAR * step_s:
-        said.append(
+        differs = (
             f"The plan predicts {in_seconds(made.step_s)} a step, these costs and lengths give {in_seconds(step_s)} "
-            "with padded rows: it was made for others, for packed rows, or changed by hand."
+            "with padded rows"
         )
+        others = "it was made for others, for packed rows, or changed by hand"
+        if made.step_s < least_s:
+            said.append(f"{differs} and, proven, no less than {in_seconds(least_s)}: {others}.")
+        elif made.step_s < step_s:
+            said.append(
+                f"{differs}: either {others}, or dispatch, which has less time than the planner had, shares this batch "
+                "out worse."
+            )
+        else:
+            said.append(f"{differs}: {others}.")
     return tuple(said)
 
 
@@ -243,13 +257,17 @@ def in_seconds(seconds: float) -> str:
     return f"{seconds:#.3g} s".replace(". s", " s")
 
 
-def _who_limits(slowest: ReplicaTime, replicas: Sequence[ReplicaTime], waiting: float) -> str:
+def _who_limits(slowest: ReplicaTime, replicas: Sequence[ReplicaTime], waiting: float, share_bound_s: float) -> str:
     last = in_seconds(slowest.seconds)
     if len(replicas) == 1:
         return f"{slowest.name} does all the work and is the step: {last}."
     waits = f"devices with a replica wait {waiting:.1%} of the time for the last one, {slowest.name}, done after {last}"
     if waiting <= TOGETHER:
-        return f"The work is in balance: {waits}. Moving sequences between these replicas gains nothing more."
+        gain = 1 - share_bound_s / slowest.seconds
+        return (
+            f"The work is in balance: {waits}. Sharing it out otherwise over these replicas could save {gain:.1%} of "
+            "that at the most (proven)."
+        )
     together = [replica for replica in replicas if replica.seconds >= (1 - TOGETHER) * slowest.seconds]
     others = [replica for replica in replicas if replica not in together]
     following = max(others, key=lambda replica: replica.seconds)
@@ -315,7 +333,7 @@ def _alternatives(
         except UserError as error:
             found.append(Alternative(change=change, plan=None, step_s=None, note=str(error), same_devices=same_devices))
             continue
-        times = replica_times(made, changed.costs, changed)
+        times, _ = replica_times(made, changed.costs, changed)
         step_s = max(replica.seconds for replica in times) + changed.costs.step_overhead_s
         found.append(Alternative(change=change, plan=made, step_s=step_s, same_devices=same_devices))
     return found

@@ -40,8 +40,8 @@ BATCH_NOTE = (
 WAITS_NOTE = "waits: share of the time until the last replica is done, in which this one has nothing to do."
 START_UP_NOTE = "start up: what a step costs a replica whatever it holds, and filling and draining its pipeline."
 OTHERS_NOTE = (
-    f"Each dispatches the batch to within about {GAP_LIMIT:.0%} of its best, so smaller differences mean nothing. All "
-    "kinds of replica in the cost table may be used, whatever constraints the plan was made under."
+    f"Each dispatches the batch as a run would, most to within {GAP_LIMIT:.0%} of its best: smaller differences mean "
+    "nothing. All kinds of replica in the cost table may be used, whatever constraints the plan was made under."
 )
 
 

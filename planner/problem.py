@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from planner.bucketing import bucket_lengths
-from planner.constraints import Constraints, allowed_configs, pinned_counts
+from planner.constraints import Constraints, allowed_configs, check_pins_hold, pinned_counts
 from planner.cost import ConfigCost, CostTable
 from planner.errors import UserError
 from planner.lattice import DEFAULT_ROW_OPTIONS, row_options, split_rows
@@ -212,7 +212,9 @@ def build_problem(
     cap = max(cost.capacity_tokens for cost in allowed)
     padded = bucket_lengths(workload, buckets, num_buckets=num_buckets, max_capacity_tokens=cap)
     expected = _expected_counts(workload, padded)
-    allowed = tuple(cost for cost in allowed if cost.capacity_tokens >= padded[0])
+    too_small = tuple(cost for cost in allowed if cost.capacity_tokens < padded[0])
+    check_pins_hold(constraints, too_small, padded[0])
+    allowed = tuple(cost for cost in allowed if cost not in too_small)
     return PlanningProblem(
         workload=workload,
         costs=costs,

@@ -30,7 +30,8 @@ SMALL_FLEET = 16
 """Replicas up to which one fill less is made: local search then finds most of what another fill would."""
 
 FAR = 1.05
-"""Multiple of the bound beyond which more is looked for: steps that long are worth some milliseconds more."""
+"""Multiple of the bound beyond which more is looked for: steps that long are worth some milliseconds more, and patterns
+where these take less than the step is over the bound."""
 
 MORE_ATTEMPTS = 2
 """Fills more for a share-out beyond that."""
@@ -53,9 +54,9 @@ LONG = 0.125
 TIGHTEN_UP_TO = 1.0125
 """Multiple of the bound up to which whole slots of one kind may raise it."""
 
-AHEAD_SHARE = 0.1
-"""Share of its own step's least seconds that a share-out made ahead may take longer, or about that: half of it by
-patterns, where that is enough for them, and the rest at `PAIR_S` a re-split."""
+AHEAD_SHARE = 0.3
+"""Share of its own step's least seconds that a share-out made ahead may take longer, or about that: by patterns, where
+that is enough for them, and the rest at `PAIR_S` a re-split."""
 
 AHEAD_GAP = 0.5
 """Share of the gap limit within which a share-out made ahead need not get any nearer."""
@@ -114,6 +115,8 @@ def share_out(
             best = _more_attempts(attempt, best, bound_s, target_s, gap_limit, len(replicas))
     if ahead:
         best, bound_s = _ahead(replicas, table, counts, relaxed, best, bound_s, gap_limit)
+    elif best.max_s > bound_s * FAR:
+        best, bound_s, _ = _by_patterns(replicas, table, counts, best, bound_s, gap_limit, spare_s=0.0)
     return best, min(bound_s, best.max_s)
 
 
@@ -127,17 +130,38 @@ def _ahead(
     gap_limit: float,
 ) -> tuple[Share, float]:
     """Looks on, by patterns and re-splits, as far as AHEAD_SHARE of the step allows: (share-out, proven bound)."""
-    spare_s, pattern_s = bound_s * AHEAD_SHARE, pattern_share.seconds(len(replicas), counts)
-    # A dive sees to it that some replica takes the last bucket.
-    if best.max_s > bound_s * (1 + gap_limit * AHEAD_GAP) and pattern_s <= spare_s / 2 and counts[-1] > 0:
-        spare_s -= pattern_s
-        found, bound_s = pattern_share.pattern_share(replicas, table, counts, bound_s=bound_s, gap_limit=gap_limit)
-        best = min(best, found, key=lambda share: share.max_s)
-    if best.max_s > bound_s * (1 + gap_limit):
+    spare_s, starts = bound_s * AHEAD_SHARE, [best]
+    if best.max_s > bound_s * (1 + gap_limit * AHEAD_GAP):
+        best, bound_s, spare_s = _by_patterns(replicas, table, counts, best, bound_s, gap_limit, spare_s=spare_s)
+        starts = [best] if best is starts[0] else [best, *starts]
+    for start in starts:
+        if best.max_s <= bound_s * (1 + gap_limit):
+            break
         pairs = min(AHEAD_PAIRS * len(replicas), int(spare_s / PAIR_S))
+        spare_s -= pairs * PAIR_S
         target_s = bound_s * (1 + JUST_INSIDE * gap_limit)
-        best = resplit(table, best, target_s, relaxed.prices, relaxed.kind_prices, max_pairs=pairs)
+        found = resplit(table, start, target_s, relaxed.prices, relaxed.kind_prices, max_pairs=pairs)
+        best = min(best, found, key=lambda share: share.max_s)
     return best, bound_s
+
+
+def _by_patterns(
+    replicas: Sequence[UsableConfig],
+    table: Tables,
+    counts: Sequence[int],
+    best: Share,
+    bound_s: float,
+    gap_limit: float,
+    *,
+    spare_s: float,
+) -> tuple[Share, float, float]:
+    """(share-out, proven bound, seconds still to spare): by patterns where there is time, or so much to be gained."""
+    pattern_s = pattern_share.seconds(len(replicas), counts)
+    # A dive sees to it that some replica takes the last bucket.
+    if pattern_s > max(spare_s, best.max_s - bound_s) or counts[-1] == 0:
+        return best, bound_s, spare_s
+    found, bound_s = pattern_share.pattern_share(replicas, table, counts, bound_s=bound_s, gap_limit=gap_limit)
+    return min(best, found, key=lambda share: share.max_s), bound_s, max(spare_s - pattern_s, 0.0)
 
 
 def _more_attempts(

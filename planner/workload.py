@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ class TaskLengths:
     lengths: Mapping[int, float]
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"task {self.name!r}: batch_size = {self.batch_size}, expected >= 1")
+        if not isinstance(self.batch_size, numbers.Integral) or self.batch_size < 1:
+            raise ValueError(f"task {self.name!r}: batch_size = {self.batch_size!r}, expected an integer >= 1")
         if not self.lengths:
             raise ValueError(f"task {self.name!r}: lengths is empty")
         if any(length < 1 or not 0 <= share <= 1 for length, share in self.lengths.items()):
@@ -120,6 +121,8 @@ class Workload:
         expected = 'a histogram {"tasks": [{"name", "batch_size", "lengths": {length: share}}]}'
         try:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(raw, Mapping):
+                raise UserError("not a mapping", file=path, expected=expected)
             return cls(
                 tasks=tuple(
                     TaskLengths(

@@ -207,6 +207,12 @@ def test_constraints_that_leave_no_plan_say_why(constraints, complaint):
         planned(**constraints)
 
 
+def test_a_pin_that_holds_no_sequence_says_so():
+    small = table_of(cost(CONFIGS[0], 32), cost(CONFIGS[1], 64))
+    with pytest.raises(UserError, match=r"pinned: holds 32 tokens.*\(tp1,pp1,none\).*at least 64 tokens"):
+        build_problem(MIXED, small, 4, buckets=(64,), constraints=Constraints(pinned=("1x(tp1,pp1,none)",)))
+
+
 def test_a_length_that_constraints_keep_out_names_them_and_many_configs_are_summed_up():
     configs = [ParallelConfig(tp=t, pp=p, remat=r) for t in (1, 2, 4) for p in (1, 2) for r in ("none", "full")]
     table = table_of(*(cost(config, 64 if config.remat == "full" else 32) for config in configs))
