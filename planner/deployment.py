@@ -10,7 +10,7 @@ replica r, integers n_rj of sequences of each bucket, to
     (4)  replica_s(n_r) <= T                                fixed_s + its slots + (pp - 1) x its largest; 0 without work
     (5)  p_c >= 1 for a c that fits bucket J                the longest length that the workload lists fits a replica,
                                                             also where N_J = 0
-    (6)  p_c >= pinned_c,  at most K configs with p_c > 0   where the user says so
+    (6)  p_c >= pinned_c,  at most K configs with p_c > 0   where the user says so (`planner.config_subsets`)
 
 Solved in four steps.
 1. `planner.relaxation` finds the T from which fractional patterns serve everything: near what good plans need when
@@ -26,17 +26,29 @@ Solved in four steps.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 
 import numpy as np
 
-from planner import choice, closing, rounding
+from planner import choice, closing, config_subsets, rounding
 from planner.bracket import bracket
+from planner.config_subsets import Found
 from planner.plan import Plan
 from planner.problem import PlanningProblem
 from planner.relaxation import Level, Relaxation, least_conceivable_s
-from planner.search import LAST_CLOSING_SHARE, STRICTLY, TARGET_GAP, Search, dive, settle
+from planner.search import (
+    LAST_CLOSING_SHARE,
+    SHORTEST_SOLVE_S,
+    STRICTLY,
+    TARGET_GAP,
+    Search,
+    dive,
+    gap_of,
+    settle,
+    status_of,
+)
 
 __all__ = ["TARGET_GAP", "homogeneous", "least_conceivable_s", "solve"]
 
@@ -82,6 +94,9 @@ RISE = 0.25
 
 CHOICE_LIMIT_S = 1.0
 
+WITH_SUBSETS = 0.6
+"""Share of the time for the search over all configs where subsets of them are looked at after it."""
+
 
 def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
     """The exact planner. Ends at `target_gap`, or at the problem's time limit with the best plan and its honest gap.
@@ -90,11 +105,46 @@ def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
     out of ideas before the time.
     """
     started = time.perf_counter()
+    deadline = started + problem.time_limit_s
+    found: Found | None = None
+    num_subsets = config_subsets.number(problem)
+    if not 0 < num_subsets <= config_subsets.FEW:
+        share = WITH_SUBSETS if 0 < num_subsets <= config_subsets.MOST else 1.0
+        search = _relaxed(problem, target_gap, started + share * problem.time_limit_s)
+        _searched(search)
+        found = Found(
+            replica_counts=search.best.replica_counts,
+            max_s=search.best.max_s,
+            bound_s=min(search.bound_s, search.best.max_s),
+            num_nodes=search.num_nodes + search.relaxation.num_rounds,
+        )
+    if 0 < num_subsets <= config_subsets.MOST:
+        relaxed = functools.partial(_relaxed, target_gap=target_gap, deadline=deadline)
+        found = config_subsets.solve(problem, relaxed, _searched, target_gap=target_gap, deadline=deadline, start=found)
+    if found is None:
+        counts = homogeneous(problem)
+        alone = settle(problem, counts, deadline=deadline)
+        found = Found(replica_counts=counts, max_s=alone.max_s, bound_s=least_conceivable_s(problem), num_nodes=0)
+    overhead_s = problem.costs.step_overhead_s
+    late = deadline - time.perf_counter() <= SHORTEST_SOLVE_S
+    return problem.make_plan(
+        found.replica_counts,
+        step_s=found.max_s + overhead_s,
+        bound_s=found.bound_s + overhead_s,
+        planner="exact",
+        solve_s=time.perf_counter() - started,
+        num_nodes=found.num_nodes,
+        status=status_of(gap_of(problem, found.max_s, found.bound_s), target_gap, late=late),
+    )
+
+
+def _relaxed(problem: PlanningProblem, target_gap: float, deadline: float) -> Search:
+    """Step 1."""
     search = Search(
         problem=problem,
         relaxation=Relaxation(problem),
         target_gap=target_gap,
-        deadline=started + problem.time_limit_s,
+        deadline=deadline,
         bound_s=least_conceivable_s(problem),
     )
     low_s, prices, high_s = bracket(search.relaxation, search.deadline, ratio=FIRST_RATIO)
@@ -103,10 +153,16 @@ def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
         first_s = low_s * FIRST_RATIO**0.5
         low_s, prices, high_s = bracket(search.relaxation, search.deadline, low_s=low_s, first_s=first_s)
     closing.prove(search, low_s, prices)
-    if np.isfinite(high_s):
+    search.is_bracketed = bool(np.isfinite(high_s))
+    return search
+
+
+def _searched(search: Search) -> None:
+    """Steps 2 to 4; there is a best plan then."""
+    if search.is_bracketed:
         _search(search, FIRST_DIVES, deciding=False)
     if search.best is None:
-        fallback = settle(problem, homogeneous(problem), deadline=search.deadline)
+        fallback = settle(search.problem, homogeneous(search.problem), deadline=search.deadline)
         search.offer(fallback.replica_counts, fallback.max_s)
     fractional_s = search.bound_s
     closing.tighten(search)
@@ -119,16 +175,6 @@ def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
     search.closing_share = LAST_CLOSING_SHARE
     _search(search, MORE_DIVES, cutting=True)
     closing.close(search, **THOROUGHLY)
-    overhead_s = problem.costs.step_overhead_s
-    return problem.make_plan(
-        search.best.replica_counts,
-        step_s=search.best.max_s + overhead_s,
-        bound_s=min(search.bound_s, search.best.max_s) + overhead_s,
-        planner="exact",
-        solve_s=time.perf_counter() - started,
-        num_nodes=search.num_nodes + search.relaxation.num_rounds,
-        status=search.status(),
-    )
 
 
 def homogeneous(problem: PlanningProblem) -> tuple[int, ...]:

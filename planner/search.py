@@ -64,6 +64,8 @@ class Search:
       level: the last proven level of `planner.closing`.
       settled: replica counts that may attain what was asked for, with what is known of them.
       hurries: whether to decide at once about what would end the search.
+      is_bracketed: whether a T was found that the relaxation lets through.
+      cutoff_s: what the slowest replica of a plan found elsewhere takes: only better ones are of interest.
     """
 
     problem: PlanningProblem
@@ -76,29 +78,25 @@ class Search:
     level: Level | None = None
     settled: dict[tuple[int, ...], Settled] = dataclasses.field(default_factory=dict)
     hurries: bool = False
+    cutoff_s: float = np.inf
     closing_share: float = CLOSING_SHARE
     num_nodes: int = 0
+    is_bracketed: bool = False
 
     def left_s(self) -> float:
         return self.deadline - time.perf_counter()
 
     def gap(self) -> float:
         """The best plan's gap to the bound; infinite without a plan."""
-        return np.inf if self.best is None else gap_of(self.problem, self.best.max_s, self.bound_s)
+        return gap_of(self.problem, np.inf if self.best is None else self.best.max_s, self.bound_s)
 
     def raise_bound(self, seconds: float) -> None:
         """Takes note that no plan of those that the relaxation looks at is within `seconds`."""
         self.bound_s = max(self.bound_s, min(seconds, self.relaxation.horizon_s))
 
     def is_done(self) -> bool:
-        return self.gap() <= max(self.target_gap, ATTAINED) or self.left_s() <= SHORTEST_SOLVE_S
-
-    def status(self) -> str:
-        if self.gap() <= ATTAINED:
-            return "optimal"
-        if self.gap() <= self.target_gap:
-            return "gap limit"
-        return "time limit" if self.left_s() <= SHORTEST_SOLVE_S else "gap left"
+        gap = min(self.gap(), gap_of(self.problem, self.cutoff_s, self.bound_s))
+        return gap <= max(self.target_gap, ATTAINED) or self.left_s() <= SHORTEST_SOLVE_S
 
     def better(self) -> float:
         """The share by which a better plan is asked for."""
@@ -107,7 +105,7 @@ class Search:
     def trial_s(self) -> float:
         """The T that no plan must attain to end the search."""
         overhead_s = self.problem.costs.step_overhead_s
-        return (self.best.max_s + overhead_s) * (1 - self.better()) - overhead_s
+        return (min(self.best.max_s, self.cutoff_s) + overhead_s) * (1 - self.better()) - overhead_s
 
     def goal_s(self) -> float:
         """The T that would be near enough to the bound."""
@@ -134,6 +132,15 @@ class Search:
     def offer_share(self, rounded: RoundedShare) -> None:
         counts = np.bincount(rounded.replicas, minlength=len(self.problem.configs)).tolist()
         self.offer(counts, rounded.share.max_s, rounded)
+
+
+def status_of(gap: float, target_gap: float, *, late: bool) -> str:
+    """What a search ended by: a plan's status, see `planner.deployment.solve`."""
+    if gap <= ATTAINED:
+        return "optimal"
+    if gap <= target_gap:
+        return "gap limit"
+    return "time limit" if late else "gap left"
 
 
 def settle(
@@ -191,4 +198,7 @@ def dive(
 
 
 def gap_of(problem: PlanningProblem, max_s: float, bound_s: float) -> float:
+    """Infinite for no plan."""
+    if max_s == np.inf:
+        return np.inf
     return (max_s - bound_s) / (max_s + problem.costs.step_overhead_s)

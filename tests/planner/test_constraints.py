@@ -1,14 +1,16 @@
 """Plans keep to what users ask of them, at the price that brute force finds; what cannot be kept is said in a line."""
 
+import dataclasses
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from planner import deployment
+from planner import config_subsets, deployment
 from planner.constraints import Constraints, parse_replicas
 from planner.cost import ConfigCost, CostTable
 from planner.errors import UserError
@@ -18,6 +20,7 @@ from planner.planners import make_plan
 from planner.problem import build_problem
 from planner.workload import TaskLengths, Workload
 
+PUBLISHED = Path(__file__).resolve().parents[2] / "configs"
 BUCKETS = (16, 32, 48, 64)
 CONFIGS = [ParallelConfig(tp=t, pp=p, remat="none") for t, p in ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (3, 1))]
 
@@ -173,6 +176,39 @@ def test_pinned_replicas_are_in_the_plan_and_cost_no_less():
     assert {str(g.config): g.count for g in pinned.replicas}["(tp4,pp1,none)"] == 1
     assert "tp4" not in str(free)
     assert pinned.predicted.step_s >= free.predicted.bound_s
+
+
+def test_one_config_of_many_is_chosen_within_the_gap_of_the_best():
+    """The relaxation over all configs mixes them, and its bound is a fifth below what any one of them attains."""
+    table = CostTable.load(PUBLISHED / "costs" / "llama2_7b_a100_40g.json")
+    workload = Workload.load(PUBLISHED / "lengths" / "lobra_six_tasks.json")
+
+    def problem(costs, **constraints):
+        return build_problem(workload, costs, 32, num_buckets=8, constraints=Constraints(**constraints))
+
+    plan = deployment.solve(problem(table, max_configs=1))
+    alone = []
+    for known in table.configs:
+        if known.capacity_tokens >= workload.max_length and known.config.num_devices <= 32:
+            alone.append(deployment.solve(problem(dataclasses.replace(table, configs=(known,)))).predicted.step_s)
+    assert len(plan.replicas) == 1 and plan.predicted.gap <= deployment.TARGET_GAP
+    assert len(alone) > 1
+    assert plan.predicted.bound_s <= min(alone) * (1 + 1e-6)
+    assert plan.predicted.step_s <= min(alone) * (1 + deployment.TARGET_GAP)
+
+
+@pytest.mark.parametrize("few", [0, config_subsets.FEW])
+def test_subsets_of_configs_find_the_best_before_and_after_a_search_over_all(monkeypatch, few):
+    monkeypatch.setattr(config_subsets, "FEW", few)
+    counts = (8, 3, 0, 1)
+    for max_configs in (1, 2):
+        best = best_s(TABLE, 6, BUCKETS, counts, (0, 0, 0), max_configs)
+        constraints = Constraints(max_configs=max_configs)
+        problem = build_problem(workload_of(counts, BUCKETS), TABLE, 6, buckets=BUCKETS, constraints=constraints)
+        plan = deployment.solve(problem, target_gap=0.0)
+        assert plan.predicted.step_s == pytest.approx(best, rel=1e-5)
+        assert plan.predicted.bound_s <= best * (1 + 1e-6)
+        assert len(plan.replicas) <= max_configs
 
 
 def test_one_config_makes_a_homogeneous_plan():
