@@ -148,7 +148,8 @@ def plan_and_write(
         chosen = choose_plan(workload, costs, num_devices, flags)
     plan, robust = chosen.plan, chosen.robust
     if chosen.lengths is not None:
-        console.print(bucket_line(chosen.lengths), highlight=False, soft_wrap=True)
+        line = f"{bucket_line(chosen.lengths)}; their number chosen in {chosen.lengths_s:.3g} s"
+        console.print(line, highlight=False, soft_wrap=True)
     with _writing(out):
         costs.save(beside(out, "costs"))
         workload.save(beside(out, "lengths"))
@@ -168,6 +169,13 @@ def plan_and_write(
     if robust is not None:
         for line in robust_lines(robust):
             console.print(line, highlight=False, soft_wrap=True)
+    elif plan.used_devices < plan.num_devices:
+        console.print(
+            f"{plan.num_devices - plan.used_devices} of {plan.num_devices} devices hold no replica: more would not end "
+            "the expected batch sooner; most sampled batches they may (--robust mean)",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(f"{out} (explain it: lobra explain {out})", highlight=False, markup=False, soft_wrap=True)
     return plan
 

@@ -63,10 +63,12 @@ class PlanningFlags:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """A plan; the row of `bucket_report` behind its lengths where their number was chosen; what sampling gave."""
+    """A plan; the row of `bucket_report` behind its lengths where their number was chosen, and the seconds that took;
+    what sampling gave."""
 
     plan: Plan
     lengths: BucketRow | None
+    lengths_s: float
     robust: Robust | None
 
 
@@ -103,7 +105,8 @@ def _choose(workload: Workload, costs: CostTable, num_devices: int, flags: Plann
     lengths = None
     if flags.num_buckets is None and flags.buckets in (None, "dynamic"):
         lengths = best_row(bucket_report(workload, costs, num_devices, flags))
-    left_s = max(limit_s - (time.perf_counter() - started), LEAST_PLANNING_SHARE * limit_s)
+    lengths_s = time.perf_counter() - started
+    left_s = max(limit_s - lengths_s, LEAST_PLANNING_SHARE * limit_s)
     problem = build_problem(
         workload,
         costs,
@@ -116,10 +119,10 @@ def _choose(workload: Workload, costs: CostTable, num_devices: int, flags: Plann
         time_limit_s=left_s,
     )
     if flags.robust in (None, "off"):
-        return Chosen(plan=solve(problem), lengths=lengths, robust=None)
+        return Chosen(plan=solve(problem), lengths=lengths, lengths_s=lengths_s, robust=None)
     samples = flags.samples or DEFAULT_SAMPLES
     robust = solve_robust(problem, solve, objective=flags.robust, num_samples=samples)
-    return Chosen(plan=robust.plan, lengths=lengths, robust=robust)
+    return Chosen(plan=robust.plan, lengths=lengths, lengths_s=lengths_s, robust=robust)
 
 
 def bucket_report(

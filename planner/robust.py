@@ -91,7 +91,8 @@ class Robust:
     Attributes:
       plan: the plan.
       objective: "mean" or a percentile, as `percentile` reads it.
-      num_samples, seed: batches it was chosen on; as many others gave the times below.
+      num_samples, seed: batches it was chosen on; as many others gave the times below, and on these it is no worse than
+        the plan of the expected batch.
       times: of the plan.
       mean_plan, mean_plan_times: the plan made for the expected batch alone, and its times.
       num_candidates: deployments compared, most of them by the prices of others.
@@ -133,17 +134,19 @@ def solve_robust(
     mean_counts = replica_counts(problem, mean_plan)
     once_s = _dispatching_s(problem, mean_counts, samples)
     deadline = started + problem.time_limit_s - NUM_REPORTED * once_s
-    judging_s = once_s * (NUM_JUDGED * FIRST_SHARE + NUM_FINALISTS)
+    judging_s = once_s * (NUM_JUDGED * FIRST_SHARE + NUM_FINALISTS + 1)
     is_judged = judging_s <= JUDGING_SHARE * (deadline - time.perf_counter())
     screen = Screen(problem, samples, quantile)
     _search(screen, solve, mean_counts, samples, deadline - judging_s * is_judged)
     best = screen.seen[0]
     if is_judged:
         near = [counts for counts in screen.seen if screen(counts) <= NEAR * screen(best)]
-        best = _judged(problem, near[:NUM_JUDGED], samples, quantile)
+        best = _judged(problem, near[:NUM_JUDGED], mean_counts, samples, quantile)
     fresh = sampled_counts(problem, num_samples, seed, first=num_samples)
     times = step_times(problem, best, fresh, quantile)
     mean_times = times if best == mean_counts else step_times(problem, mean_counts, fresh, quantile)
+    if mean_times.objective_s < times.objective_s:
+        best, times = mean_counts, mean_times
     return Robust(
         plan=_plan(problem, best, mean_plan, time.perf_counter() - started),
         objective=objective,
@@ -218,9 +221,13 @@ def _search(
 
 
 def _judged(
-    problem: PlanningProblem, candidates: Sequence[tuple[int, ...]], samples: np.ndarray, quantile: float | None
+    problem: PlanningProblem,
+    candidates: Sequence[tuple[int, ...]],
+    mean_counts: tuple[int, ...],
+    samples: np.ndarray,
+    quantile: float | None,
 ) -> tuple[int, ...]:
-    """The candidate that dispatches best: all on the first samples, the best of them on all."""
+    """What dispatches best: the candidates on the first samples, the best of them and `mean_counts` on all."""
     first = samples[: max(1, round(FIRST_SHARE * len(samples)))]
 
     def best(among: Sequence[tuple[int, ...]], batches: np.ndarray) -> list[tuple[int, ...]]:
@@ -228,6 +235,7 @@ def _judged(
         return sorted(times, key=times.__getitem__)
 
     finalists = best(candidates, first)[:NUM_FINALISTS] if len(candidates) > NUM_FINALISTS else candidates
+    finalists = list(dict.fromkeys((*finalists, mean_counts)))
     return best(finalists, samples)[0] if len(finalists) > 1 else finalists[0]
 
 
@@ -241,7 +249,8 @@ def _plan(problem: PlanningProblem, counts: tuple[int, ...], mean_plan: Plan, so
         made = mean_plan.predicted
         return dataclasses.replace(mean_plan, predicted=made and dataclasses.replace(made, solve_s=solve_s))
     replicas = [usable for usable, count in zip(problem.configs, counts, strict=True) for _ in range(count)]
-    share, _ = share_out(replicas, balance.tables(replicas, problem.counts), problem.counts, gap_limit=GAP_LIMIT)
+    table = balance.tables(replicas, problem.counts)
+    share, _ = share_out(replicas, table, problem.counts, gap_limit=GAP_LIMIT, ahead=True)
     step_s = share.max_s + problem.costs.step_overhead_s
     bound_s = 0.0 if mean_plan.predicted is None else mean_plan.predicted.bound_s
     return problem.make_plan(
