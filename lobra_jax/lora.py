@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import zlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -103,9 +105,9 @@ def init_adapters(config: LlamaConfig, specs: Sequence[LoraSpec], seeds: Sequenc
     norms of the base's weights, which this module does not know: they are left zero for `set_magnitudes`.
     """
     max_rank = max(spec.rank for spec in specs)
-    adapters: Adapters = {}
-    for layer in range(config.num_layers):
-        adapters[str(layer)] = {}
+
+    def pairs_of(layer: int) -> dict[str, dict[str, np.ndarray]]:
+        pairs = {}
         for target in adapted_targets(specs):
             fan_in, fan_out = config.target_shapes[target]
             a = np.zeros((len(specs), max_rank, fan_in), np.float32)
@@ -116,10 +118,13 @@ def init_adapters(config: LlamaConfig, specs: Sequence[LoraSpec], seeds: Sequenc
                     rng = np.random.Generator(np.random.Philox(key=[seed, name]))
                     bound = 1 / math.sqrt(fan_in)
                     a[task, : spec.rank] = rng.uniform(-bound, bound, (fan_in, spec.rank)).T
-            adapters[str(layer)][target] = {"a": a, "b": b}
+            pairs[target] = {"a": a, "b": b}
             if any(spec.dora for spec in specs):
-                adapters[str(layer)][target]["m"] = np.zeros((len(specs), fan_out), np.float32)
-    return adapters
+                pairs[target]["m"] = np.zeros((len(specs), fan_out), np.float32)
+        return pairs
+
+    with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="draw") as executor:
+        return {str(layer): pairs for layer, pairs in enumerate(executor.map(pairs_of, range(config.num_layers)))}
 
 
 def set_magnitudes(

@@ -17,6 +17,7 @@ import functools
 import hashlib
 import math
 import os
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -89,6 +90,7 @@ class RandomWeights:
         self.dtype = np.dtype(dtype)
         self._shapes = weight_shapes(config)
         self._drawers = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="draw")
+        self._drawn = threading.local()
         # A tensor's shards are read one after the other, some tensors at once: keeping the last ones drawn spares
         # drawing each once a device.
         self._last = functools.lru_cache(maxsize=DRAWN_AND_KEPT)(self._draw)
@@ -111,9 +113,11 @@ class RandomWeights:
         def draw_block(start: int) -> None:
             block = weights[start : start + BLOCK_SIZE]
             seed = np.random.SeedSequence([int.from_bytes(digest[:16], "little"), start // BLOCK_SIZE])
-            drawn = np.random.Generator(np.random.SFC64(seed)).standard_normal(len(block), np.float32)
-            np.multiply(drawn, np.float32(std), out=drawn)
-            block[:] = drawn
+            if not hasattr(self._drawn, "block"):  # fresh memory for every block would take as long as drawing it
+                self._drawn.block = np.empty(BLOCK_SIZE, np.float32)
+            drawn = self._drawn.block[: len(block)]
+            np.random.Generator(np.random.SFC64(seed)).standard_normal(out=drawn, dtype=np.float32)
+            np.multiply(drawn, np.float32(std), out=block, casting="unsafe")
 
         for _ in self._drawers.map(draw_block, range(0, len(weights), BLOCK_SIZE)):
             pass
