@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 from planner.constraints import Constraints
 from planner.cost import CostTable
 from planner.plan import Plan
 from planner.planners import solver
 from planner.problem import build_problem
-from planner.robust import MEAN, StepTimes, replica_counts, sampled_counts, solve_robust, step_times
+from planner.robust import (
+    MEAN,
+    PATTERNS_SHARE,
+    StepTimes,
+    dispatching_s,
+    replica_counts,
+    sampled_counts,
+    solve_robust,
+    step_times,
+)
 from planner.workload import Workload
 
 GOOD_SHARE = 0.05
 """A plan is still good while a step takes at most this share longer than under the best plan."""
+
+
+LEAST_SHARE = 0.1
+"""Of the time limit, for a plan that there would be no time left for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,8 +67,8 @@ def check_drift(
 ) -> Drift:
     """Judges `plan` on batches sampled from the lengths seen, beside plans that keep to `constraints`.
 
-    The other plans are chosen over sampled batches too (`planner.robust`), each in half of the time limit; all are
-    judged on batches that took no part in choosing.
+    The other plans are chosen over sampled batches too (`planner.robust`), each in half of what judging the present one
+    leaves of the time limit; all are judged on batches that took no part in choosing.
 
     Raises:
       UserError: the cost table lacks a config of the plan, or no plan can serve the lengths.
@@ -69,11 +83,10 @@ def check_drift(
         ),
     )
     found: list[tuple[Plan, StepTimes]] = []
-    for table, buckets, number in (
-        (in_use, plan.buckets, None),
-        (costs, plan.buckets, None),
-        (costs, "dynamic", len(plan.buckets)),
-    ):
+    deadline = time.perf_counter() + time_limit_s
+    ways = ((in_use, plan.buckets, None), (costs, plan.buckets, None), (costs, "dynamic", len(plan.buckets)))
+    for left, (table, buckets, number) in zip(range(len(ways), 0, -1), ways, strict=True):
+        left_s = max(deadline - time.perf_counter(), LEAST_SHARE * time_limit_s)
         problem = build_problem(
             seen,
             table,
@@ -82,13 +95,17 @@ def check_drift(
             num_buckets=number or len(plan.buckets),
             row_options=plan.row_options,
             constraints=None if table is in_use else constraints,
-            time_limit_s=time_limit_s / 2,
+            time_limit_s=left_s / left,
         )
         if table is in_use:
             fresh = sampled_counts(problem, num_samples, seed, first=num_samples)
-            found.append((plan, step_times(problem, replica_counts(problem, plan), fresh)))
+            present = replica_counts(problem, plan)
+            _, patterns = dispatching_s(problem, present, fresh, PATTERNS_SHARE * left_s / left)
+            found.append((plan, step_times(problem, present, fresh, patterns=patterns)))
         else:
-            robust = solve_robust(problem, solver("exact"), objective=MEAN, num_samples=num_samples, seed=seed)
+            robust = solve_robust(
+                problem, solver("exact"), objective=MEAN, num_samples=num_samples, seed=seed, patterns=patterns
+            )
             found.append((robust.plan, robust.times))
     best, best_times = min(found, key=lambda item: item[1].mean_s)
     return Drift(present=plan, present_times=found[0][1], best=best, best_times=best_times)

@@ -56,6 +56,12 @@ PLANNED_SHARE = 0.02
 JUDGING_SHARE = 0.4
 """Most of the time left that dispatching candidates may take; where it takes more, their bounds choose."""
 
+NUM_DISPATCHED = NUM_JUDGED * FIRST_SHARE + NUM_FINALISTS + 1
+"""Deployments that are dispatched on all samples in judging, the expected batch's among them."""
+
+PATTERNS_SHARE = 0.5
+"""Share of the time limit that dispatching may take with patterns (`planner.share_out`); else it goes without them."""
+
 NUM_REPORTED = 2
 """Deployments that are dispatched on fresh samples at the end: the one chosen and that of the expected batch."""
 
@@ -120,31 +126,34 @@ def solve_robust(
     objective: str,
     num_samples: int = DEFAULT_SAMPLES,
     seed: int = DEFAULT_SEED,
+    patterns: bool | None = None,
 ) -> Robust:
     """The best candidate over `num_samples` batches; at the problem's time limit the best of those judged.
 
     How long a deployment takes to dispatch on every sample is measured first, so that the search ends in time for what
-    comes after it. A limit that leaves too little for dispatching candidates goes by their bounds, one that leaves none
-    for a search gives the plan of the expected batch; times on fresh samples come in any case.
+    comes after it; `patterns` None leaves to that whether dispatching knows of them. A limit that leaves too little for
+    dispatching candidates goes by their bounds, one that leaves none for a search gives the plan of the expected batch;
+    times on fresh samples come in any case.
     """
     quantile = percentile(objective)
     started = time.perf_counter()
     samples = sampled_counts(problem, num_samples, seed)
     mean_plan = solve(_within(problem, problem.counts, MEAN_SHARE * problem.time_limit_s))
     mean_counts = replica_counts(problem, mean_plan)
-    once_s = _dispatching_s(problem, mean_counts, samples)
+    limit_s = PATTERNS_SHARE * problem.time_limit_s
+    once_s, patterns = dispatching_s(problem, mean_counts, samples, limit_s, patterns)
     deadline = started + problem.time_limit_s - NUM_REPORTED * once_s
-    judging_s = once_s * (NUM_JUDGED * FIRST_SHARE + NUM_FINALISTS + 1)
+    judging_s = once_s * NUM_DISPATCHED
     is_judged = judging_s <= JUDGING_SHARE * (deadline - time.perf_counter())
     screen = Screen(problem, samples, quantile)
     _search(screen, solve, mean_counts, samples, deadline - judging_s * is_judged)
     best = screen.seen[0]
     if is_judged:
         near = [counts for counts in screen.seen if screen(counts) <= NEAR * screen(best)]
-        best = _judged(problem, near[:NUM_JUDGED], mean_counts, samples, quantile)
+        best = _judged(problem, near[:NUM_JUDGED], mean_counts, samples, quantile, patterns)
     fresh = sampled_counts(problem, num_samples, seed, first=num_samples)
-    times = step_times(problem, best, fresh, quantile)
-    mean_times = times if best == mean_counts else step_times(problem, mean_counts, fresh, quantile)
+    times = step_times(problem, best, fresh, quantile, patterns=patterns)
+    mean_times = times if best == mean_counts else step_times(problem, mean_counts, fresh, quantile, patterns=patterns)
     if mean_times.objective_s < times.objective_s:
         best, times = mean_counts, mean_times
     return Robust(
@@ -176,13 +185,22 @@ def replica_counts(problem: PlanningProblem, plan: Plan) -> tuple[int, ...]:
 
 
 def step_times(
-    problem: PlanningProblem, counts: Sequence[int], samples: np.ndarray, quantile: float | None = None
+    problem: PlanningProblem,
+    counts: Sequence[int],
+    samples: np.ndarray,
+    quantile: float | None = None,
+    *,
+    patterns: bool = True,
 ) -> StepTimes:
-    """Times of a deployment over sampled batches [S, J], dispatched as in training; `quantile` None means the mean."""
+    """Times of a deployment over sampled batches [S, J]; `quantile` None means the mean.
+
+    Dispatched as steps are that are not prepared ahead; without `patterns` quicker, and worse where pipelines are long.
+    """
     replicas = [usable for usable, count in zip(problem.configs, counts, strict=True) for _ in range(count)]
     seconds, bounds = [], []
     for row in samples.tolist():
-        share, bound_s = share_out(replicas, balance.tables(replicas, row), row, gap_limit=GAP_LIMIT)
+        table = balance.tables(replicas, row)
+        share, bound_s = share_out(replicas, table, row, gap_limit=GAP_LIMIT, patterns=patterns)
         seconds.append(share.max_s)
         bounds.append(bound_s)
     overhead_s = problem.costs.step_overhead_s
@@ -195,12 +213,25 @@ def step_times(
     )
 
 
-def _dispatching_s(problem: PlanningProblem, counts: Sequence[int], samples: np.ndarray) -> float:
-    """Seconds that dispatching every sample on a deployment takes, as measured on a few of them."""
+def dispatching_s(
+    problem: PlanningProblem,
+    counts: Sequence[int],
+    samples: np.ndarray,
+    limit_s: float,
+    patterns: bool | None = None,
+) -> tuple[float, bool]:
+    """(seconds that dispatching every sample on a deployment takes, as measured on a few; whether with patterns).
+
+    Unless `patterns` says: without them where all that are dispatched would take more than `limit_s` with them.
+    """
     few = samples[:TIMED_BATCHES]
-    started = time.perf_counter()
-    step_times(problem, counts, few)
-    return (time.perf_counter() - started) * len(samples) / len(few)
+    for with_patterns in (True, False) if patterns is None else (patterns,):
+        started = time.perf_counter()
+        step_times(problem, counts, few, patterns=with_patterns)
+        once_s = (time.perf_counter() - started) * len(samples) / len(few)
+        if once_s * (NUM_DISPATCHED + NUM_REPORTED) <= limit_s:
+            break
+    return once_s, with_patterns
 
 
 def _search(
@@ -226,12 +257,13 @@ def _judged(
     mean_counts: tuple[int, ...],
     samples: np.ndarray,
     quantile: float | None,
+    patterns: bool,
 ) -> tuple[int, ...]:
     """What dispatches best: the candidates on the first samples, the best of them and `mean_counts` on all."""
     first = samples[: max(1, round(FIRST_SHARE * len(samples)))]
 
     def best(among: Sequence[tuple[int, ...]], batches: np.ndarray) -> list[tuple[int, ...]]:
-        times = {counts: step_times(problem, counts, batches, quantile).objective_s for counts in among}
+        times = {c: step_times(problem, c, batches, quantile, patterns=patterns).objective_s for c in among}
         return sorted(times, key=times.__getitem__)
 
     finalists = best(candidates, first)[:NUM_FINALISTS] if len(candidates) > NUM_FINALISTS else candidates

@@ -71,11 +71,18 @@ LEAST_WORTH = 0.01
 
 
 def share_out(
-    replicas: Sequence[UsableConfig], table: Tables, counts: Sequence[int], *, gap_limit: float, ahead: bool = False
+    replicas: Sequence[UsableConfig],
+    table: Tables,
+    counts: Sequence[int],
+    *,
+    gap_limit: float,
+    ahead: bool = False,
+    patterns: bool = True,
 ) -> tuple[Share, float]:
     """(a valid share-out, proven least seconds of the slowest replica); looks until `gap_limit` is met or it gives up.
 
-    Every bucket with counts[j] > 0 must fit some replica. With `ahead` it gives up later, see `AHEAD_SHARE`.
+    Every bucket with counts[j] > 0 must fit some replica. With `ahead` it gives up later, see `AHEAD_SHARE`; without
+    `patterns` sooner where it is `FAR` from the bound.
     """
     kinds = [replicas[int(index)] for index in np.unique(table.kind, return_index=True)[1]]
     multiplicity = np.bincount(table.kind).tolist()
@@ -115,7 +122,7 @@ def share_out(
             best = _more_attempts(attempt, best, bound_s, target_s, gap_limit, len(replicas))
     if ahead:
         best, bound_s = _ahead(replicas, table, counts, relaxed, best, bound_s, gap_limit)
-    elif best.max_s > bound_s * FAR:
+    elif patterns and best.max_s > bound_s * FAR:
         best, bound_s, _ = _by_patterns(replicas, table, counts, best, bound_s, gap_limit, spare_s=0.0)
     return best, min(bound_s, best.max_s)
 
