@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from lobra_jax.engine import Engine
+    from lobra_jax.feeder import EvaluationChunk
 
 MAX_EXPONENT = 700.0
 """Largest loss, in nats, whose exponential is still a float."""
@@ -16,6 +24,16 @@ class BestSoFar:
     loss: float
     step: int
     misses: int = 0
+
+
+def held_out_losses(engine: Engine, chunks: Iterable[EvaluationChunk], num_tasks: int) -> tuple[np.ndarray, np.ndarray]:
+    """([T] mean loss of each task's held-out tokens, NaN without any; [T] their number)."""
+    totals, tokens = np.zeros(num_tasks), np.zeros(num_tasks, np.int64)
+    for chunk in chunks:
+        targets = chunk.batch.num_target_tokens
+        totals += engine.evaluate(chunk.arrays) * targets
+        tokens += targets
+    return np.divide(totals, tokens, out=np.full(num_tasks, np.nan), where=tokens > 0), tokens
 
 
 def perplexity(loss: float) -> float:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from lobra_jax.config import RunConfig
 from lobra_jax.engine import Engine, IssuedStep
 from lobra_jax.feeder import Feeder, PreparedStep
-from lobra_jax.metrics import PhaseSeconds, StepRecord
+from lobra_jax.metrics import PhaseSeconds, StepRecord, TaskRecord, length_counts
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.optim import TaskOptimizer, step_inputs
 from lobra_jax.step_times import StepResult
@@ -130,3 +130,22 @@ def step_record(
         num_micro_batches=tuple(len(own) for own in prepared.dispatch.replicas),
         compilations=compilations,
     )
+
+
+def task_records(pending: PendingStep, result: StepResult, optimizers: Sequence[TaskOptimizer]) -> Iterator[TaskRecord]:
+    """The records of the tasks that took part in a finished step."""
+    batch = pending.prepared.batch
+    counts = batch.num_sequences
+    for index, (name, task_step) in enumerate(pending.prepared.task_steps.items()):
+        if task_step is not None:
+            yield TaskRecord(
+                step=pending.step + 1,
+                task=name,
+                task_step=task_step + 1,
+                loss=float(result.losses[index]),
+                tokens=int(batch.num_target_tokens[index]),
+                sequences=int(counts[index]),
+                lr=float(optimizers[index].learning_rates[task_step]),
+                grad_norm=float(result.gradient_norms[index]),
+                lengths=length_counts(batch.lengths[batch.task_ids == index]),
+            )

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from lobra_jax.checkpoint import CheckpointMetadata, Checkpoints
 from lobra_jax.compilation import CompilationCount
@@ -22,8 +21,8 @@ from lobra_jax.config import RunConfig, TaskConfig
 from lobra_jax.data.batches import TaskData
 from lobra_jax.export import base_model_name
 from lobra_jax.feeder import Feeder
-from lobra_jax.held_out import BestSoFar, after_evaluation, is_spent, perplexity
-from lobra_jax.joint_step import PendingStep, issue_step, make_engine, step_record
+from lobra_jax.held_out import BestSoFar, after_evaluation, held_out_losses, is_spent, perplexity
+from lobra_jax.joint_step import PendingStep, issue_step, make_engine, step_record, task_records
 from lobra_jax.lora import task_adapter
 from lobra_jax.metrics import (
     EvalRecord,
@@ -31,8 +30,6 @@ from lobra_jax.metrics import (
     MetricsWriter,
     StartRecord,
     StepRecord,
-    TaskRecord,
-    length_counts,
     progress_bar,
 )
 from lobra_jax.models.config import LlamaConfig
@@ -273,26 +270,12 @@ class Trainer:
             limit = self.config.planner.dispatch_time_limit_s
             message = f"dispatch hit planner.dispatch_time_limit_s = {limit:g} s: a repeat may differ in rounding"
             metrics.write(EventRecord(step=done, event="dispatch_cut", message=message))
-        batch = pending.prepared.batch
-        counts = batch.num_sequences
-        for index, (name, task_step) in enumerate(pending.prepared.task_steps.items()):
-            if task_step is None or self.standing.is_out(name):
+        for task in task_records(pending, result, self.optimizers):
+            if self.standing.is_out(task.task):
                 continue
-            metrics.write(
-                TaskRecord(
-                    step=done,
-                    task=name,
-                    task_step=task_step + 1,
-                    loss=float(result.losses[index]),
-                    tokens=int(batch.num_target_tokens[index]),
-                    sequences=int(counts[index]),
-                    lr=float(self.optimizers[index].learning_rates[task_step]),
-                    grad_norm=float(result.gradient_norms[index]),
-                    lengths=length_counts(batch.lengths[batch.task_ids == index]),
-                )
-            )
-            if not result.alive[index]:
-                self._stop(name, done, metrics)
+            metrics.write(task)
+            if not result.alive[self._index(task.task)]:
+                self._stop(task.task, done, metrics)
         is_full = all(k is not None or self.standing.is_out(name) for name, k in pending.prepared.task_steps.items())
         if is_full or self.tracer.wants(done):
             dispatch = pending.prepared.dispatch
@@ -304,6 +287,10 @@ class Trainer:
         if not sys.stderr.isatty() and done % self.config.training.log_interval == 0:
             self.say(_progress_line(record, self.num_steps))
         return record
+
+    def _index(self, name: str) -> int:
+        """Of a task in the adapters' task axis."""
+        return [task.name for task in self.task_configs].index(name)
 
     def _newly_compiled(self) -> int:
         """Programs compiled since the last record, whatever for."""
@@ -355,10 +342,13 @@ class Trainer:
         names = tuple(task.name for task in tasks if task.has_evaluation)
         if not names:
             return
-        totals, tokens = self.room.within("evaluation", lambda: self._held_out(names, feeder))
+        size, number = self.config.training.eval_batch_size, len(self.task_configs)
+        losses, tokens = self.room.within(
+            "evaluation", lambda: held_out_losses(self.engine, feeder.evaluation(names, size), number)
+        )
         for index, task in enumerate(self.task_configs):
             if task.name in names:
-                loss = float(totals[index] / tokens[index])
+                loss = float(losses[index])
                 best = after_evaluation(self.standing.best.get(task.name), loss=loss, step=done)
                 self.standing.best[task.name] = best
                 record = EvalRecord(
@@ -375,16 +365,6 @@ class Trainer:
                     self._write_adapter(index, self.out / BEST_FOLDER / task.name)
                 elif is_spent(best, task.patience) and done < task.steps:
                     self._end(task, done, best, metrics)
-
-    def _held_out(self, names: Sequence[str], feeder: Feeder) -> tuple[np.ndarray, np.ndarray]:
-        """[task] summed token losses of the held-out examples, and their tokens."""
-        totals = np.zeros(len(self.task_configs))
-        tokens = np.zeros(len(self.task_configs), np.int64)
-        for chunk in feeder.evaluation(names, self.config.training.eval_batch_size):
-            targets = chunk.batch.num_target_tokens
-            totals += self.engine.evaluate(chunk.arrays) * targets
-            tokens += targets
-        return totals, tokens
 
     def _end(self, task: TaskConfig, done: int, best: BestSoFar, metrics: MetricsWriter) -> None:
         """Ends a task whose held-out loss no longer falls; the others have the devices to themselves."""
