@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 import time
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -136,6 +137,7 @@ class Engine:
         num_stages = sum(replica.parallel.pp for replica in self.replicas)
         self._issuers = ThreadPoolExecutor(len(self.replicas), thread_name_prefix="issue")
         self._watchers = ThreadPoolExecutor(3 * (num_stages + 1), thread_name_prefix="watch")
+        self._abandoned = threading.Event()
         self._previous_ready: Future | None = None
         self._unsettled: IssuedStep | None = None
         self._before: AdapterState | None = None
@@ -189,11 +191,20 @@ class Engine:
             rounds[0 if is_first else 1].extend(replica.compilations(own, own_evaluation))
         total, done = sum(map(len, rounds)), 0
         with ThreadPoolExecutor(num_threads, thread_name_prefix="compile") as executor:
-            for tasks in rounds:
-                for future in [executor.submit(task) for task in tasks]:
-                    future.result()
-                    done += 1
-                    yield done, total
+            try:
+                for tasks in rounds:
+                    for future in [executor.submit(task) for task in tasks]:
+                        future.result()
+                        if self._abandoned.is_set():
+                            return
+                        done += 1
+                        yield done, total
+            finally:
+                executor.shutdown(wait=False, cancel_futures=True)  # nothing waits any more, or all are done
+
+    def abandon_compiling(self) -> None:
+        """Ends `compile`, in whatever thread it runs, with the programs that are being compiled."""
+        self._abandoned.set()
 
     def warm_up(self, shapes: Sequence[Sequence[Shape]] | None = None) -> None:
         """Runs the sum, the update and the spreading once without any work, so that they are compiled too.

@@ -128,8 +128,12 @@ class Trainer:
         before, before_from_cache = self.compilations.total, self.compilations.from_cache
         with ThreadPoolExecutor(1, thread_name_prefix="programs") as executor:
             programs = executor.submit(self.room.compile)
-            self._place()
-            done = self._restore(checkpoints) if resume else 0
+            try:
+                self._place()
+                done = self._restore(checkpoints) if resume else 0
+            except BaseException:
+                self.engine.abandon_compiling()
+                raise
             placed = time.perf_counter()
             programs.result()
         self.room.within("warm-up", self.engine.warm_up)

@@ -169,15 +169,22 @@ def plan_and_write(
     if robust is not None:
         for line in robust_lines(robust):
             console.print(line, highlight=False, soft_wrap=True)
-    elif plan.used_devices < plan.num_devices:
+    elif _may_use_more(plan, costs):
         console.print(
-            f"{plan.num_devices - plan.used_devices} of {plan.num_devices} devices hold no replica: more would not end "
-            "the expected batch sooner; most sampled batches they may (--robust mean)",
+            f"{plan.num_devices - plan.used_devices} of {plan.num_devices} devices hold no replica: with them the "
+            "expected batch would end no sooner, within the gap; most sampled batches may (--robust mean)",
             highlight=False,
             soft_wrap=True,
         )
     console.print(f"{out} (explain it: lobra explain {out})", highlight=False, markup=False, soft_wrap=True)
     return plan
+
+
+def _may_use_more(plan: Plan, costs: CostTable) -> bool:
+    """Whether devices are idle that a replica would fit on, in a plan that is proven for the expected batch."""
+    idle = plan.num_devices - plan.used_devices
+    proven = plan.predicted is not None and plan.predicted.status in ("optimal", "gap limit")
+    return proven and any(cost.config.num_devices <= idle for cost in costs.configs)
 
 
 def bucket_line(row: BucketRow) -> str:

@@ -4,11 +4,12 @@ With few distinct configs the relaxation over all of them is far below what such
 K configs of one subset it is as near as ever. So subsets are looked at best first, each in three steps, and only as
 far as it may hold a plan that is better than the best so far:
 
-1. a bound without solving (`relaxation.least_conceivable_s`), for all subsets at once;
+1. a bound without solving, that of `relaxation.least_conceivable_s`, for all subsets at once;
 2. the relaxation's bound, with prices that prove it;
 3. the search for plans and for a bound within the gap.
 
-The least bound of all subsets is a bound on the plans of any.
+The least bound of all subsets is a bound on the plans of any. Where subsets are more than `MOST`, the search over all
+configs is all there is.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ class Found:
 
 @dataclasses.dataclass(order=True)
 class _Subset:
-    """A subset on the heap: by its bound, then the one that was looked at further."""
+    """A subset on the heap: by its bound, then the one that was looked at further.
+
+    `order` is 0 before the relaxation was looked at, and then a negative number of its own.
+    """
 
     bound_s: float
     order: int
@@ -76,10 +80,10 @@ def solve(
     """The best plan of at most `max_configs` distinct configs; None if the time ran out before there was any.
 
     Args:
-      relaxed: steps 1 and 2 of `planner.deployment` on a problem; `searched`: the steps after them.
+      relaxed: step 1 of `planner.deployment` on a problem; `searched`: the steps after it.
       start: what is known already.
     """
-    heap = [_Subset(bound_s, -1, configs) for configs, bound_s in _bounds(problem)]
+    heap = [_Subset(bound_s, 0, configs) for configs, bound_s in _bounds(problem)]
     heapq.heapify(heap)
     best, best_s, floor_s = start, math.inf, 0.0
     if start is not None:
@@ -126,12 +130,15 @@ def _bounds(problem: PlanningProblem) -> Iterator[tuple[tuple[int, ...], float]]
     number = np.array(problem.counts)[used]
     each_s = np.full((len(problem.configs), len(used)), np.inf)
     one_s = np.full((len(problem.configs), len(used)), np.inf)
+    devices = np.array([usable.num_devices for usable in problem.configs])
+    left = problem.num_devices - int(devices @ np.array(problem.pinned_counts))
+    has_room = (devices <= left) | (np.array(problem.pinned_counts) > 0)
     for index, usable in enumerate(problem.configs):
         for at, bucket in enumerate(used):
-            if usable.fits(bucket):
+            if has_room[index] and usable.fits(bucket):
                 each_s[index, at] = usable.num_devices * usable.per_sequence_s(bucket)
                 one_s[index, at] = usable.cost.fixed_s + usable.config.pp * min(usable.slot_s[bucket])
-    fits_longest = np.array([usable.fits(last) for usable in problem.configs])
+    fits_longest = has_room & np.array([usable.fits(last) for usable in problem.configs])
     for chosen in itertools.combinations(others, problem.max_configs - len(pinned)):
         configs = tuple(sorted((*pinned, *chosen)))
         mine = list(configs)

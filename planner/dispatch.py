@@ -108,7 +108,7 @@ def dispatch(
       time_limit_s: a safety net for SCIP, which should end well before; with 0 or less, balance gives the first valid
         share-out and looks no further. The same inputs give the same dispatch on a slow machine as on a quick one,
         and under any limit, as long as `stopped_early` is false.
-      ahead: it is made while the step before runs, so that balance may take longer by a small part of a step
+      ahead: it is made while the step before runs, so that balance may take longer by part of a step
         (`planner.share_out`) and ends nearer its bound.
 
     Raises:

@@ -68,7 +68,7 @@ def check_drift(
     """Judges `plan` on batches sampled from the lengths seen, beside plans that keep to `constraints`.
 
     The other plans are chosen over sampled batches too (`planner.robust`), each in half of what judging the present one
-    leaves of the time limit; all are judged on batches that took no part in choosing.
+    leaves of the time limit; all are judged on other batches than those that they are chosen on.
 
     Raises:
       UserError: the cost table lacks a config of the plan, or no plan can serve the lengths.

@@ -3,8 +3,8 @@
 The relaxation (`planner.relaxation`) finds the time from which fractional patterns of these replicas serve the counts.
 It knows that a pipeline pays the bubbles of its longest slot for all that it runs, which prices of single buckets do
 not (`planner.prices`), and so it proves more. A dive (`planner.rounding`) then gives each replica a whole pattern. That
-takes tens to hundreds of milliseconds: a share-out that is made while another step runs has them. Nothing here looks
-at a clock.
+takes tens to hundreds of milliseconds: a share-out that is made while another step runs has them, and one that is
+seconds from its bound saves more. Nothing here looks at a clock.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ judged on sampled batches, by the mean of the step time or by a percentile of it
 2. Every candidate is screened by the mean (or percentile) of its bounds over the samples (`planner.prices`: a proven
    bound for each batch, usually within 1 % of the dispatch).
 3. Those near the best are judged by the dispatch's own search (`planner.share_out`) where time allows, and the choice
-   is compared with the plan of the expected batch on samples that took no part in choosing.
+   is compared with the plan of the expected batch on samples that took no part in choosing; if that plan is better
+   there, it is taken instead.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 `planner.prices` bounds the slowest replica and prices every bucket; `planner.fill` makes loads that end by a target,
 `planner.repair` places what did not fit, and `planner.balance.improve` moves slots about. The first share-out within
-the wanted gap is taken. Where slots are long, the bound counts them whole (`planner.tighten`). A share-out that is made
-while another step runs is worked on further (`planner.pattern_share`, `planner.resplit`), for a small part of the time
-that its own step takes. Nothing here looks at a clock: the same step gives the same answer.
+the wanted gap is taken. Where slots are long, the bound counts them whole (`planner.tighten`). A share-out that is
+still far from it, or that is made while another step runs, is worked on further (`planner.pattern_share`,
+`planner.resplit`): for less than is to be gained, or for part of the time that its own step takes. Nothing here looks
+at a clock: the same step gives the same answer.
 """
 
 from __future__ import annotations

@@ -88,40 +88,52 @@ class RandomWeights:
         self.config = config
         self.seed = seed
         self.dtype = np.dtype(dtype)
-        self._shapes = weight_shapes(config)
-        self._drawers = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="draw")
-        self._drawn = threading.local()
+        drawers = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="draw")
+        draw = functools.partial(_drawn, config, weight_shapes(config), seed, self.dtype, drawers)
         # A tensor's shards are read one after the other, some tensors at once: keeping the last ones drawn spares
-        # drawing each once a device.
-        self._last = functools.lru_cache(maxsize=DRAWN_AND_KEPT)(self._draw)
+        # drawing each once a device. The cache does not hold `self`, so that tensors and threads end with it.
+        self._last = functools.lru_cache(maxsize=DRAWN_AND_KEPT)(draw)
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         return np.ascontiguousarray(self._last(name)[index])
 
-    def _draw(self, name: str) -> np.ndarray:
-        shape = self._shapes[name]
-        kind = name.rpartition(".")[2]
-        if kind.endswith("norm"):
-            return np.ones(shape, self.dtype)
-        std = EMBEDDING_STD
-        if kind in self.config.target_shapes:
-            num_residual_writes = 2 * self.config.num_layers if kind in ("o", "down") else 1
-            std = 1 / math.sqrt(shape[0] * num_residual_writes)
-        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
-        weights = np.empty(math.prod(shape), self.dtype)
 
-        def draw_block(start: int) -> None:
-            block = weights[start : start + BLOCK_SIZE]
-            seed = np.random.SeedSequence([int.from_bytes(digest[:16], "little"), start // BLOCK_SIZE])
-            if not hasattr(self._drawn, "block"):  # fresh memory for every block would take as long as drawing it
-                self._drawn.block = np.empty(BLOCK_SIZE, np.float32)
-            drawn = self._drawn.block[: len(block)]
-            np.random.Generator(np.random.SFC64(seed)).standard_normal(out=drawn, dtype=np.float32)
-            np.multiply(drawn, np.float32(std), out=block, casting="unsafe")
+_SCRATCH = threading.local()
+"""A block of each thread that draws: fresh memory for every block would take as long as drawing it."""
 
-        for _ in self._drawers.map(draw_block, range(0, len(weights), BLOCK_SIZE)):
-            pass
-        return weights.reshape(shape)
+
+def _drawn(
+    config: LlamaConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    seed: int,
+    dtype: np.dtype,
+    drawers: ThreadPoolExecutor,
+    name: str,
+) -> np.ndarray:
+    """A tensor of `RandomWeights`."""
+    shape = shapes[name]
+    kind = name.rpartition(".")[2]
+    if kind.endswith("norm"):
+        return np.ones(shape, dtype)
+    std = EMBEDDING_STD
+    if kind in config.target_shapes:
+        num_residual_writes = 2 * config.num_layers if kind in ("o", "down") else 1
+        std = 1 / math.sqrt(shape[0] * num_residual_writes)
+    digest = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "little")
+    weights = np.empty(math.prod(shape), dtype)
+
+    def draw_block(start: int) -> None:
+        block = weights[start : start + BLOCK_SIZE]
+        if not hasattr(_SCRATCH, "block") or len(_SCRATCH.block) < len(block):
+            _SCRATCH.block = np.empty(len(block), np.float32)
+        drawn = _SCRATCH.block[: len(block)]
+        generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence([digest, start // BLOCK_SIZE])))
+        generator.standard_normal(out=drawn, dtype=np.float32)
+        np.multiply(drawn, np.float32(std), out=block, casting="unsafe")
+
+    for _ in drawers.map(draw_block, range(0, len(weights), BLOCK_SIZE)):
+        pass
+    return weights.reshape(shape)
 
 
 class ArrayWeights:

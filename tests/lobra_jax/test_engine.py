@@ -80,6 +80,22 @@ def test_a_warm_up_of_all_shapes_changes_nothing(world, configs):
     np.testing.assert_array_equal(losses, expected_losses)
 
 
+def test_compiling_that_is_abandoned_leaves_what_it_has_not_begun(world, monkeypatch):
+    engine = world.engine(world.plan((1, 1, "none")), list(world.tasks.values())[:1])
+    made = []
+
+    def compile_training(shape):
+        time.sleep(0.05)
+        made.append(shape)
+
+    monkeypatch.setattr(engine.replicas[0], "_compile_training", compile_training)
+    programs = engine.compile([[(rows, 16) for rows in range(101, 121)]], [[]], num_threads=1)
+    assert next(programs)[0] == 1
+    engine.abandon_compiling()
+    assert list(programs) == []
+    assert 1 <= len(made) < 10
+
+
 class Action(types.SimpleNamespace):
     """Something that ends when it is told to."""
 

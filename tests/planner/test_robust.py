@@ -135,11 +135,12 @@ def test_the_search_leaves_a_config_whose_bubbles_hide_what_it_is_worth():
 
 
 def test_a_plan_for_the_tail_beats_the_plan_of_the_mean_where_long_ones_bunch():
-    found = solve_robust(problem_of(), solver("exact"), objective="p95", num_samples=48, seed=0)
-    fresh = sampled_counts(problem_of(), 48, seed=0, first=48)
+    found = solve_robust(problem_of(), solver("exact"), objective="p95", num_samples=48, seed=2)
+    fresh = sampled_counts(problem_of(), 48, seed=2, first=48)
     mean = step_times(problem_of(), replica_counts(problem_of(), found.mean_plan), fresh, 0.95)
     assert found.mean_plan_times == mean
     assert found.regret == pytest.approx(mean.p95_s / found.times.p95_s - 1)
+    assert found.regret > 0.1
 
 
 def test_neighbours_stay_within_the_devices_and_serve_the_longest():
