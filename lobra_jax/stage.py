@@ -20,6 +20,7 @@ from jax import Array
 from lobra_jax.lora import Adapters, RowInputs, TaskInputs, row_inputs
 from lobra_jax.loss import weighted_row_losses, weighted_token_losses
 from lobra_jax.models.llama import AbstractStage
+from lobra_jax.models.remat import SPARING
 from lobra_jax.packed import PackedRows, SegmentInputs, packed_rows
 from lobra_jax.program_names import EVALUATION, named, stage_detail
 from lobra_jax.schedule import BACKWARD, FORWARD, FUSED
@@ -114,7 +115,8 @@ class StageFunctions:
     def _hidden(self, params: Params, adapters: Adapters, tasks: TaskInputs, x: Array, batch: BatchInputs) -> Array:
         stage = self.abstract.merge(params)
         rows, shard = self._rows(tasks, batch), self.sharding.constrain
-        return stage(x, adapters, rows, remat=self.remat, shard=shard, chunked=self._chunked(rows))
+        turns = self.remat in SPARING and self.sharding.mesh.size > 1
+        return stage(x, adapters, rows, remat=self.remat, shard=shard, chunked=self._chunked(rows), turns=turns)
 
     def _chunked(self, rows: RowInputs | PackedRows) -> bool:
         """Whether long feed-forwards go in chunks: where they are made anew, and nothing depends on a token's position.
@@ -122,7 +124,7 @@ class StageFunctions:
         Dropout masks and packed rows do; and positions that lie on several devices would have to be gathered.
         """
         depends = isinstance(rows, PackedRows) or rows.dropout_keys is not None
-        return self.remat in ("attention", "full") and self.sharding.mesh.size == 1 and not depends
+        return self.remat in SPARING and self.sharding.mesh.size == 1 and not depends
 
     def _rows(self, tasks: TaskInputs, batch: BatchInputs) -> RowInputs | PackedRows:
         if batch.segments is None:

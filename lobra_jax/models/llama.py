@@ -26,7 +26,7 @@ from lobra_jax.low_rank import Pins
 from lobra_jax.models.attention import attention, packed_attention
 from lobra_jax.models.config import LlamaConfig, RopeScaling
 from lobra_jax.models.quantized import SCALE, block_dim, dequantized, frozen_product, stored
-from lobra_jax.models.remat import in_chunks, mlp_chunks, with_remat
+from lobra_jax.models.remat import in_chunks, in_turn, mlp_chunks, with_remat
 from lobra_jax.packed import PackedRows, drop_packed, packed_ratios
 from lobra_jax.sharding import TARGET_AXES
 
@@ -207,11 +207,20 @@ class Stage(nnx.Module):
                 self.head = _weight(dtype, (d, v), ("hidden", "vocab"))
 
     def __call__(
-        self, x: Array, adapters: Adapters, rows: Rows | None, *, remat: str, shard: Shard, chunked: bool = False
+        self,
+        x: Array,
+        adapters: Adapters,
+        rows: Rows | None,
+        *,
+        remat: str,
+        shard: Shard,
+        chunked: bool = False,
+        turns: bool = False,
     ) -> Array:
         """tokens [B, L] (first stage) or hidden [B, L, D] -> hidden [B, L, D], normed on the last stage.
 
-        `rows=None` runs the frozen base alone; `chunked` lets long feed-forwards go chunk by chunk.
+        `rows=None` runs the frozen base alone; `chunked` lets long feed-forwards go chunk by chunk, `turns` layers'
+        backwards one after the other (`remat.in_turn`).
         """
         if self.is_first:
             x = shard(embed_tokens(x, self.embed[...]), "batch", "length", "hidden")
@@ -227,6 +236,8 @@ class Stage(nnx.Module):
         run_once_traced = jax.jit(with_remat(run, remat))
         for index, layer in self.layers.items():
             pairs = adapters[index] if rows is not None else {}
+            if turns:
+                x, pairs = in_turn(x, pairs)
             x = run_once_traced(nnx.state(layer), x, pairs, rows, rope, jnp.uint32(int(index)))
         if self.is_last:
             x = rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)

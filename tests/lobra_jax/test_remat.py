@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,10 +35,10 @@ ROWS, LENGTH = 2, 128
 RANK, TARGETS = 4, ("q", "o", "up")
 
 
-def layout_of(remat: str, layers: range, dtype) -> StageLayout:
-    submesh = make_submesh(ParallelConfig(tp=1, pp=1, remat=remat), jax.devices()[:1])
+def layout_of(remat: str, layers: range, dtype, *, model: LlamaConfig = MODEL, tp: int = 1) -> StageLayout:
+    submesh = make_submesh(ParallelConfig(tp=tp, pp=1, remat=remat), jax.devices()[:tp])
     functions = StageFunctions(
-        abstract=llama.abstract_stage(MODEL, layers, dtype),
+        abstract=llama.abstract_stage(model, layers, dtype),
         sharding=submesh.stages[0],
         remat=remat,
         dropout=False,
@@ -138,3 +140,17 @@ def count(jaxpr, name: str) -> int:
                 inner = getattr(part, "jaxpr", part)
                 total += count(inner, name) if hasattr(inner, "eqns") else 0
     return total
+
+
+@pytest.mark.parametrize("remat", REMATS)
+def test_layers_take_turns_in_the_backward_on_several_devices_where_memory_is_spared(remat):
+    """A barrier before each but the first layer's, whose input has no gradient to wait for."""
+    model = dataclasses.replace(MODEL, num_kv_heads=2)
+
+    def barriers(tp: int) -> int:
+        layout = layout_of(remat, range(model.num_layers), jnp.float32, model=model, tp=tp)
+        batch = layout.batch(ROWS, LENGTH)
+        given = (layout.adapters, layout.params, layout.adapters, layout.tasks, batch.tokens, batch)
+        return jax.jit(layout.functions.fused).lower(*given).as_text().count("optimization_barrier")
+
+    assert barriers(2) - barriers(1) == (model.num_layers - 1 if remat in ("attention", "full") else 0)
