@@ -302,9 +302,9 @@ def compile_training(layout: StageLayout, rows: int, length: int, *, packed: boo
             lowered = fused.lower(layout.adapters, layout.params, layout.adapters, layout.tasks, x, batch)
         return StageProgram.of(fused=lowered.compile())
     done = f.sharding.replicated
-    forward = jax.jit(named(f.forward, FORWARD, detail), out_shardings=(hidden.sharding, None, done))
+    jitted = jax.jit(named(f.forward, FORWARD, detail), out_shardings=(hidden.sharding, None, done))
     with _TRACING:
-        lowered = forward.lower(layout.params, layout.adapters, layout.tasks, x, batch)
+        lowered = jitted.lower(layout.params, layout.adapters, layout.tasks, x, batch)
     forward = lowered.compile()
     residuals = jax.tree.map(
         lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
@@ -312,11 +312,9 @@ def compile_training(layout: StageLayout, rows: int, length: int, *, packed: boo
         forward.output_shardings[1],
     )
     shardings = (gradients, dx, done)
-    backward = jax.jit(named(f.backward, BACKWARD, detail), donate_argnums=0, out_shardings=shardings)
+    jitted = jax.jit(named(f.backward, BACKWARD, detail), donate_argnums=0, out_shardings=shardings)
     with _TRACING:
-        lowered = backward.lower(
-            layout.adapters, layout.params, layout.adapters, layout.tasks, batch, residuals, hidden
-        )
+        lowered = jitted.lower(layout.adapters, layout.params, layout.adapters, layout.tasks, batch, residuals, hidden)
     return StageProgram.of(forward=forward, backward=lowered.compile())
 
 

@@ -60,7 +60,7 @@ class _Subset:
     search: Search | None = dataclasses.field(compare=False, default=None)
 
 
-def number(problem: PlanningProblem) -> int:
+def count_subsets(problem: PlanningProblem) -> int:
     """Subsets that there are to look at; 0 without a limit on distinct configs that says anything."""
     if problem.max_configs is None or problem.max_configs >= len(problem.configs):
         return 0

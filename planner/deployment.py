@@ -107,7 +107,7 @@ def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
     started = time.perf_counter()
     deadline = started + problem.time_limit_s
     found: Found | None = None
-    num_subsets = config_subsets.number(problem)
+    num_subsets = config_subsets.count_subsets(problem)
     if not 0 < num_subsets <= config_subsets.FEW:
         share = WITH_SUBSETS if 0 < num_subsets <= config_subsets.MOST else 1.0
         search = _relaxed(problem, target_gap, started + share * problem.time_limit_s)

@@ -25,16 +25,25 @@ BUCKETS = (8, 16, 40)
 SHAPES = ((1, 1, 40), (2, 1, 70), (1, 2, 64), (4, 1, 130), (2, 3, 100))
 
 
+def usable_of(tp, pp, capacity, *, square_s=0.0, token_s, slot_s, fixed_s=0.0, buckets=BUCKETS):
+    """A config by its seconds a row and squared length, a token, a slot and a step."""
+    coefficients = (square_s, 0.0, token_s, 0.0, 0.0, slot_s)
+    config = ParallelConfig(tp=tp, pp=pp, remat="none")
+    cost = ConfigCost(config=config, capacity_tokens=capacity, coefficients=coefficients, fixed_s=fixed_s)
+    return usable_config(cost, buckets)
+
+
 def configs(fixed_s=1e-3, slot_s=3e-3, buckets=BUCKETS):
     return [
-        usable_config(
-            ConfigCost(
-                config=ParallelConfig(tp=tp, pp=pp, remat="none"),
-                capacity_tokens=capacity,
-                coefficients=(2e-7, 0.0, 1e-3 / tp**0.8 / pp, 0.0, 0.0, slot_s / pp),
-                fixed_s=fixed_s,
-            ),
-            buckets,
+        usable_of(
+            tp,
+            pp,
+            capacity,
+            square_s=2e-7,
+            token_s=1e-3 / tp**0.8 / pp,
+            slot_s=slot_s / pp,
+            fixed_s=fixed_s,
+            buckets=buckets,
         )
         for tp, pp, capacity in SHAPES
     ]
@@ -233,17 +242,9 @@ def test_pipelines_are_kept_within_a_percent_ahead():
 
 @pytest.mark.parametrize(("scale", "is_better"), [(1.0, False), (1000.0, True)])
 def test_only_long_steps_are_worked_on_further_ahead(scale, is_better):
-    """A tenth of a step of milliseconds is no time to look on in."""
+    """Part of a step of milliseconds is no time to look on in."""
     usable = [
-        usable_config(
-            ConfigCost(
-                config=ParallelConfig(tp=tp, pp=pp, remat="none"),
-                capacity_tokens=capacity,
-                coefficients=(0.0, 0.0, scale * 1e-5 / tp**0.8 / pp, 0.0, 0.0, scale * 3e-4 / pp),
-                fixed_s=0.0,
-            ),
-            BUCKETS,
-        )
+        usable_of(tp, pp, capacity, token_s=scale * 1e-5 / tp**0.8 / pp, slot_s=scale * 3e-4 / pp)
         for tp, pp, capacity in ((1, 2, 48), (2, 1, 64), (4, 1, 130))
     ]
     replicas = [usable[2]] * 2 + [usable[1]] * 3 + [usable[0]] * 4
@@ -318,14 +319,15 @@ PIPELINE_COUNTS = [30, 36, 36, 39, 36, 30, 30, 24, 18, 12, 6, 3]
 def test_pipelines_that_single_slots_leave_far_from_the_bound_get_whole_patterns(ahead, kinds):
     """Without them the slowest replica took 7 and 26 % longer than the bound; these steps last 1 and 3 s."""
     replicas = [
-        usable_config(
-            ConfigCost(
-                config=ParallelConfig(tp=tp, pp=pp, remat="none"),
-                capacity_tokens=capacity,
-                coefficients=(1e-7 / tp / pp, 0.0, 1e-3 / tp**0.9 / pp, 0.0, 0.0, 0.05),
-                fixed_s=1e-3,
-            ),
-            PIPELINE_BUCKETS,
+        usable_of(
+            tp,
+            pp,
+            capacity,
+            square_s=1e-7 / tp / pp,
+            token_s=1e-3 / tp**0.9 / pp,
+            slot_s=0.05,
+            fixed_s=1e-3,
+            buckets=PIPELINE_BUCKETS,
         )
         for number, tp, pp, capacity in kinds
         for _ in range(number)
