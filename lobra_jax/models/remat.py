@@ -26,7 +26,7 @@ dots 93,312.
 """
 
 SPARING = ("attention", "full")
-"""What is taken where memory is short: what sparing more of it costs in time is small beside what these make anew."""
+"""What is taken where memory is short."""
 
 MLP_CHUNK_TOKENS = 8192
 """Tokens of a micro-batch whose feed-forward activations exist at once where the backward makes them anew."""
@@ -55,7 +55,8 @@ def in_turn(x: Array, adapters: Any) -> tuple[Array, Any]:
 
     So the layer before begins when this one has let go of its activations. Else XLA, which on several devices looks for
     work to hide collectives behind, makes those of some layers anew at a time: of Llama-3.1 8B on two H200 remat full
-    took 33 GiB for 16,384 tokens, and attention 25 (profiling/results/h200_tries.json).
+    took 33 GiB for 16,384 tokens, and attention 25 (profiling/results/h200_tries.json). What the wait costs in time has
+    not been measured.
     """
     return x, adapters
 
