@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lobra_jax.config import RunConfig
+    from lobra_jax.models.config import LlamaConfig
     from planner.cost import ConfigCost, CostTable
     from planner.plan import ParallelConfig
-    from profiling.measure import Searched, Setup
+    from profiling.ahead import Searches
+    from profiling.config_cost import Searched
+    from profiling.measure import Setup
     from profiling.table import Header
 
 DEFAULT_REPEATS = 3
@@ -43,6 +46,12 @@ CORES_A_SEARCH = 3
 @click.option("--repeats", type=click.IntRange(min=1), default=DEFAULT_REPEATS, show_default=True, help="Readings.")
 @click.option("--num-tasks", type=click.IntRange(min=1), help="Adapters stacked; by default the config's tasks.")
 @click.option("--rank", type=click.IntRange(min=1), help="Padded rank; by default the largest of the config's tasks.")
+@click.option(
+    "--capacities",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="An earlier costs.json of the model: its capacities are confirmed where they fit, not searched.",
+)
 @click.option("--estimate", metavar="DEVICE", help=f"Estimate for devices that are not here: {', '.join(SPECS)}.")
 @click.option(
     "--devices", type=click.IntRange(min=1), help="With --estimate: how many; by default devices.num_devices."
@@ -51,8 +60,8 @@ def profile(config_path: Path, overrides: tuple[str, ...], out: Path, **options:
     """Measure parallel configs on these devices into a cost table.
 
     Which configs: every (tp, pp, remat) that divides the model and fits the devices, within planner.max_tp, max_pp and
-    remats. With training.batching: packed or auto, packed micro-batches too. An interrupted run goes on where it
-    stopped when it is started again.
+    remats. With training.batching: packed or auto, packed micro-batches too. On accelerators as many configs are timed
+    at the same time as there are devices for. An interrupted run goes on where it stopped when it is started again.
 
     With --estimate nothing is measured, allocated or run: times come from published numbers of the device and from the
     work counted in traced programs, padded ones only. `lobra bench estimate` tells how far off such a table is.
@@ -69,6 +78,9 @@ def profile(config_path: Path, overrides: tuple[str, ...], out: Path, **options:
     if estimate is not None:
         from profiling.estimate_table import run_estimate
 
+        if (capacities := options.pop("capacities")) is not None:
+            expected = "a table to be measured; estimates count their own capacities"
+            raise UserError("not with --estimate", key="--capacities", value=str(capacities), expected=expected)
         run_estimate(config, out, Console(), device=estimate, num_devices=devices, **options)
         return
     if devices is not None:
@@ -88,15 +100,19 @@ def run_profile(
     repeats: int = DEFAULT_REPEATS,
     num_tasks: int | None = None,
     rank: int | None = None,
+    capacities: Path | None = None,
 ) -> CostTable:
     """Measures, saves to `out` and prints; devices have been configured. Raises `UserError`."""
+    from lobra_jax.config import model_config
     from profiling.ahead import Searches
-    from profiling.measure import search_capacity
+    from profiling.config_cost import search_capacity
     from profiling.overhead import measure_step_overhead
     from profiling.table import load_partial, measure_all, partial_path
 
     started = time.perf_counter()
+    expected = {} if capacities is None else known_capacities(capacities, model_config(config))
     setup = make_setup(config, lengths, max_tokens, repeats, num_tasks, rank)
+    setup = dataclasses.replace(setup, expected=expected)
     wanted = wanted_configs(config, setup, configs)
     header = make_header(setup, wanted_configs(config, setup, None))
     partial = partial_path(out)
@@ -107,11 +123,17 @@ def run_profile(
     if known:
         console.print(f"{len(known)} of {len(wanted)} configs were measured before")
     pending = [c for c in wanted if c not in progress]
-    searches = Searches(lambda c: search_capacity(setup, c), pending, at_once=setup.num_threads // CORES_A_SEARCH)
+    rounds = rounds_of(setup, pending)
+    first_device = {c: first for placed in rounds for c, first in placed}
+    searches = Searches(
+        lambda c: search_capacity(setup, c, first_device=first_device[c]),
+        pending,
+        at_once=setup.num_threads // CORES_A_SEARCH,
+    )
     with progress_bar(console, len(wanted), len(known)) as advance:
         progress = measure_all(
-            wanted,
-            lambda c: _measured(setup, searches.take(c)),
+            [[c for c, _ in placed] for placed in rounds],
+            lambda configs: _measured(setup, searches, configs),
             partial=partial,
             header=header,
             progress=progress,
@@ -131,14 +153,58 @@ def run_profile(
     return table
 
 
-def _measured(setup: Setup, searched: Searched) -> ConfigCost:
-    from profiling.measure import time_config
+def rounds_of(setup: Setup, configs: Sequence[ParallelConfig]) -> Sequence[Sequence[tuple[ParallelConfig, int]]]:
+    """What is measured at a time, and from which device on: as much as there are devices for.
+
+    One by one on simulated devices, whose host's cores are shared out otherwise (`HostShare`).
+    """
+    from profiling.grid import side_by_side
+
+    if setup.cores is not None:
+        return [[(config, 0)] for config in configs]
+    return side_by_side(configs, num_devices=len(setup.devices))
+
+
+def _measured(setup: Setup, searches: Searches[Searched], configs: Sequence[ParallelConfig]) -> list[ConfigCost | str]:
+    """Costs of the configs of a round, or why one is left out."""
+    from profiling.config_cost import time_configs
+    from profiling.memory import DoesNotFitError
+
+    outcomes: dict[ParallelConfig, ConfigCost | str] = {}
+    found: list[Searched] = []
+    for config in configs:
+        try:
+            found.append(searches.take(config))
+        except DoesNotFitError as error:
+            outcomes[config] = str(error)
+    costs = time_configs(setup, found)
+    found.clear()  # and with them the weights on the devices
+    outcomes.update((cost.config, _with_packed(setup, cost)) for cost in costs)
+    return [outcomes[config] for config in configs]
+
+
+def _with_packed(setup: Setup, cost: ConfigCost) -> ConfigCost:
     from profiling.packed import measure_packed
 
-    cost = time_config(setup, searched)
     if not setup.packed:
         return cost
     return dataclasses.replace(cost, packed=measure_packed(setup, cost.config, cost.capacity_tokens))
+
+
+def known_capacities(path: Path, model: LlamaConfig) -> dict[ParallelConfig, int]:
+    """Capacities of an earlier table of the same model. Raises `UserError`."""
+    from planner.cost import CostTable
+
+    table = CostTable.load(path)
+    if table.model_fingerprint != model.fingerprint:
+        raise UserError(
+            "the table is of another model",
+            file=path,
+            key="model",
+            value=table.model,
+            expected=f"{model.name}, with the same shapes",
+        )
+    return {cost.config: cost.capacity_tokens for cost in table.configs}
 
 
 def make_setup(

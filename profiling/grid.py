@@ -54,6 +54,21 @@ def parallel_configs(
     return tuple(ParallelConfig(tp=tp, pp=pp, remat=remat) for tp, pp in shapes for remat in remats)
 
 
+def side_by_side(
+    configs: Sequence[ParallelConfig], *, num_devices: int
+) -> tuple[tuple[tuple[ParallelConfig, int], ...], ...]:
+    """Rounds of (config, its first device): as many configs of one round as there are devices for, in their order."""
+    rounds: list[list[tuple[ParallelConfig, int]]] = []
+    taken = num_devices
+    for config in configs:
+        if taken + config.num_devices > num_devices:
+            rounds.append([])
+            taken = 0
+        rounds[-1].append((config, taken))
+        taken += config.num_devices
+    return tuple(tuple(group) for group in rounds)
+
+
 def align_up(tokens: float, multiple: int = LENGTH_ALIGN) -> int:
     return math.ceil(tokens / multiple) * multiple
 

@@ -1,4 +1,4 @@
-"""Measures one parallel config on devices: compiles shapes, asks for their bytes, times steps through `Replica.issue`.
+"""Replicas to be measured: compiles shapes, asks for their bytes, times steps through `Replica.issue`.
 
 Values do not matter to time, so weights, adapters and tokens are cheap made-up ones.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,16 +24,9 @@ from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.weights import EMBEDDING_STD, WeightSource, weight_shapes
 from lobra_jax.optim import init_state
 from lobra_jax.replica import Replica, ReplicaRun
-from planner.cost import ConfigCost, CostPoint
-from planner.fit import MIN_POINTS_TO_HOLD_OUT, fit_coefficients, hold_out
 from planner.plan import ParallelConfig
-from profiling.grid import HostShare, Shape, held_out_shape, host_share
+from profiling.grid import HostShare, Shape, host_share
 from profiling.made_up import random_like, random_params
-from profiling.memory import Capacity, DoesNotFitError, find_capacity
-from profiling.timing import slots, time_steps
-
-FEW_LAYERS = (2, 4)
-"""Of a stage of the models from whose programs a capacity is foretold."""
 
 FILLER_SIZE = 65_521
 """Random numbers that made-up arrays repeat; a prime, so that rows of a matrix differ."""
@@ -58,6 +51,7 @@ class Setup:
       num_threads: compilations at a time.
       packed: measure packed micro-batches too.
       quantization: how the base's linears are stored.
+      expected: capacities, in tokens, that are confirmed where they fit instead of being searched.
     """
 
     model: LlamaConfig
@@ -78,6 +72,7 @@ class Setup:
     num_threads: int
     packed: bool = False
     quantization: str = "none"
+    expected: Mapping[ParallelConfig, int] = dataclasses.field(default_factory=dict)
 
     def share(self, config: ParallelConfig) -> HostShare:
         if self.cores is None:
@@ -111,13 +106,19 @@ class Filler:
 
 
 class Bench:
-    """Replicas of one config on disjoint submeshes, ready to run steps of made-up micro-batches at the same time."""
+    """Replicas of one config on disjoint submeshes, ready to run steps of made-up micro-batches at the same time.
 
-    def __init__(self, setup: Setup, config: ParallelConfig, *, copies: int, packed: bool = False) -> None:
+    The submeshes begin at device `first_device` of the setup.
+    """
+
+    def __init__(
+        self, setup: Setup, config: ParallelConfig, *, copies: int, packed: bool = False, first_device: int = 0
+    ) -> None:
         self.setup = setup
         g = config.num_devices
+        devices = setup.devices[first_device : first_device + copies * g]
         self.replicas = [
-            make_replica(setup, config, index, setup.devices[index * g : (index + 1) * g], packed=packed)
+            make_replica(setup, config, index, devices[index * g : (index + 1) * g], packed=packed)
             for index in range(copies)
         ]
         self._adapters: list[list[Adapters]] = []
@@ -219,112 +220,6 @@ def made_up_batch(setup: Setup, shape: Shape) -> MicroBatchArrays:
         loss_weights=np.full((rows, length), 1 / (rows * length), np.float32),
         task_ids=(np.arange(rows) % setup.num_tasks).astype(np.int32),
         dropout_ids=rng.integers(0, 2**32, rows, dtype=np.uint32),
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Searched:
-    """A config whose capacity was found: `bench` has the programs, `sizes` the bytes of each shape to be timed."""
-
-    bench: Bench
-    config: ParallelConfig
-    capacity_tokens: int
-    sizes: Mapping[Shape, int]
-
-
-def measure_config(setup: Setup, config: ParallelConfig) -> ConfigCost:
-    """Capacity, times and fit of one config, padded. Raises `DoesNotFitError` if it holds no micro-batch at all."""
-    return time_config(setup, search_capacity(setup, config))
-
-
-def search_capacity(setup: Setup, config: ParallelConfig) -> Searched:
-    """Compiles what there is to time; places no weights. Raises `DoesNotFitError`."""
-    bench = Bench(setup, config, copies=setup.share(config).copies)
-    replica = bench.replicas[0]
-    reserve = reserve_bytes(setup, replica)
-    if fixed_bytes(replica) + reserve > setup.limit_bytes:
-        needed = fixed_bytes(replica) + reserve
-        raise DoesNotFitError(f"weights, adapters and their state need {needed:,} bytes of {setup.limit_bytes:,}")
-    search = functools.partial(
-        find_capacity,
-        limit_bytes=setup.limit_bytes - reserve,
-        fixed_bytes=fixed_bytes(replica),
-        lengths=setup.lengths,
-        max_tokens=setup.max_tokens,
-    )
-    capacity = search(bench.bytes, expected=_expected_capacity(setup, config, search))
-    sizes = {
-        shape: size
-        for shape, size in capacity.bytes.items()
-        if size <= setup.limit_bytes - reserve and shape[0] * shape[1] <= capacity.tokens
-    }
-    return Searched(bench=bench, config=config, capacity_tokens=capacity.tokens, sizes=sizes)
-
-
-def _expected_capacity(setup: Setup, config: ParallelConfig, search: Callable[..., Capacity]) -> int | None:
-    """The capacity that `search` finds for bytes foretold from models of few layers.
-
-    None where there are few anyway, and on simulated devices, whose host has no cores to spare.
-
-    Those compile in a fraction of the time, and bytes grow by the layer: what two and four layers foretell of Llama-2
-    7B's 32 is right to 0.6 % (profiling/results/h100_tries.json). The capacity is then confirmed on the model itself.
-    """
-    layers = -(-setup.model.num_layers // config.pp)
-    if setup.cores is not None or layers <= 2 * max(FEW_LAYERS):
-        return None
-    few = [
-        Bench(
-            dataclasses.replace(setup, model=dataclasses.replace(setup.model, num_layers=n * config.pp)),
-            config,
-            copies=1,
-        )
-        for n in FEW_LAYERS
-    ]
-
-    def foretold_bytes(shapes: Sequence[Shape]) -> list[int]:
-        with ThreadPoolExecutor(len(few), thread_name_prefix="few-layers") as executor:
-            small, large = executor.map(lambda bench: bench.bytes(shapes), few)
-        by_layer = [(y - x) / (FEW_LAYERS[1] - FEW_LAYERS[0]) for x, y in zip(small, large, strict=True)]
-        return [round(y + each * (layers - FEW_LAYERS[1])) for y, each in zip(large, by_layer, strict=True)]
-
-    try:
-        return search(foretold_bytes, expected=setup.max_tokens).tokens
-    except DoesNotFitError:
-        return None
-
-
-def time_config(setup: Setup, searched: Searched) -> ConfigCost:
-    """Times and fit of a config; nothing else may run or compile meanwhile."""
-    bench, config, sizes = searched.bench, searched.config, searched.sizes
-    share = setup.share(config)
-    bench.compile(list(sizes), copies=share.copies)
-    bench.place()
-    times = {
-        shape: time_steps(lambda m, shape=shape: bench.step_s(shape, m), pp=config.pp, repeats=setup.repeats)
-        for shape in sorted(sizes, key=lambda shape: shape[0] * shape[1])
-    }
-    seconds, fixed = slots(times, pp=config.pp)
-    held_out = held_out_shape(setup.lengths, searched.capacity_tokens, sizes)
-    points = [
-        CostPoint(
-            rows=shape[0],
-            length=shape[1],
-            seconds=seconds[shape] * share.factor,
-            peak_bytes=sizes[shape],
-            held_out=shape == held_out,
-        )
-        for shape in seconds
-    ]
-    if len(points) >= MIN_POINTS_TO_HOLD_OUT:
-        points = list(hold_out(points))
-    coefficients, error = fit_coefficients(points)
-    return ConfigCost(
-        config=config,
-        capacity_tokens=searched.capacity_tokens,
-        coefficients=coefficients,
-        fixed_s=fixed * share.factor,
-        points=tuple(points),
-        fit_error=error,
     )
 
 

@@ -12,7 +12,6 @@ from typing import Any
 from planner.cost import ConfigCost, CostTable
 from planner.errors import UserError
 from planner.plan import ParallelConfig
-from profiling.memory import DoesNotFitError
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -92,28 +91,24 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str =
 
 
 def measure_all(
-    configs: Sequence[ParallelConfig],
-    measure: Callable[[ParallelConfig], ConfigCost],
+    rounds: Sequence[Sequence[ParallelConfig]],
+    measure: Callable[[Sequence[ParallelConfig]], Sequence[ConfigCost | str]],
     *,
     partial: Path,
     header: Header,
     progress: Progress,
     on_config: Callable[[ParallelConfig, ConfigCost | str], None],
 ) -> Progress:
-    """Measures what `progress` lacks, saving to `partial` after each config and telling `on_config` the outcome.
+    """Measures round by round, saving to `partial` after each and telling `on_config` each config's outcome.
 
-    `measure` raises `DoesNotFitError` for a config that cannot hold a micro-batch; its reason is kept.
+    `measure` gives the configs of a round their costs, or the reason why one cannot hold a micro-batch.
     """
-    for config in configs:
-        if config in progress:
-            continue
-        outcome: ConfigCost | str
-        try:
-            outcome = measure(config)
-            progress = dataclasses.replace(progress, measured={**progress.measured, config: outcome})
-        except DoesNotFitError as error:
-            outcome = str(error)
-            progress = dataclasses.replace(progress, dropped={**progress.dropped, config: outcome})
+    for configs in rounds:
+        outcomes = dict(zip(configs, measure(configs), strict=True))
+        measured = {config: cost for config, cost in outcomes.items() if isinstance(cost, ConfigCost)}
+        dropped = {config: reason for config, reason in outcomes.items() if isinstance(reason, str)}
+        progress = Progress(measured={**progress.measured, **measured}, dropped={**progress.dropped, **dropped})
         save_partial(partial, header, progress)
-        on_config(config, outcome)
+        for config, outcome in outcomes.items():
+            on_config(config, outcome)
     return progress

@@ -172,8 +172,9 @@ def _measure(case: Case, num_tasks: int, workload: Workload) -> CostTable:
     import jax.numpy as jnp
 
     from lobra_jax.devices import host_cores, memory_limit
+    from profiling.config_cost import measure_config
     from profiling.grid import default_lengths
-    from profiling.measure import Setup, measure_config
+    from profiling.measure import Setup
     from profiling.packed import measure_packed
 
     device = jax.devices()[0]

@@ -1,8 +1,11 @@
 """Which configs and shapes are measured, and what sharing a host does to a simulated device's seconds."""
 
 import dataclasses
+import itertools
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given
 
 from lobra_jax.models.config import PRESETS
 from planner.errors import UserError
@@ -23,6 +26,18 @@ def test_grid_holds_every_shape_that_fits_devices_layers_and_heads():
     }  # fmt: skip
     odd = dataclasses.replace(TINY, num_kv_heads=2)
     assert {c.tp for c in grid.parallel_configs(odd, num_devices=8, remats=("none",))} == {1, 2}
+
+
+@given(st.lists(st.sampled_from([(1, 1), (2, 1), (1, 3), (4, 1)]), max_size=9), st.integers(4, 8))
+def test_a_round_holds_neighbours_on_devices_of_their_own(shapes, num_devices):
+    configs = [ParallelConfig(tp=tp, pp=pp, remat="none") for tp, pp in shapes]
+    rounds = grid.side_by_side(configs, num_devices=num_devices)
+    assert [config for placed in rounds for config, _ in placed] == configs
+    for placed in rounds:
+        used = [first + k for config, first in placed for k in range(config.num_devices)]
+        assert used == list(range(len(used))) and len(used) <= num_devices
+    for placed, following in itertools.pairwise(rounds):
+        assert sum(config.num_devices for config, _ in placed) + following[0][0].num_devices > num_devices
 
 
 def test_grid_keeps_within_the_users_limits_and_crosses_remats():

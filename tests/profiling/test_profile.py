@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from lobra_jax.config import load_config, model_config
 from lobra_jax.memory import memory_bytes
 from planner.cost import CostTable
 from planner.plan import ParallelConfig
-from profiling.measure import Bench, Setup, reserve_bytes, search_capacity
+from profiling.config_cost import search_capacity, time_configs
+from profiling.measure import Bench, Setup, reserve_bytes
 from profiling.packed import measure_packed
 from profiling.table import partial_path
 
@@ -22,6 +24,7 @@ LIMIT = 1_500_000
 SMALLER_LIMIT = 800_000
 SHAPES = ("--lengths", "16,128", "--repeats", "1", "--max-tokens", "256")
 WHOLE = ParallelConfig(tp=1, pp=1, remat="none")
+OTHER_TABLE = Path(__file__).parents[2] / "configs" / "costs" / "llama2_7b_a100_40g.json"
 WIDE = ParallelConfig(tp=2, pp=1, remat="none")
 
 
@@ -120,6 +123,35 @@ def test_few_layers_foretell_the_capacity_of_many(config_file, monkeypatch):
     assert max(found.bench.bytes([(1, int(1.3 * found.capacity_tokens))])) > setup.limit_bytes
 
 
+def test_a_known_capacity_is_confirmed_and_one_that_does_not_fit_is_searched(config_file):
+    base = dataclasses.replace(setup_of(config_file), max_tokens=512)
+    searched = search_capacity(base, WHOLE).capacity_tokens
+    less = searched // 32 * 16
+
+    def found(expected):
+        return search_capacity(dataclasses.replace(base, expected={WHOLE: expected}), WHOLE)
+
+    known = found(less)
+    assert known.capacity_tokens == less < searched
+    assert {(1, less), (less // 16, 16)} <= known.sizes.keys()
+    assert max(rows * length for rows, length in known.sizes) == less
+    assert found(512).capacity_tokens == searched
+
+
+def test_configs_on_devices_of_their_own_are_timed_together(config_file):
+    setup = dataclasses.replace(setup_of(config_file), cores=None)
+    full = dataclasses.replace(WHOLE, remat="full")
+    found = [search_capacity(setup, config, first_device=first) for config, first in ((WHOLE, 0), (WIDE, 1), (full, 3))]
+    used = [device.id for searched in found for device in searched.bench.replicas[0].submesh.devices]
+    assert used == [0, 1, 2, 3]
+    costs = time_configs(setup, found)
+    assert [cost.config for cost in costs] == [WHOLE, WIDE, full]
+    for cost, searched in zip(costs, found, strict=True):
+        assert cost.capacity_tokens == searched.capacity_tokens
+        assert {(point.rows, point.length) for point in cost.points} == set(searched.sizes)
+        assert all(point.seconds > 0 for point in cost.points)
+
+
 def test_table_says_how_it_was_measured(profiled):
     table, _, _ = profiled
     assert table.hardware["platform"] == "cpu" and table.hardware["num_devices"] == 8
@@ -176,6 +208,9 @@ def test_user_mistakes_are_one_line(config_file, tmp_path):
         ((*good, "--set", "devices.simulated=null", "--set", "devices.num_devices=9"), ["num_devices", "at most 8"]),
         ((*good, "--configs", "4x1"), ["--configs", "4x1", "1x1"]),
         ((*good, "--lengths", "20"), ["--lengths", "multiples of 16"]),
+        ((*good, "--capacities", tmp_path / "no.json"), ["no.json", "costs.json"]),
+        ((*good, "--capacities", OTHER_TABLE), [str(OTHER_TABLE), "model", "llama2-7b"]),
+        ((*good, "--capacities", OTHER_TABLE, "--estimate", "h200"), ["--capacities", "--estimate"]),
         (("--config", config_file, "--out", tmp_path / "no" / "costs.json"), ["--out", "existing folder"]),
         (("--config", config_file, "--out", tmp_path / "costs.json"), ["tasks.a.files", "not found", "none.jsonl"]),
     ]:

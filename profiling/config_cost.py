@@ -1,0 +1,153 @@
+"""Measures parallel configs: capacity from compiled programs' bytes, then times, then a fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from lobra_jax.at_once import at_once
+from planner.cost import ConfigCost, CostPoint
+from planner.fit import MIN_POINTS_TO_HOLD_OUT, fit_coefficients, hold_out
+from planner.plan import ParallelConfig
+from profiling.grid import Shape, held_out_shape
+from profiling.measure import Bench, Setup, fixed_bytes, reserve_bytes
+from profiling.memory import Capacity, DoesNotFitError, find_capacity
+from profiling.timing import slots, time_steps
+
+FEW_LAYERS = (2, 4)
+"""Of a stage of the models from whose programs a capacity is foretold."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Searched:
+    """A config whose capacity was found: `bench` has the programs, `sizes` the bytes of each shape to be timed."""
+
+    bench: Bench
+    config: ParallelConfig
+    capacity_tokens: int
+    sizes: Mapping[Shape, int]
+
+
+def measure_config(setup: Setup, config: ParallelConfig) -> ConfigCost:
+    """Capacity, times and fit of one config, padded. Raises `DoesNotFitError` if it holds no micro-batch at all."""
+    return time_configs(setup, [search_capacity(setup, config)])[0]
+
+
+def search_capacity(setup: Setup, config: ParallelConfig, *, first_device: int = 0) -> Searched:
+    """Compiles what there is to time, for the devices from `first_device` on; places no weights.
+
+    Raises `DoesNotFitError`.
+    """
+    bench = Bench(setup, config, copies=setup.share(config).copies, first_device=first_device)
+    replica = bench.replicas[0]
+    reserve = reserve_bytes(setup, replica)
+    if fixed_bytes(replica) + reserve > setup.limit_bytes:
+        needed = fixed_bytes(replica) + reserve
+        raise DoesNotFitError(f"weights, adapters and their state need {needed:,} bytes of {setup.limit_bytes:,}")
+    search = functools.partial(
+        find_capacity,
+        limit_bytes=setup.limit_bytes - reserve,
+        fixed_bytes=fixed_bytes(replica),
+        lengths=setup.lengths,
+        max_tokens=setup.max_tokens,
+    )
+    capacity = search(bench.bytes, expected=_expected_capacity(setup, config, search))
+    sizes = {
+        shape: size
+        for shape, size in capacity.bytes.items()
+        if size <= setup.limit_bytes - reserve and shape[0] * shape[1] <= capacity.tokens
+    }
+    return Searched(bench=bench, config=config, capacity_tokens=capacity.tokens, sizes=sizes)
+
+
+def _expected_capacity(setup: Setup, config: ParallelConfig, search: Callable[..., Capacity]) -> int | None:
+    """The capacity that is known already, else the one that `search` finds for bytes foretold from few layers.
+
+    None where there are few anyway, and on simulated devices, whose host has no cores to spare.
+
+    Models of few layers compile in a fraction of the time, and bytes grow by the layer: what two and four layers
+    foretell of Llama-2 7B's 32 is right to 0.6 % (profiling/results/h100_tries.json). The capacity is then confirmed on
+    the model itself.
+    """
+    if config in setup.expected:
+        return min(setup.expected[config], setup.max_tokens)
+    layers = -(-setup.model.num_layers // config.pp)
+    if setup.cores is not None or layers <= 2 * max(FEW_LAYERS):
+        return None
+    few = [
+        Bench(
+            dataclasses.replace(setup, model=dataclasses.replace(setup.model, num_layers=n * config.pp)),
+            config,
+            copies=1,
+        )
+        for n in FEW_LAYERS
+    ]
+
+    def foretold_bytes(shapes: Sequence[Shape]) -> list[int]:
+        with ThreadPoolExecutor(len(few), thread_name_prefix="few-layers") as executor:
+            small, large = executor.map(lambda bench: bench.bytes(shapes), few)
+        by_layer = [(y - x) / (FEW_LAYERS[1] - FEW_LAYERS[0]) for x, y in zip(small, large, strict=True)]
+        return [round(y + each * (layers - FEW_LAYERS[1])) for y, each in zip(large, by_layer, strict=True)]
+
+    try:
+        return search(foretold_bytes, expected=setup.max_tokens).tokens
+    except DoesNotFitError:
+        return None
+
+
+def time_configs(setup: Setup, found: Sequence[Searched]) -> list[ConfigCost]:
+    """Times and fits of configs on disjoint devices, all at the same time; nothing else may run or compile meanwhile.
+
+    As in a run, where every device works and one host issues to all. What one config runs for the first time, another
+    one's clock would notice: all have run everything once before any is timed.
+    """
+    for searched in found:
+        searched.bench.compile(list(searched.sizes), copies=setup.share(searched.config).copies)
+    with ThreadPoolExecutor(max(len(found), 1), thread_name_prefix="config") as executor:
+        at_once(executor, [searched.bench.place for searched in found])
+        if len(found) > 1:
+            at_once(executor, [functools.partial(_warm_up, searched) for searched in found])
+        return at_once(executor, [functools.partial(_time_config, setup, searched) for searched in found])
+
+
+def _ascending(searched: Searched) -> list[Shape]:
+    return sorted(searched.sizes, key=lambda shape: shape[0] * shape[1])
+
+
+def _warm_up(searched: Searched) -> None:
+    for shape in _ascending(searched):
+        searched.bench.step_s(shape, 1)
+
+
+def _time_config(setup: Setup, searched: Searched) -> ConfigCost:
+    bench, config, sizes = searched.bench, searched.config, searched.sizes
+    share = setup.share(config)
+    times = {
+        shape: time_steps(lambda m, shape=shape: bench.step_s(shape, m), pp=config.pp, repeats=setup.repeats)
+        for shape in _ascending(searched)
+    }
+    seconds, fixed = slots(times, pp=config.pp)
+    held_out = held_out_shape(setup.lengths, searched.capacity_tokens, sizes)
+    points = [
+        CostPoint(
+            rows=shape[0],
+            length=shape[1],
+            seconds=seconds[shape] * share.factor,
+            peak_bytes=sizes[shape],
+            held_out=shape == held_out,
+        )
+        for shape in seconds
+    ]
+    if len(points) >= MIN_POINTS_TO_HOLD_OUT:
+        points = list(hold_out(points))
+    coefficients, error = fit_coefficients(points)
+    return ConfigCost(
+        config=config,
+        capacity_tokens=searched.capacity_tokens,
+        coefficients=coefficients,
+        fixed_s=fixed * share.factor,
+        points=tuple(points),
+        fit_error=error,
+    )
