@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from planner.cost import ConfigCost, CostTable
 from planner.errors import UserError
 from planner.plan import REMATS, ParallelConfig
+from planner.workload import Workload
 
 REPLICAS = re.compile(r"(?:([0-9]+)x)?\(tp([0-9]+),pp([0-9]+)(?:,([a-z]+))?\)")
 """How plans print a group of replicas: 6x(tp1,pp1,none)."""
@@ -70,7 +71,7 @@ class Constraints:
 
 
 def allowed_configs(
-    costs: CostTable, num_devices: int, constraints: Constraints, max_length: int
+    costs: CostTable, num_devices: int, constraints: Constraints, workload: Workload
 ) -> tuple[ConfigCost, ...]:
     """The cost table's configs that a plan may use.
 
@@ -86,13 +87,15 @@ def allowed_configs(
             value=str(constraints),
             expected=f"at least one of {_choices(costs.configs)}",
         )
+    max_length, key = workload.max_length, f"tasks.{workload.longest.name}"
     fitting = [cost for cost in allowed if cost.capacity_tokens >= max_length]
     if not fitting:
         largest = max(allowed, key=lambda cost: cost.capacity_tokens)
         asked = f" that the constraints ({constraints}) allow" if len(allowed) < len(costs.configs) else ""
         raise UserError(
             f"sequences of {max_length} tokens fit no config{asked}",
-            key="workload",
+            file=workload.file,
+            key=key,
             expected=f"lengths up to {largest.capacity_tokens} tokens, the capacity of {largest.config}",
         )
     narrowest = min(fitting, key=lambda cost: (cost.config.num_devices, -cost.capacity_tokens))
@@ -100,7 +103,7 @@ def allowed_configs(
     if missing > 0:
         raise UserError(
             f"sequences of {max_length} tokens need a replica {narrowest.config} of "
-            f"{narrowest.config.num_devices} devices: {missing} missing",
+            f"{narrowest.config.num_devices} devices: {missing} missing for {key}",
             key="num_devices",
             value=num_devices,
             expected=f"at least {narrowest.config.num_devices}",

@@ -208,7 +208,7 @@ def build_problem(
     if num_devices < 1:
         raise UserError("bad value", key="num_devices", value=num_devices, expected="an integer >= 1")
     constraints = constraints or Constraints()
-    allowed = allowed_configs(costs, num_devices, constraints, workload.max_length)
+    allowed = allowed_configs(costs, num_devices, constraints, workload)
     cap = max(cost.capacity_tokens for cost in allowed)
     padded = bucket_lengths(workload, buckets, num_buckets=num_buckets, max_capacity_tokens=cap)
     expected = _expected_counts(workload, padded)

@@ -43,9 +43,10 @@ class TaskLengths:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
-    """The tasks that are trained jointly."""
+    """The tasks that are trained jointly; `file` is where they were read, for messages."""
 
     tasks: tuple[TaskLengths, ...]
+    file: str | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not self.tasks:
@@ -59,9 +60,14 @@ class Workload:
         return sum(task.batch_size for task in self.tasks)
 
     @functools.cached_property
+    def longest(self) -> TaskLengths:
+        """The first task that lists the longest length."""
+        return max(self.tasks, key=lambda task: max(task.lengths))
+
+    @functools.cached_property
     def max_length(self) -> int:
         """The longest length that any task lists, tokens."""
-        return max(max(task.lengths) for task in self.tasks)
+        return max(self.longest.lengths)
 
     def expected_counts(self) -> dict[int, float]:
         """Expected number of sequences of each length in one global batch, lengths ascending."""
@@ -131,7 +137,8 @@ class Workload:
                         lengths={int(length): float(share) for length, share in task["lengths"].items()},
                     )
                     for task in raw["tasks"]
-                )
+                ),
+                file=str(path),
             )
         except OSError as error:
             raise UserError(f"cannot read: {error.strerror}", file=path, expected=expected) from error

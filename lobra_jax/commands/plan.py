@@ -210,7 +210,7 @@ def _plan_from_config(
     costs = config_costs(config, inputs.costs, config_path)
     number = planned_devices(config, costs, devices)
     with console.status("reading the tasks' lengths"):
-        workload = task_lengths(config)
+        workload = task_lengths(config, config_path)
     _plan_or_report(workload, costs, number, out, merged_flags(config, flags), console, compare)
 
 

@@ -76,7 +76,7 @@ def train(
     adapters = _given_adapters(config, model)
     data = load_tasks(config)
     costs = _costs(config, model, config_path, out, plan_path, resume)
-    workload = workload_of(data)
+    workload = workload_of(data, config_path)
     plan = _plan(config, workload, costs, out, plan_path, resume)
     check_lengths(data, plan)
     batching = _batching(config, plan, costs, workload)

@@ -39,18 +39,22 @@ def load_tasks(config: RunConfig) -> tuple[TaskData, ...]:
     return tuple(_text_task(config, task, tokenizer, vocab_size) for task in config.tasks)
 
 
-def task_lengths(config: RunConfig) -> Workload:
-    """The distribution of lengths over each task's first epoch; its longest held-out length has share 0."""
-    return workload_of(load_tasks(config))
+def task_lengths(config: RunConfig, file: Path | None = None) -> Workload:
+    """The distribution of lengths over each task's first epoch; its longest held-out length has share 0.
+
+    `file` is the config's, for messages.
+    """
+    return workload_of(load_tasks(config), file)
 
 
-def workload_of(tasks: tuple[TaskData, ...]) -> Workload:
+def workload_of(tasks: tuple[TaskData, ...], file: Path | None = None) -> Workload:
     """As `task_lengths`, of data that is loaded already."""
     trained = Workload.from_samples(
         {task.name: (task.sampler.batch_size, task.train.lengths[task.sampler.epoch(0)]) for task in tasks}
     )
     return Workload(
-        tasks=tuple(_with_held_out(lengths, task) for lengths, task in zip(trained.tasks, tasks, strict=True))
+        tasks=tuple(_with_held_out(lengths, task) for lengths, task in zip(trained.tasks, tasks, strict=True)),
+        file=None if file is None else str(file),
     )
 
 

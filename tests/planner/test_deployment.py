@@ -1,6 +1,7 @@
 """The exact planner against brute force on small instances, and what it must never get wrong."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -260,9 +261,15 @@ def test_no_time_still_gives_a_valid_plan_with_an_honest_gap():
     assert plan.predicted.gap == pytest.approx(1 - plan.predicted.bound_s / plan.predicted.step_s)
 
 
-def test_length_over_every_capacity_is_named():
-    with pytest.raises(UserError, match=r"64 tokens fit no config.*32 tokens.*tp1"):
-        make_plan("exact", counted_workload((1, 0, 1)), cost_table(config_cost(CONFIGS[0], 32)), 8)
+def test_length_over_every_capacity_is_named_with_its_file_and_task(tmp_path):
+    table, workload = cost_table(config_cost(CONFIGS[0], 32)), counted_workload((1, 0, 1))
+    expected = r"64 tokens fit no config.*32 tokens.*tp1"
+    with pytest.raises(UserError, match=rf"^tasks\.{workload.longest.name}: sequences of {expected}"):
+        make_plan("exact", workload, table, 8)
+    path = tmp_path / "hist.json"
+    workload.save(path)
+    with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: tasks\..*{expected}"):
+        make_plan("exact", Workload.load(path), table, 8)
 
 
 def test_missing_devices_are_counted():
