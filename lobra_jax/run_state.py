@@ -12,6 +12,7 @@ from lobra_jax.checkpoint import CheckpointMetadata
 from lobra_jax.config import RunConfig
 from lobra_jax.data.batches import TaskData
 from lobra_jax.models.config import LlamaConfig
+from lobra_jax.models.weights import DRAWING
 from lobra_jax.reduce import AdapterState
 from lobra_jax.tasks import lora_spec
 
@@ -42,6 +43,7 @@ def run_metadata(
         settings["model.quantization"] = config.model.quantization
     if config.model.preset is not None:
         settings["model.init_seed"] = config.model.init_seed
+        settings["drawing of random weights"] = DRAWING
     for task, data in zip(config.tasks, tasks, strict=True):
         for name, value in task.model_dump(mode="json").items():
             if name not in NOT_COMPARED:

@@ -1,5 +1,7 @@
 import dataclasses
+import math
 import os
+from statistics import NormalDist
 
 import ml_dtypes
 import numpy as np
@@ -78,6 +80,14 @@ def test_random_weights_have_the_stated_spread() -> None:
     residual = (TINY.intermediate_size * 2 * TINY.num_layers) ** -0.5
     assert read_all(source, "layers.0.down").std() == pytest.approx(residual, rel=0.05)
     assert {read_all(source, name).dtype for name in ("embed", "final_norm", "layers.0.o")} == {np.dtype(np.float32)}
+
+
+def test_random_weights_are_normal() -> None:
+    values = np.sort(read_all(RandomWeights(TINY, seed=0), "head").reshape(-1) / 0.02)
+    expected = np.array([NormalDist().cdf(float(value)) for value in values])
+    ranks = (np.arange(len(values)) + 0.5) / len(values)
+    assert np.abs(expected - ranks).max() < 1.63 / math.sqrt(len(values))  # Kolmogorov and Smirnov's test, at 1 %
+    assert np.mean(values**4) == pytest.approx(3, rel=0.1)
 
 
 @pytest.mark.parametrize("source", [RandomWeights(TINY, seed=0), ArrayWeights({"embed": np.zeros((2, 2))})])
