@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lobra_jax.models.llama import Shard
+from lobra_jax.sharding import Shard
 
 MAX_CHUNK_TOKENS = 2048
 """Tokens of a micro-batch whose logits are alive together."""

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 
 Pin = Callable[..., Array]
-"""Pins an array by its logical axes (`sharding.StageSharding.constrain`), those of positions among them."""
+"""Pins an array by its logical axes (a `sharding.Shard`), those of positions among them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,10 @@ class Slots:
         """Whether tokens of several tasks meet in sums over a row."""
         return self.own is not None
 
+    def whole(self, pin: Pin | None) -> Slots:
+        """These with scales that are whole on every device."""
+        return dataclasses.replace(self, scales=_whole(self.scales, pin))
+
     def scaled(self, h_BLKR: Array, dtype: jnp.dtype) -> Array:
         """Low-rank values times their task's scale, exact zeros in other slots; the scale is not rounded to bf16."""
         h_BLKR = h_BLKR * self.scales
@@ -82,6 +86,11 @@ def _by_task(d_factors_BK: Array, task_ids_BK: Array, num_tasks: int) -> Array:
     return jnp.zeros((num_tasks, *d_factors_BK.shape[2:]), jnp.float32).at[task_ids_BK].add(d_factors_BK)
 
 
+def _whole(x: Array, pin: Pin | None) -> Array:
+    """What rows say of their tasks, on every device; XLA may else take a part of the rows to each."""
+    return x if pin is None else pin(x, *[None] * x.ndim)
+
+
 def _gathered(x_BLI: Array, pin: Pin | None) -> Array:
     return x_BLI if pin is None else pin(x_BLI, "batch", "position", "hidden")
 
@@ -94,7 +103,7 @@ def into_ranks(x_BLI: Array, a_TRI: Array, task_ids_BK: Array, shared: bool, pin
     0 x inf is not 0. Its own task sees it all the same, in its cotangents. `pin` where x's positions lie on several
     devices.
     """
-    a_BKRI = _own(a_TRI, task_ids_BK, x_BLI.dtype)
+    a_BKRI = _own(a_TRI, _whole(task_ids_BK, pin), x_BLI.dtype)
     x_BLI = _gathered(x_BLI, pin)
     return jnp.einsum("bli,bkri->blkr", x_BLI, a_BKRI, preferred_element_type=jnp.float32)
 
@@ -136,7 +145,8 @@ def _out_fwd(
 def _out_bwd(shared: bool, pin: Pin | None, saved: tuple[Array, ...], d_y_BLO: Array) -> tuple[Array, Array, None]:
     """A gradient that is not finite still reaches its own task through d_h and so its `a`, which stops the task."""
     h_BLKR, b_TRO, task_ids_BK = saved
-    d_h = jnp.einsum("blo,bkro->blkr", _gathered(d_y_BLO, pin), _own(b_TRO, task_ids_BK, d_y_BLO.dtype))
+    d_h = jnp.einsum("blo,bkro->blkr", _gathered(d_y_BLO, pin), _own(b_TRO, _whole(task_ids_BK, pin), d_y_BLO.dtype))
+    d_h = d_h if pin is None else pin(d_h, "batch", "position", None, "rank")
     d_y_BLO = bounded(d_y_BLO) if shared else d_y_BLO
     d_b_BKRO = jnp.einsum("blkr,blo->bkro", h_BLKR, d_y_BLO, preferred_element_type=jnp.float32)
     return d_h, _by_task(d_b_BKRO, task_ids_BK, b_TRO.shape[0]), None

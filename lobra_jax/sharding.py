@@ -4,10 +4,13 @@
 |---|---|---|
 | heads, kv_heads, mlp | column-parallel outputs, row-parallel inputs | tensor |
 | vocab | embedding and head; logits | tensor; weights only where it divides |
-| length | positions, in the norm regions (sequence parallelism) | tensor, where it divides |
-| batch, hidden, rank, task, position | rows; features between linears; adapters | none |
+| length | positions, in the norm regions (sequence parallelism) | tensor, where it divides and rows do not |
+| batch | rows | tensor in the norm regions, where it divides |
+| hidden, rank, task, position | features between linears; adapters | none |
 
-`position` is the length axis inside attention and the feed-forward, where heads or mlp take the mesh axis.
+`position` is the length axis inside attention and the feed-forward, where heads or mlp take the mesh axis. The norm
+regions are cut by rows where these divide: what a device has is then in one piece, and gathers and scatters need no
+transposed copies.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Protocol
 
 import jax
 from jax import Array
@@ -53,21 +57,48 @@ WHOLE_IF_UNEVEN = ("length", "vocab")
 them."""
 
 
+class Shard(Protocol):
+    """Pins activations by their logical axes."""
+
+    @property
+    def num_devices(self) -> int: ...
+
+    def __call__(self, x: Array, *axes: str | None) -> Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Unsharded:
+    """A `Shard` of one device."""
+
+    num_devices: int = 1
+
+    def __call__(self, x: Array, *axes: str | None) -> Array:
+        return x
+
+
 @dataclasses.dataclass(frozen=True)
 class StageSharding:
-    """Shardings of one stage's mesh, whose only axis is "tensor"."""
+    """Shardings of one stage's mesh, whose only axis is "tensor". A `Shard`: a call pins an activation."""
 
     mesh: Mesh
+
+    @property
+    def num_devices(self) -> int:
+        return self.mesh.size
 
     def named(self, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> NamedSharding:
         """The sharding of an array with these logical axes.
 
-        With `shape`, axes of `WHOLE_IF_UNEVEN` that do not divide are left whole; any other must divide.
+        With `shape`, axes of `WHOLE_IF_UNEVEN` that do not divide are left whole; any other must divide. Rows take the
+        place of their `length` where they divide.
         """
         size = self.mesh.shape[TENSOR]
+        rules = RULES
+        if shape is not None and "length" in axes and "batch" in axes and shape[axes.index("batch")] % size == 0:
+            rules = RULES | {"batch": TENSOR, "length": None}
         spec: list[str | None] = []
         for dim, axis in enumerate(axes):
-            rule = None if axis is None else RULES[axis]
+            rule = None if axis is None else rules[axis]
             if rule is not None and shape is not None and shape[dim] % size:
                 if axis not in WHOLE_IF_UNEVEN:
                     raise ValueError(f"axis {axis!r} of {tuple(shape)}: {shape[dim]} is not a multiple of tp = {size}")
@@ -75,7 +106,7 @@ class StageSharding:
             spec.append(rule)
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
-    def constrain(self, x: Array, *axes: str | None) -> Array:
+    def __call__(self, x: Array, *axes: str | None) -> Array:
         """Pins an activation inside a jitted function.
 
         Logits are shared out over uneven vocabularies too, which XLA pads: a device has the whole head and uses a part.

@@ -114,8 +114,8 @@ class StageFunctions:
 
     def _hidden(self, params: Params, adapters: Adapters, tasks: TaskInputs, x: Array, batch: BatchInputs) -> Array:
         stage = self.abstract.merge(params)
-        rows, shard = self._rows(tasks, batch), self.sharding.constrain
-        turns = self.remat in SPARING and self.sharding.mesh.size > 1
+        rows, shard = self._rows(tasks, batch), self.sharding
+        turns = self.remat in SPARING and self.sharding.num_devices > 1
         return stage(x, adapters, rows, remat=self.remat, shard=shard, chunked=self._chunked(rows), turns=turns)
 
     def _chunked(self, rows: RowInputs | PackedRows) -> bool:
@@ -124,7 +124,7 @@ class StageFunctions:
         Dropout masks and packed rows do; and positions that lie on several devices would have to be gathered.
         """
         depends = isinstance(rows, PackedRows) or rows.dropout_keys is not None
-        return self.remat in SPARING and self.sharding.mesh.size == 1 and not depends
+        return self.remat in SPARING and self.sharding.num_devices == 1 and not depends
 
     def _rows(self, tasks: TaskInputs, batch: BatchInputs) -> RowInputs | PackedRows:
         if batch.segments is None:
@@ -136,7 +136,7 @@ class StageFunctions:
         hidden = self._hidden(params, adapters, tasks, x, batch)
         head = self.abstract.merge(params).unembedding
         losses = weighted_row_losses if batch.segments is None else weighted_token_losses
-        return losses(hidden, head, batch.targets, batch.loss_weights, self.sharding.constrain)
+        return losses(hidden, head, batch.targets, batch.loss_weights, self.sharding)
 
     def _by_task(self, losses: Array, tasks: TaskInputs, batch: BatchInputs) -> Array:
         """[T]: the sums of `_losses` over each task's rows or tokens."""

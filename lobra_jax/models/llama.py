@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,9 +28,8 @@ from lobra_jax.models.config import LlamaConfig, RopeScaling
 from lobra_jax.models.quantized import SCALE, block_dim, dequantized, frozen_product, stored
 from lobra_jax.models.remat import in_chunks, in_turn, mlp_chunks, with_remat
 from lobra_jax.packed import PackedRows, drop_packed, packed_ratios
-from lobra_jax.sharding import TARGET_AXES
+from lobra_jax.sharding import TARGET_AXES, Shard
 
-Shard = Callable[..., Array]
 Rows = RowInputs | PackedRows
 
 
@@ -83,7 +82,7 @@ class Layer(nnx.Module):
         With DoRA the row's task gives x W + bias + (ratio - 1) x W + ratio delta, in which both products of the added
         part see the input after dropout.
         """
-        *inputs, own = fan_out(x, len(targets) + 1)
+        *inputs, own = fan_out(x, len(targets) + 1, shard.num_devices > 1)
         bases = {target: self._product(x, target) for x, target in zip(inputs, targets, strict=True)}
         added = {} if residual is None else dict.fromkeys(targets, residual)
         adapted = [target for target in targets if target in adapters] if rows is not None else []
@@ -286,21 +285,25 @@ def _pins(target: str, rows: Rows, shard: Shard) -> Pins:
     return Pins(read=shard if read else None, written=shard if writes and not dora else None)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def fan_out(x: Array, count: int) -> tuple[Array, ...]:
-    """x for each of `count` readers, whose gradients add up from the last to the first.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def fan_out(x: Array, count: int, split: bool) -> tuple[Array, ...]:
+    """x for each of `count` readers, adapters the last of them, whose gradients add up from the last to the first.
 
     XLA's matmuls take a sum that they are the first term of as what they accumulate onto. In the order in which JAX
-    would add up, every second sum costs passes over memory of its own.
+    would add up, every second sum costs passes over memory of its own. Where x is `split` over devices, gradients of
+    the base's products are parts of sums over them, and the adapters' is not: it comes last, after one reduce-scatter
+    of the others' sum instead of one of each.
     """
     return (x,) * count
 
 
-def _fan_out_bwd(count: int, _: None, cotangents: tuple[Array, ...]) -> tuple[Array]:
-    return (functools.reduce(lambda total, own: own + total, reversed(cotangents)),)
+def _fan_out_bwd(count: int, split: bool, _: None, cotangents: tuple[Array, ...]) -> tuple[Array]:
+    *products, adapters = cotangents
+    order = [*reversed(products), adapters] if split else [adapters, *reversed(products)]
+    return (functools.reduce(lambda total, own: own + total, order),)
 
 
-fan_out.defvjp(lambda x, count: (fan_out(x, count), None), _fan_out_bwd)
+fan_out.defvjp(lambda x, count, split: (fan_out(x, count, split), None), _fan_out_bwd)
 
 
 def embed_tokens(tokens_BL: Array, embed_VD: Array) -> Array:

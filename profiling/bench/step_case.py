@@ -331,8 +331,8 @@ def _base_loss_and_gradient(replica: Replica, params: Any, batch: BatchInputs) -
 
     def loss(scale: Any) -> Any:
         stage = f.abstract.merge({**params, "layers.0.attn_norm": scale})
-        hidden = stage(batch.tokens, {}, None, remat=f.remat, shard=f.sharding.constrain)
-        losses = weighted_row_losses(hidden, stage.unembedding, batch.targets, batch.loss_weights, f.sharding.constrain)
+        hidden = stage(batch.tokens, {}, None, remat=f.remat, shard=f.sharding)
+        losses = weighted_row_losses(hidden, stage.unembedding, batch.targets, batch.loss_weights, f.sharding)
         return losses.sum()
 
     return jax.value_and_grad(loss)(params["layers.0.attn_norm"])

@@ -119,8 +119,9 @@ OPTIMIZERS = {
     "lion": {"beta2": 0.95},
 }
 FEW_STEPS = 6
-MAX_SHARE_OF_FLIPS = 1e-3
-"""Lion and Adafactor's first step take the sign of a gradient: where it cancels to rounding noise, so does its sign."""
+MAX_SHARE_OF_FLIPS = 2e-3
+"""These optimisers divide a gradient by its own size or take its sign: where it cancels to rounding noise, a step is
+noise too. That may be so of one of an adapter's 704 numbers."""
 
 
 def one_task_an_optimizer(world):
