@@ -88,6 +88,7 @@ def allowed_configs(
             expected=f"at least one of {_choices(costs.configs)}",
         )
     max_length, key = workload.max_length, f"tasks.{workload.longest.name}"
+    where = key if workload.file is None else f"{key} of {workload.file}"
     fitting = [cost for cost in allowed if cost.capacity_tokens >= max_length]
     if not fitting:
         largest = max(allowed, key=lambda cost: cost.capacity_tokens)
@@ -103,7 +104,7 @@ def allowed_configs(
     if missing > 0:
         raise UserError(
             f"sequences of {max_length} tokens need a replica {narrowest.config} of "
-            f"{narrowest.config.num_devices} devices: {missing} missing for {key}",
+            f"{narrowest.config.num_devices} devices: {missing} missing for {where}",
             key="num_devices",
             value=num_devices,
             expected=f"at least {narrowest.config.num_devices}",

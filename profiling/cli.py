@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lobra_jax.config import RunConfig
-    from lobra_jax.models.config import LlamaConfig
     from planner.cost import ConfigCost, CostTable
     from planner.plan import ParallelConfig
-    from profiling.ahead import Searches
-    from profiling.config_cost import Searched
     from profiling.measure import Setup
     from profiling.table import Header
 
 DEFAULT_REPEATS = 3
 MAX_COMPILE_THREADS = 64
+MUCH_LESS = 0.95
+"""A table measured with less than this share of the memory has capacities that are too small."""
+
 CORES_A_SEARCH = 3
 """For each of the capacity searches at a time: it compiles up to seven programs at once, then waits for the slowest."""
 
@@ -50,7 +50,7 @@ CORES_A_SEARCH = 3
     "--capacities",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="An earlier costs.json of the model: its capacities are confirmed where they fit, not searched.",
+    help="An earlier costs.json of the model: its capacities are confirmed where they fit, even where more would.",
 )
 @click.option("--estimate", metavar="DEVICE", help=f"Estimate for devices that are not here: {', '.join(SPECS)}.")
 @click.option(
@@ -68,6 +68,7 @@ def profile(config_path: Path, overrides: tuple[str, ...], out: Path, **options:
     """
     from rich.console import Console
 
+    from lobra_jax.commands.plan import config_costs
     from lobra_jax.config import load_config
     from lobra_jax.devices import configure
 
@@ -85,8 +86,10 @@ def profile(config_path: Path, overrides: tuple[str, ...], out: Path, **options:
         return
     if devices is not None:
         raise UserError("only with --estimate", key="--devices", value=devices, expected="devices.num_devices")
+    path = options.pop("capacities")
+    earlier = None if path is None else config_costs(config, path, config_path)
     configure(config.devices, cache_dir=config.data.cache_dir)
-    run_profile(config, out, Console(), **options)
+    run_profile(config, out, Console(), earlier=earlier, **options)
 
 
 def run_profile(
@@ -100,19 +103,29 @@ def run_profile(
     repeats: int = DEFAULT_REPEATS,
     num_tasks: int | None = None,
     rank: int | None = None,
-    capacities: Path | None = None,
+    earlier: CostTable | None = None,
 ) -> CostTable:
-    """Measures, saves to `out` and prints; devices have been configured. Raises `UserError`."""
-    from lobra_jax.config import model_config
+    """Measures, saves to `out` and prints; devices have been configured. Raises `UserError`.
+
+    `earlier` is a table of the same base whose capacities are confirmed instead of searched.
+    """
     from profiling.ahead import Searches
     from profiling.config_cost import search_capacity
     from profiling.overhead import measure_step_overhead
+    from profiling.rounds import measure_round, rounds_of
     from profiling.table import load_partial, measure_all, partial_path
 
     started = time.perf_counter()
-    expected = {} if capacities is None else known_capacities(capacities, model_config(config))
     setup = make_setup(config, lengths, max_tokens, repeats, num_tasks, rank)
-    setup = dataclasses.replace(setup, expected=expected)
+    if earlier is not None:
+        setup = dataclasses.replace(setup, expected=_expected_capacities(earlier, setup))
+        memory_bytes = earlier.hardware.get("memory_bytes")
+        if memory_bytes is not None and memory_bytes < MUCH_LESS * setup.limit_bytes:
+            console.print(
+                f"the earlier capacities were found with {memory_bytes:,} bytes a device; with the "
+                f"{setup.limit_bytes:,} here more tokens may fit than are looked for",
+                highlight=False,
+            )
     wanted = wanted_configs(config, setup, configs)
     header = make_header(setup, wanted_configs(config, setup, None))
     partial = partial_path(out)
@@ -133,7 +146,7 @@ def run_profile(
     with progress_bar(console, len(wanted), len(known)) as advance:
         progress = measure_all(
             [[c for c, _ in placed] for placed in rounds],
-            lambda configs: _measured(setup, searches, configs),
+            lambda configs, keep: measure_round(setup, searches, {c: first_device[c] for c in configs}, keep),
             partial=partial,
             header=header,
             progress=progress,
@@ -153,58 +166,11 @@ def run_profile(
     return table
 
 
-def rounds_of(setup: Setup, configs: Sequence[ParallelConfig]) -> Sequence[Sequence[tuple[ParallelConfig, int]]]:
-    """What is measured at a time, and from which device on: as much as there are devices for.
-
-    One by one on simulated devices, whose host's cores are shared out otherwise (`HostShare`).
-    """
-    from profiling.grid import side_by_side
-
-    if setup.cores is not None:
-        return [[(config, 0)] for config in configs]
-    return side_by_side(configs, num_devices=len(setup.devices))
-
-
-def _measured(setup: Setup, searches: Searches[Searched], configs: Sequence[ParallelConfig]) -> list[ConfigCost | str]:
-    """Costs of the configs of a round, or why one is left out."""
-    from profiling.config_cost import time_configs
-    from profiling.memory import DoesNotFitError
-
-    outcomes: dict[ParallelConfig, ConfigCost | str] = {}
-    found: list[Searched] = []
-    for config in configs:
-        try:
-            found.append(searches.take(config))
-        except DoesNotFitError as error:
-            outcomes[config] = str(error)
-    costs = time_configs(setup, found)
-    found.clear()  # and with them the weights on the devices
-    outcomes.update((cost.config, _with_packed(setup, cost)) for cost in costs)
-    return [outcomes[config] for config in configs]
-
-
-def _with_packed(setup: Setup, cost: ConfigCost) -> ConfigCost:
-    from profiling.packed import measure_packed
-
-    if not setup.packed:
-        return cost
-    return dataclasses.replace(cost, packed=measure_packed(setup, cost.config, cost.capacity_tokens))
-
-
-def known_capacities(path: Path, model: LlamaConfig) -> dict[ParallelConfig, int]:
-    """Capacities of an earlier table of the same model. Raises `UserError`."""
-    from planner.cost import CostTable
-
-    table = CostTable.load(path)
-    if table.model_fingerprint != model.fingerprint:
-        raise UserError(
-            "the table is of another model",
-            file=path,
-            key="model",
-            value=table.model,
-            expected=f"{model.name}, with the same shapes",
-        )
-    return {cost.config: cost.capacity_tokens for cost in table.configs}
+def _expected_capacities(earlier: CostTable, setup: Setup) -> dict[ParallelConfig, int]:
+    """Those of an earlier table, but for what stopped at the largest micro-batch of interest then, a smaller one."""
+    then = earlier.provenance.get("max_tokens")
+    found = {cost.config: cost.capacity_tokens for cost in earlier.configs}
+    return {c: tokens for c, tokens in found.items() if tokens != then or tokens >= setup.max_tokens}
 
 
 def make_setup(
@@ -306,7 +272,11 @@ def make_header(setup: Setup, configs: Sequence[ParallelConfig]) -> Header:
             "lengths": list(setup.lengths),
             "max_tokens": setup.max_tokens,
             "repeats": setup.repeats,
+            "side_by_side": setup.cores is None and len(setup.devices) > 1,
             **({"packed": True} if setup.packed else {}),
+            **(
+                {"known_capacities": {str(c): tokens for c, tokens in setup.expected.items()}} if setup.expected else {}
+            ),
         },
     )
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from lobra_jax.at_once import at_once
 from planner.cost import ConfigCost, CostPoint
@@ -15,6 +16,8 @@ from profiling.grid import Shape, held_out_shape
 from profiling.measure import Bench, Setup, fixed_bytes, reserve_bytes
 from profiling.memory import Capacity, DoesNotFitError, find_capacity
 from profiling.timing import slots, time_steps
+
+Cost = TypeVar("Cost")
 
 FEW_LAYERS = (2, 4)
 """Of a stage of the models from whose programs a capacity is foretold."""
@@ -32,7 +35,9 @@ class Searched:
 
 def measure_config(setup: Setup, config: ParallelConfig) -> ConfigCost:
     """Capacity, times and fit of one config, padded. Raises `DoesNotFitError` if it holds no micro-batch at all."""
-    return time_configs(setup, [search_capacity(setup, config)])[0]
+    costs: list[ConfigCost] = []
+    time_configs(setup, [search_capacity(setup, config)], costs.append)
+    return costs[0]
 
 
 def search_capacity(setup: Setup, config: ParallelConfig, *, first_device: int = 0) -> Searched:
@@ -71,8 +76,9 @@ def _expected_capacity(setup: Setup, config: ParallelConfig, search: Callable[..
     foretell of Llama-2 7B's 32 is right to 0.6 % (profiling/results/h100_tries.json). The capacity is then confirmed on
     the model itself.
     """
-    if config in setup.expected:
-        return min(setup.expected[config], setup.max_tokens)
+    known = min(setup.expected.get(config, 0), setup.max_tokens)
+    if known >= setup.lengths[0]:
+        return known
     layers = -(-setup.model.num_layers // config.pp)
     if setup.cores is not None or layers <= 2 * max(FEW_LAYERS):
         return None
@@ -97,19 +103,42 @@ def _expected_capacity(setup: Setup, config: ParallelConfig, search: Callable[..
         return None
 
 
-def time_configs(setup: Setup, found: Sequence[Searched]) -> list[ConfigCost]:
+def time_configs(setup: Setup, found: Sequence[Searched], keep: Callable[[ConfigCost], object]) -> None:
     """Times and fits of configs on disjoint devices, all at the same time; nothing else may run or compile meanwhile.
 
-    As in a run, where every device works and one host issues to all. What one config runs for the first time, another
-    one's clock would notice: all have run everything once before any is timed.
+    `keep` is called with each config's, in order; those of others are kept before a failure is raised.
     """
     for searched in found:
         searched.bench.compile(list(searched.sizes), copies=setup.share(searched.config).copies)
-    with ThreadPoolExecutor(max(len(found), 1), thread_name_prefix="config") as executor:
-        at_once(executor, [searched.bench.place for searched in found])
-        if len(found) > 1:
-            at_once(executor, [functools.partial(_warm_up, searched) for searched in found])
-        return at_once(executor, [functools.partial(_time_config, setup, searched) for searched in found])
+    together(
+        [searched.bench for searched in found],
+        [functools.partial(_warm_up, searched) for searched in found],
+        [functools.partial(_time_config, setup, searched) for searched in found],
+        keep,
+    )
+
+
+def together(
+    benches: Sequence[Bench],
+    warm_ups: Sequence[Callable[[], None]],
+    timings: Sequence[Callable[[], Cost]],
+    keep: Callable[[Cost], object],
+) -> None:
+    """Places benches on disjoint devices and runs their timings at the same time, keeping what each returns.
+
+    As in a run, where every device works and one host issues to all. What one runs for the first time, another one's
+    clock would notice: where there are several, all have run everything once before any is timed.
+    """
+    with ThreadPoolExecutor(max(len(benches), 1), thread_name_prefix="config") as executor:
+        at_once(executor, [bench.place for bench in benches])
+        if len(benches) > 1:
+            at_once(executor, warm_ups)
+        futures = [executor.submit(timing) for timing in timings]
+    for future in futures:
+        if future.exception() is None:
+            keep(future.result())
+    for future in futures:
+        future.result()
 
 
 def _ascending(searched: Searched) -> list[Shape]:

@@ -48,7 +48,8 @@ def find_capacity(
       limit_bytes: what a micro-batch may use on a device.
       fixed_bytes: weights, adapters and gradients, whatever the shape.
       lengths: ascending; single rows of these are compiled to foretell the rest.
-      expected: a capacity found otherwise, which is the answer if its micro-batches, compiled with the first ones, fit.
+      expected: a capacity found otherwise, at least the shortest length, which is the answer if its micro-batches,
+        compiled with the first ones, fit.
 
     Raises:
       DoesNotFitError: one row of the shortest length is too much.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
 import numpy as np
 
 from lobra_jax.data.batches import MicroBatchArrays, Segments
@@ -9,6 +13,7 @@ from planner.cost import PackedCost, PackedPoint
 from planner.fit import fit_packed
 from planner.packing import max_segments, max_tasks, packed_shapes
 from planner.plan import ParallelConfig
+from profiling.config_cost import together
 from profiling.grid import Shape, align_capacity
 from profiling.measure import Bench, Setup, made_up_batch, reserve_bytes
 from profiling.timing import slots, time_steps
@@ -19,21 +24,66 @@ MAX_TRIES = 4
 """Capacities that are tried at most; without one that fits the config has no packed times."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchedPacked:
+    """A config whose packed capacity was found: `sizes` has the bytes of its shapes, `batches` what is to be timed."""
+
+    bench: Bench
+    config: ParallelConfig
+    capacity_tokens: int
+    sizes: Mapping[Shape, int]
+    batches: Mapping[tuple[Shape, int], MicroBatchArrays]
+
+
 def measure_packed(setup: Setup, config: ParallelConfig, capacity_tokens: int) -> PackedCost | None:
-    """Packed times of one config, from the capacity of its padded micro-batches downwards."""
+    """Packed times of one config, from the capacity of its padded micro-batches downwards; None where nothing fits."""
+    found = search_packed(setup, config, capacity_tokens)
+    if found is None:
+        return None
+    costs: dict[ParallelConfig, PackedCost] = {}
+    time_packed(setup, [found], costs.__setitem__)
+    return costs[config]
+
+
+def search_packed(
+    setup: Setup, config: ParallelConfig, capacity_tokens: int, *, first_device: int = 0
+) -> SearchedPacked | None:
+    """Compiles what there is to time, for the devices from `first_device` on; None where nothing fits."""
     share = setup.share(config)
-    bench = Bench(setup, config, copies=share.copies, packed=True)
+    bench = Bench(setup, config, copies=share.copies, packed=True, first_device=first_device)
     limit_bytes = setup.limit_bytes - reserve_bytes(setup, bench.replicas[0])
     found = _shapes_that_fit(setup, bench, capacity_tokens, limit_bytes)
     if found is None:
         return None
     capacity, sizes = found
     bench.compile(list(sizes), copies=share.copies)
-    bench.place()
     full = max(sizes, key=lambda shape: shape[0] * shape[1])
     mixes = [(shape, _segment_length(shape[1], setup.lengths[0])) for shape in sizes]
     mixes.append((full, _segment_length(full[1], setup.lengths[-1])))
     batches = {mix: packed_batch(setup, *mix) for mix in dict.fromkeys(mixes)}
+    return SearchedPacked(bench=bench, config=config, capacity_tokens=capacity, sizes=sizes, batches=batches)
+
+
+def time_packed(
+    setup: Setup, found: Sequence[SearchedPacked], keep: Callable[[ParallelConfig, PackedCost], object]
+) -> None:
+    """As `config_cost.time_configs`, of packed micro-batches."""
+    together(
+        [searched.bench for searched in found],
+        [functools.partial(_warm_up, searched) for searched in found],
+        [functools.partial(_time_packed, setup, searched) for searched in found],
+        lambda timed: keep(*timed),
+    )
+
+
+def _warm_up(searched: SearchedPacked) -> None:
+    for batch in searched.batches.values():
+        searched.bench.run_s([batch])
+
+
+def _time_packed(setup: Setup, searched: SearchedPacked) -> tuple[ParallelConfig, PackedCost]:
+    bench, config, batches, sizes = searched.bench, searched.config, searched.batches, searched.sizes
+    share = setup.share(config)
     times = {
         mix: time_steps(lambda m, batch=batch: bench.run_s([batch] * m), pp=config.pp, repeats=setup.repeats)
         for mix, batch in batches.items()
@@ -49,7 +99,8 @@ def measure_packed(setup: Setup, config: ParallelConfig, capacity_tokens: int) -
         )
         for shape, segment in batches
     )
-    return PackedCost(capacity_tokens=capacity, coefficients=fit_packed(points), points=points)
+    cost = PackedCost(capacity_tokens=searched.capacity_tokens, coefficients=fit_packed(points), points=points)
+    return config, cost
 
 
 def _shapes_that_fit(

@@ -1,4 +1,4 @@
-"""From measured configs to the cost table, saved after each so that an interrupted profile goes on where it stopped."""
+"""From measured configs to the cost table, each saved when it is kept, so that an interrupted profile can go on."""
 
 from __future__ import annotations
 
@@ -90,25 +90,30 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str =
     return keys
 
 
+Keep = Callable[[ParallelConfig, ConfigCost | str], None]
+"""Takes a config's costs, or the reason why it cannot hold a micro-batch."""
+
+
 def measure_all(
     rounds: Sequence[Sequence[ParallelConfig]],
-    measure: Callable[[Sequence[ParallelConfig]], Sequence[ConfigCost | str]],
+    measure: Callable[[Sequence[ParallelConfig], Keep], None],
     *,
     partial: Path,
     header: Header,
     progress: Progress,
-    on_config: Callable[[ParallelConfig, ConfigCost | str], None],
+    on_config: Keep,
 ) -> Progress:
-    """Measures round by round, saving to `partial` after each and telling `on_config` each config's outcome.
+    """Measures round by round; what `measure` keeps of a round's configs is saved to `partial` and told `on_config`."""
 
-    `measure` gives the configs of a round their costs, or the reason why one cannot hold a micro-batch.
-    """
-    for configs in rounds:
-        outcomes = dict(zip(configs, measure(configs), strict=True))
-        measured = {config: cost for config, cost in outcomes.items() if isinstance(cost, ConfigCost)}
-        dropped = {config: reason for config, reason in outcomes.items() if isinstance(reason, str)}
-        progress = Progress(measured={**progress.measured, **measured}, dropped={**progress.dropped, **dropped})
+    def keep(config: ParallelConfig, outcome: ConfigCost | str) -> None:
+        nonlocal progress
+        if isinstance(outcome, str):
+            progress = dataclasses.replace(progress, dropped={**progress.dropped, config: outcome})
+        else:
+            progress = dataclasses.replace(progress, measured={**progress.measured, config: outcome})
         save_partial(partial, header, progress)
-        for config, outcome in outcomes.items():
-            on_config(config, outcome)
+        on_config(config, outcome)
+
+    for configs in rounds:
+        measure(configs, keep)
     return progress

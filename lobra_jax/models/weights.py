@@ -33,9 +33,13 @@ EMBEDDING_STD = 0.02
 BLOCK_SIZE = 2**22
 """Numbers of a random tensor that come from one stream: enough that threads seldom wait for the interpreter."""
 
+PIECE_SIZE = 2**18
+"""Of these, those that are drawn at a time: what NumPy needs beside them stays in a core's cache. A multiple of 4, as
+64 bits make four."""
+
 NUM_LEVELS = 2**16
-"""Values that a random weight may have, each as likely as any other: a normal distribution's quantiles. Looking up 16
-random bits takes a fifth of the time of an exact draw, and a start waits for billions."""
+"""Values that a random weight may have before it is rounded, each as likely as any other: a normal distribution's
+quantiles. Looking up 16 random bits takes a fifth of the time of an exact draw, and a start waits for billions."""
 
 DRAWING = 2
 """How random weights come from a seed; a run on other weights cannot be resumed."""
@@ -88,7 +92,8 @@ class RandomWeights:
 
     Each tensor is drawn whole, so that its values do not depend on how it is sharded; in blocks, each from a stream of
     its own, on as many threads as there are cores. Norms are one, linears normal with variance 1/in (those that write
-    to the residual stream 1/(2 num_layers in)), the rest normal with standard deviation 0.02; `NUM_LEVELS` values each.
+    to the residual stream 1/(2 num_layers in)), the rest normal with standard deviation 0.02, each of `NUM_LEVELS`
+    values.
     """
 
     def __init__(self, config: LlamaConfig, seed: int, dtype: Any = np.float32) -> None:
@@ -139,8 +144,9 @@ def _drawn(
     def draw_block(start: int) -> None:
         block = weights[start : start + BLOCK_SIZE]
         stream = np.random.SFC64(np.random.SeedSequence([digest, start // BLOCK_SIZE]))
-        bits = stream.random_raw(-(-len(block) // 4)).view(np.uint16)[: len(block)]
-        np.take(levels.view(plain), bits, out=block.view(plain), mode="clip")  # "clip" looks up without a buffer
+        for piece in (block[first : first + PIECE_SIZE] for first in range(0, len(block), PIECE_SIZE)):
+            bits = stream.random_raw(-(-len(piece) // 4)).view(np.uint16)[: len(piece)]
+            np.take(levels.view(plain), bits, out=piece.view(plain), mode="clip")  # "clip" looks up without a buffer
 
     for _ in drawers.map(draw_block, range(0, len(weights), BLOCK_SIZE)):
         pass

@@ -166,6 +166,5 @@ def test_layers_take_turns_in_the_backward_on_several_devices_where_memory_is_sp
     assert len(found) == (model.num_layers if remat in ("attention", "full") else 0)
     every = set(range(1 + len(jax.tree.leaves(layout_of(remat, range(1), jnp.float32).adapters["0"]))))
     assert all(used >= every - {0} for used in found)
-    assert sum(used == every for used in found) == max(
-        len(found) - 1, 0
-    )  # nothing needs that of the first layer's input
+    # Nothing needs the gradient of the first layer's input.
+    assert sum(used == every for used in found) == max(len(found) - 1, 0)

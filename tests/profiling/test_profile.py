@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 from pathlib import Path
 
 import jax
@@ -15,9 +16,13 @@ from lobra_jax.config import load_config, model_config
 from lobra_jax.memory import memory_bytes
 from planner.cost import CostTable
 from planner.plan import ParallelConfig
+from profiling import config_cost
+from profiling.ahead import Searches
 from profiling.config_cost import search_capacity, time_configs
 from profiling.measure import Bench, Setup, reserve_bytes
+from profiling.memory import DoesNotFitError
 from profiling.packed import measure_packed
+from profiling.rounds import measure_round, rounds_of
 from profiling.table import partial_path
 
 LIMIT = 1_500_000
@@ -123,7 +128,7 @@ def test_few_layers_foretell_the_capacity_of_many(config_file, monkeypatch):
     assert max(found.bench.bytes([(1, int(1.3 * found.capacity_tokens))])) > setup.limit_bytes
 
 
-def test_a_known_capacity_is_confirmed_and_one_that_does_not_fit_is_searched(config_file):
+def test_a_known_capacity_is_confirmed_and_one_that_is_of_no_use_is_searched(config_file):
     base = dataclasses.replace(setup_of(config_file), max_tokens=512)
     searched = search_capacity(base, WHOLE).capacity_tokens
     less = searched // 32 * 16
@@ -135,21 +140,98 @@ def test_a_known_capacity_is_confirmed_and_one_that_does_not_fit_is_searched(con
     assert known.capacity_tokens == less < searched
     assert {(1, less), (less // 16, 16)} <= known.sizes.keys()
     assert max(rows * length for rows, length in known.sizes) == less
-    assert found(512).capacity_tokens == searched
+    assert found(512).capacity_tokens == found(base.lengths[0] - 1).capacity_tokens == searched
 
 
-def test_configs_on_devices_of_their_own_are_timed_together(config_file):
+def test_profile_confirms_an_earlier_tables_capacities_and_says_so(profiled, config_file, tmp_path):
+    table, earlier, _ = profiled
+    smaller = tmp_path / "smaller.json"
+    raw = table.to_dict()
+    raw["hardware"]["memory_bytes"] = LIMIT // 2
+    for cost in raw["configs"]:
+        cost["capacity_tokens"] = 96 if cost["tp"] * cost["pp"] == 1 else 256
+    smaller.write_text(json.dumps(raw))
+    out = tmp_path / "costs.json"
+    args = ("--lengths", "16,128", "--repeats", "1", "--max-tokens", "320", "--configs", "1x1,2x1")
+    result = profile("--config", config_file, "--out", out, *args, "--capacities", smaller)
+    assert result.exit_code == 0, result.output
+    assert f"found with {LIMIT // 2:,} bytes a device" in " ".join(result.output.split())
+    again = CostTable.load(out)
+    assert again[WHOLE].capacity_tokens == 96
+    # 256 was the largest micro-batch asked for then, so that it is searched anew now.
+    assert again.provenance["known_capacities"] == {str(WHOLE): 96}
+    assert "known_capacities" not in table.provenance and earlier.exists()
+
+
+class Together:
+    """Stands for `Bench.step_s`: all configs meet at their first step, and at that after one of every shape."""
+
+    def __init__(self, found):
+        self.meet = threading.Barrier(len(found), timeout=60)  # breaks unless all come to it
+        self.number = {searched.bench: len(searched.sizes) for searched in found}
+        self.steps = {searched.bench: [] for searched in found}
+
+    def __call__(self, bench, shape, num_micro_batches):
+        if len(self.steps[bench]) in (0, self.number[bench]):
+            self.meet.wait()
+        self.steps[bench].append(shape)
+        return 0.3 * num_micro_batches
+
+
+def test_configs_on_devices_of_their_own_are_timed_together(config_file, monkeypatch):
     setup = dataclasses.replace(setup_of(config_file), cores=None)
     full = dataclasses.replace(WHOLE, remat="full")
     found = [search_capacity(setup, config, first_device=first) for config, first in ((WHOLE, 0), (WIDE, 1), (full, 3))]
     used = [device.id for searched in found for device in searched.bench.replicas[0].submesh.devices]
     assert used == [0, 1, 2, 3]
-    costs = time_configs(setup, found)
+    steps = Together(found)
+    monkeypatch.setattr(Bench, "step_s", lambda self, shape, m: steps(self, shape, m))
+    costs = []
+    time_configs(setup, found, costs.append)
     assert [cost.config for cost in costs] == [WHOLE, WIDE, full]
+    for searched in found:  # every shape has run once before any is timed
+        assert set(steps.steps[searched.bench][: len(searched.sizes)]) == set(searched.sizes)
     for cost, searched in zip(costs, found, strict=True):
         assert cost.capacity_tokens == searched.capacity_tokens
         assert {(point.rows, point.length) for point in cost.points} == set(searched.sizes)
         assert all(point.seconds > 0 for point in cost.points)
+
+
+def test_a_round_keeps_what_was_timed_though_others_fail_or_do_not_fit(config_file, monkeypatch):
+    setup = dataclasses.replace(setup_of(config_file), cores=None)
+    full = dataclasses.replace(WHOLE, remat="full")
+    dots = dataclasses.replace(WHOLE, remat="dots")
+    first_devices = {dots: 0, WHOLE: 1, full: 2}
+
+    def search(config):
+        if config == dots:
+            raise DoesNotFitError("too small")
+        return search_capacity(setup, config, first_device=first_devices[config])
+
+    def step_s(bench, shape, num_micro_batches):
+        if bench.replicas[0].submesh.parallel == WHOLE:
+            raise RuntimeError("broke")
+        return 0.1 * num_micro_batches
+
+    monkeypatch.setattr(Bench, "step_s", step_s)
+    monkeypatch.setattr(config_cost, "_warm_up", lambda searched: None)
+    kept = {}
+    with pytest.raises(RuntimeError, match="broke"):
+        measure_round(setup, Searches(search, list(first_devices), at_once=3), first_devices, kept.__setitem__)
+    assert set(kept) == {dots, full}
+    assert kept[dots] == "too small" and kept[full].config == full
+
+
+def test_a_round_of_packed_runs_has_both_costs_of_each_config(config_file):
+    setup = dataclasses.replace(setup_of(config_file), cores=None, packed=True, lengths=(16, 48))
+    configs = [WHOLE, dataclasses.replace(WHOLE, remat="full")]
+    (placed,) = rounds_of(setup, configs)
+    first_devices = dict(placed)
+    searches = Searches(lambda c: search_capacity(setup, c, first_device=first_devices[c]), configs, at_once=2)
+    kept = {}
+    measure_round(setup, searches, first_devices, kept.__setitem__)
+    assert set(kept) == set(configs) and first_devices == {configs[0]: 0, configs[1]: 1}
+    assert all(cost.packed is not None and cost.packed.points and cost.points for cost in kept.values())
 
 
 def test_table_says_how_it_was_measured(profiled):

@@ -27,8 +27,9 @@ class Measure:
     def __init__(self, stop_before=99):
         self.seen, self.stop_before = [], stop_before
 
-    def __call__(self, configs):
-        return [self.outcome(config) for config in configs]
+    def __call__(self, configs, keep):
+        for config in configs:
+            keep(config, self.outcome(config))
 
     def outcome(self, config):
         if len(self.seen) == self.stop_before:
