@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import nnls
 
-from planner.cost import NUM_COEFFICIENTS, CostPoint, FitError, PackedPoint
+from planner.cost import NUM_COEFFICIENTS, ConfigCost, CostPoint, FitError, PackedPoint
+from planner.plan import ParallelConfig
 
 HOLD_OUT_EVERY = 5
 """One of this many measured shapes is held out of the fit, to tell its error."""
@@ -62,6 +63,22 @@ def fit_coefficients(points: Sequence[CostPoint]) -> tuple[tuple[float, ...], Fi
     coefficients = np.zeros(NUM_COEFFICIENTS)
     coefficients[used] = solution / norms
     return tuple(coefficients.tolist()), _held_out_error(coefficients, [point for point in points if point.held_out])
+
+
+def fitted_cost(
+    config: ParallelConfig, capacity_tokens: int, points: Sequence[CostPoint], *, fixed_s: float = 0.0
+) -> ConfigCost:
+    """A config's costs from its points; where there are many, some are held out to test the fit."""
+    points = hold_out(points) if len(points) >= MIN_POINTS_TO_HOLD_OUT else tuple(points)
+    coefficients, error = fit_coefficients(points)
+    return ConfigCost(
+        config=config,
+        capacity_tokens=capacity_tokens,
+        coefficients=coefficients,
+        fixed_s=fixed_s,
+        points=points,
+        fit_error=error,
+    )
 
 
 def fit_packed(points: Sequence[PackedPoint]) -> tuple[float, ...]:

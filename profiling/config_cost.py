@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from lobra_jax.at_once import at_once
 from planner.cost import ConfigCost, CostPoint
-from planner.fit import MIN_POINTS_TO_HOLD_OUT, fit_coefficients, hold_out
+from planner.fit import fitted_cost
 from planner.plan import ParallelConfig
 from profiling.grid import Shape, held_out_shape
 from profiling.measure import Bench, Setup, fixed_bytes, reserve_bytes
@@ -169,14 +169,4 @@ def _time_config(setup: Setup, searched: Searched) -> ConfigCost:
         )
         for shape in seconds
     ]
-    if len(points) >= MIN_POINTS_TO_HOLD_OUT:
-        points = list(hold_out(points))
-    coefficients, error = fit_coefficients(points)
-    return ConfigCost(
-        config=config,
-        capacity_tokens=searched.capacity_tokens,
-        coefficients=coefficients,
-        fixed_s=fixed * share.factor,
-        points=tuple(points),
-        fit_error=error,
-    )
+    return fitted_cost(config, searched.capacity_tokens, points, fixed_s=fixed * share.factor)

@@ -28,7 +28,7 @@ from lobra_jax.memory import leaf_bytes
 from lobra_jax.mesh import split_layers
 from lobra_jax.models.remat import MLP_CHUNK_TOKENS
 from planner.cost import ConfigCost, CostPoint
-from planner.fit import MIN_POINTS_TO_HOLD_OUT, fit_coefficients, hold_out
+from planner.fit import fitted_cost
 from planner.plan import ParallelConfig
 from profiling.device_specs import DeviceSpec, Efficiency
 from profiling.grid import Shape
@@ -100,16 +100,7 @@ class Estimator:
             CostPoint(rows=shape[0], length=shape[1], seconds=self.slot_s(config, shape), peak_bytes=size)
             for shape, size in zip(shapes, measure(shapes), strict=True)
         ]
-        if len(points) >= MIN_POINTS_TO_HOLD_OUT:
-            points = list(hold_out(points))
-        coefficients, error = fit_coefficients(points)
-        return ConfigCost(
-            config=config,
-            capacity_tokens=capacity.tokens,
-            coefficients=coefficients,
-            points=tuple(points),
-            fit_error=error,
-        )
+        return fitted_cost(config, capacity.tokens, points)
 
     def slot_s(self, config: ParallelConfig, shape: Shape) -> float:
         """Seconds that a micro-batch occupies the slowest stage."""
