@@ -3,9 +3,9 @@
 Their inputs are rounded to the activations' dtype and their gradients come out in fp32, summed over rows in fp32, so
 that no matmul over tokens runs in fp32. A backward keeps nothing but what it was given: factors are looked up again.
 
-Where a mesh has an activation's positions on several devices, it is gathered anyway for the base's product. What is of
-the rank's size is then made of the gathered activation on every device, and gradients of each device's own positions: a
-collective of their own, however small, would cost more than either. A `Pin` is how both are said.
+Where a mesh has an activation's tokens on several devices, it is gathered anyway for the base's product. What is of the
+rank's size is then made of the gathered activation on every device, and gradients of each device's own tokens: a
+collective of their own, however small, would cost more than either. Pins (a `sharding.Shard` each) say both.
 
 Shape letters as in `lora`; K slots: the tasks of a row, one where a row is a sequence (see `packed`).
 """
@@ -14,22 +14,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-Pin = Callable[..., Array]
-"""Pins an array by its logical axes (a `sharding.Shard`), those of positions among them."""
+from lobra_jax.sharding import Shard
 
 
 @dataclasses.dataclass(frozen=True)
 class Pins:
-    """Of what linears read and of what they write, where its positions lie on several devices."""
+    """Of what linears read and of what they write, where its tokens lie on several devices."""
 
-    read: Pin | None = None
-    written: Pin | None = None
+    read: Shard | None = None
+    written: Shard | None = None
 
 
 NO_PINS = Pins()
@@ -57,7 +55,7 @@ class Slots:
         """Whether tokens of several tasks meet in sums over a row."""
         return self.own is not None
 
-    def whole(self, pin: Pin | None) -> Slots:
+    def whole(self, pin: Shard | None) -> Slots:
         """These with scales that are whole on every device."""
         return dataclasses.replace(self, scales=_whole(self.scales, pin))
 
@@ -86,21 +84,21 @@ def _by_task(d_factors_BK: Array, task_ids_BK: Array, num_tasks: int) -> Array:
     return jnp.zeros((num_tasks, *d_factors_BK.shape[2:]), jnp.float32).at[task_ids_BK].add(d_factors_BK)
 
 
-def _whole(x: Array, pin: Pin | None) -> Array:
+def _whole(x: Array, pin: Shard | None) -> Array:
     """What rows say of their tasks, on every device; XLA may else take a part of the rows to each."""
     return x if pin is None else pin(x, *[None] * x.ndim)
 
 
-def _gathered(x_BLI: Array, pin: Pin | None) -> Array:
+def _gathered(x_BLI: Array, pin: Shard | None) -> Array:
     return x_BLI if pin is None else pin(x_BLI, "batch", "position", "hidden")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def into_ranks(x_BLI: Array, a_TRI: Array, task_ids_BK: Array, shared: bool, pin: Pin | None = None) -> Array:
+def into_ranks(x_BLI: Array, a_TRI: Array, task_ids_BK: Array, shared: bool, pin: Shard | None = None) -> Array:
     """x a^T for every slot of the row: [B, L, K, R] fp32.
 
     With `shared` rows, tokens of several tasks meet in the gradient's sum: what is not finite there is left out, as
-    0 x inf is not 0. Its own task sees it all the same, in its cotangents. `pin` where x's positions lie on several
+    0 x inf is not 0. Its own task sees it all the same, in its cotangents. `pin` where x's tokens lie on several
     devices.
     """
     a_BKRI = _own(a_TRI, _whole(task_ids_BK, pin), x_BLI.dtype)
@@ -109,12 +107,12 @@ def into_ranks(x_BLI: Array, a_TRI: Array, task_ids_BK: Array, shared: bool, pin
 
 
 def _into_fwd(
-    x_BLI: Array, a_TRI: Array, task_ids_BK: Array, shared: bool, pin: Pin | None
+    x_BLI: Array, a_TRI: Array, task_ids_BK: Array, shared: bool, pin: Shard | None
 ) -> tuple[Array, tuple[Array, ...]]:
     return into_ranks(x_BLI, a_TRI, task_ids_BK, shared, pin), (x_BLI, a_TRI, task_ids_BK)
 
 
-def _into_bwd(shared: bool, pin: Pin | None, saved: tuple[Array, ...], d_h_BLKR: Array) -> tuple[Array, Array, None]:
+def _into_bwd(shared: bool, pin: Shard | None, saved: tuple[Array, ...], d_h_BLKR: Array) -> tuple[Array, Array, None]:
     x_BLI, a_TRI, task_ids_BK = saved
     d_h = d_h_BLKR.astype(x_BLI.dtype)  # zero in all slots but the token's own
     d_h = d_h if pin is None else pin(d_h, "batch", "length", None, "rank")
@@ -128,21 +126,21 @@ into_ranks.defvjp(_into_fwd, _into_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def out_of_ranks(h_BLKR: Array, b_TRO: Array, task_ids_BK: Array, shared: bool, pin: Pin | None = None) -> Array:
+def out_of_ranks(h_BLKR: Array, b_TRO: Array, task_ids_BK: Array, shared: bool, pin: Shard | None = None) -> Array:
     """h b summed over the row's slots: [B, L, O] in the dtype of h; `shared` as in `into_ranks`.
 
-    `pin` where the positions of what comes out lie on several devices.
+    `pin` where the tokens of what comes out lie on several devices.
     """
     return jnp.einsum("blkr,bkro->blo", h_BLKR, _own(b_TRO, task_ids_BK, h_BLKR.dtype))
 
 
 def _out_fwd(
-    h_BLKR: Array, b_TRO: Array, task_ids_BK: Array, shared: bool, pin: Pin | None
+    h_BLKR: Array, b_TRO: Array, task_ids_BK: Array, shared: bool, pin: Shard | None
 ) -> tuple[Array, tuple[Array, ...]]:
     return out_of_ranks(h_BLKR, b_TRO, task_ids_BK, shared, pin), (h_BLKR, b_TRO, task_ids_BK)
 
 
-def _out_bwd(shared: bool, pin: Pin | None, saved: tuple[Array, ...], d_y_BLO: Array) -> tuple[Array, Array, None]:
+def _out_bwd(shared: bool, pin: Shard | None, saved: tuple[Array, ...], d_y_BLO: Array) -> tuple[Array, Array, None]:
     """A gradient that is not finite still reaches its own task through d_h and so its `a`, which stops the task."""
     h_BLKR, b_TRO, task_ids_BK = saved
     d_h = jnp.einsum("blo,bkro->blkr", _gathered(d_y_BLO, pin), _own(b_TRO, _whole(task_ids_BK, pin), d_y_BLO.dtype))
