@@ -30,6 +30,10 @@ LEAST_SHARE = 0.1
 """Of the time limit, for a plan that there would be no time left for."""
 
 
+DISPATCHING_SHARE = 0.15
+"""Of the time limit, for dispatching the sampled batches of each plan found, which looks at no clock."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Drift:
     """A plan beside the best one for the same lengths, both over the same sampled batches.
@@ -83,7 +87,7 @@ def check_drift(
         ),
     )
     found: list[tuple[Plan, StepTimes]] = []
-    deadline = time.perf_counter() + time_limit_s
+    deadline = time.perf_counter() + (1 - DISPATCHING_SHARE) * time_limit_s
     ways = ((in_use, plan.buckets, None), (costs, plan.buckets, None), (costs, "dynamic", len(plan.buckets)))
     for left, (table, buckets, number) in zip(range(len(ways), 0, -1), ways, strict=True):
         left_s = max(deadline - time.perf_counter(), LEAST_SHARE * time_limit_s)
