@@ -42,12 +42,14 @@ class Drift:
       present, present_times: the plan in use.
       best, best_times: the faster, in the mean, of the plan in use and of what is chosen now under the
         constraints, with the buckets in use and with new ones.
+      gap: the largest gap to its proven bound that the time limit left in a search for other replicas.
     """
 
     present: Plan
     present_times: StepTimes
     best: Plan
     best_times: StepTimes
+    gap: float
 
     @property
     def excess(self) -> float:
@@ -57,6 +59,11 @@ class Drift:
     @property
     def is_good(self) -> bool:
         return self.excess <= GOOD_SHARE
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the search would have found plans that are better by more than counts as good."""
+        return self.gap <= GOOD_SHARE
 
 
 def check_drift(
@@ -87,6 +94,7 @@ def check_drift(
         ),
     )
     found: list[tuple[Plan, StepTimes]] = []
+    gap = 0.0
     deadline = time.perf_counter() + (1 - DISPATCHING_SHARE) * time_limit_s
     ways = ((in_use, plan.buckets, None), (costs, plan.buckets, None), (costs, "dynamic", len(plan.buckets)))
     for left, (table, buckets, number) in zip(range(len(ways), 0, -1), ways, strict=True):
@@ -111,5 +119,7 @@ def check_drift(
                 problem, solver("exact"), objective=MEAN, num_samples=num_samples, seed=seed, patterns=patterns
             )
             found.append((robust.plan, robust.times))
+            made = robust.mean_plan.predicted
+            gap = max(gap, 0.0 if made is None else made.gap)
     best, best_times = min(found, key=lambda item: item[1].mean_s)
-    return Drift(present=plan, present_times=found[0][1], best=best, best_times=best_times)
+    return Drift(present=plan, present_times=found[0][1], best=best, best_times=best_times, gap=gap)

@@ -123,6 +123,10 @@ def _check(run: Path, flags: PlanningFlags, console: Any) -> None:
         lines.append(f"best plan found {drift.best}: {times_text(drift.best_times)}")
     verdict = "still good" if drift.is_good else "worth planning anew"
     lines.append(f"{verdict}: {drift.excess:.1%} over the best plan found, where up to {GOOD_SHARE:.0%} counts as good")
+    if not drift.is_sure:
+        lines.append(
+            f"the search ended {drift.gap:.0%} from proven: with a longer --time-limit it may find better plans"
+        )
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
 

@@ -11,6 +11,7 @@ from lobra_jax.cli import main
 from lobra_jax.commands.plan import planned_devices
 from lobra_jax.config import load_config
 from lobra_jax.models.config import PRESETS
+from planner import drift
 from planner.cost import ConfigCost, CostTable
 from planner.plan import ParallelConfig, Plan
 from planner.workload import TaskLengths, Workload
@@ -210,6 +211,23 @@ def test_check_says_whether_a_runs_plan_suits_the_lengths_seen(folder, capsys):
     assert lobra("plan", "--check", "run", "--samples", 4, "--time-limit", 2) == 0
     printed = capsys.readouterr().out
     assert "lengths of 2 steps" in printed and "still good" in printed
+
+
+def test_check_says_where_the_search_for_better_plans_was_not_over(folder, capsys, monkeypatch):
+    write_run(folder, {"a": {"32": 8}, "b": {"64": 4}})
+    capsys.readouterr()
+    solve_robust = drift.solve_robust
+
+    def unproven(*args, **options):
+        found = solve_robust(*args, **options)
+        predicted = dataclasses.replace(found.mean_plan.predicted, gap=0.4)
+        return dataclasses.replace(found, mean_plan=dataclasses.replace(found.mean_plan, predicted=predicted))
+
+    assert lobra("plan", "--check", "run", "--samples", 4, "--time-limit", 2) == 0
+    assert "--time-limit" not in capsys.readouterr().out
+    monkeypatch.setattr(drift, "solve_robust", unproven)
+    assert lobra("plan", "--check", "run", "--samples", 4, "--time-limit", 2) == 0
+    assert "40% from proven: with a longer --time-limit" in capsys.readouterr().out
 
 
 def test_check_compares_with_plans_that_keep_to_the_runs_constraints(folder, capsys):
