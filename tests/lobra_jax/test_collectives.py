@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec
 
 from lobra_jax.lora import LoraSpec
+from lobra_jax.mesh import make_submesh
+from lobra_jax.models.llama import fan_out
+from planner.plan import ParallelConfig
 
 LENGTH = 24
 
@@ -34,3 +40,21 @@ def test_adapters_gather_no_activation_of_their_own(world, remat, kind):
     assert shapes.count(whole) == least + redone
     if kind == "plain":
         assert set(shapes) == {whole}
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [((4, 24, 16), ("tensor", None, None)), ((3, 24, 16), (None, "tensor", None)), ((3, 25, 16), (None, None, None))],
+)
+def test_norm_regions_are_cut_by_rows_else_by_positions(shape, spec):
+    sharding = make_submesh(ParallelConfig(tp=2, pp=1, remat="none"), jax.devices()[:2]).stages[0]
+    assert sharding.num_devices == 2
+    assert sharding.named(("batch", "length", "hidden"), shape).spec == PartitionSpec(*spec)
+    # Where heads take the mesh axis, rows and positions are whole.
+    assert sharding.named(("batch", "position", "heads"), shape).spec == PartitionSpec(None, None, "tensor")
+
+
+@pytest.mark.parametrize(("split", "total"), [(False, 0.0), (True, 1.0)])
+def test_gradients_of_products_add_up_before_the_adapters_where_they_are_parts_of_sums(split, total):
+    _, vjp = jax.vjp(lambda x: fan_out(x, 3, split), jnp.float32(0))
+    assert vjp((jnp.float32(1e8), jnp.float32(-1e8), jnp.float32(1)))[0] == total  # 1 is lost if it is added first
