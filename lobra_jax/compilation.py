@@ -1,4 +1,5 @@
-"""Counts XLA compilations, so that a run can show that none happens after warm-up, and how many a cache saved."""
+"""Making programs ready: counts XLA's compilations, so that a run can show that none happens after warm-up and how many
+a cache saved, and keeps Python's collector out of the way meanwhile."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 DEFAULT_REPEATS = 3
 MAX_COMPILE_THREADS = 64
-MUCH_LESS = 0.95
-"""A table measured with less than this share of the memory has capacities that are too small."""
+ABOUT_ALL = 0.95
+"""Capacities found with less than this share of the memory that there is now are told to be too small."""
 
 CORES_A_SEARCH = 3
 """For each of the capacity searches at a time: it compiles up to seven programs at once, then waits for the slowest."""
@@ -120,7 +120,7 @@ def run_profile(
     if earlier is not None:
         setup = dataclasses.replace(setup, expected=_expected_capacities(earlier, setup))
         memory_bytes = earlier.hardware.get("memory_bytes")
-        if memory_bytes is not None and memory_bytes < MUCH_LESS * setup.limit_bytes:
+        if memory_bytes is not None and memory_bytes < ABOUT_ALL * setup.limit_bytes:
             console.print(
                 f"the earlier capacities were found with {memory_bytes:,} bytes a device; with the "
                 f"{setup.limit_bytes:,} here more tokens may fit than are looked for",

@@ -13,7 +13,7 @@ from planner.cost import PackedCost, PackedPoint
 from planner.fit import fit_packed
 from planner.packing import max_segments, max_tasks, packed_shapes
 from planner.plan import ParallelConfig
-from profiling.config_cost import together
+from profiling.config_cost import Searched, together
 from profiling.grid import Shape, align_capacity
 from profiling.measure import Bench, Setup, made_up_batch, reserve_bytes
 from profiling.timing import slots, time_steps
@@ -25,13 +25,9 @@ MAX_TRIES = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SearchedPacked:
-    """A config whose packed capacity was found: `sizes` has the bytes of its shapes, `batches` what is to be timed."""
+class SearchedPacked(Searched):
+    """A config whose packed capacity was found; `batches` are to be timed, by (shape, tokens of a sequence)."""
 
-    bench: Bench
-    config: ParallelConfig
-    capacity_tokens: int
-    sizes: Mapping[Shape, int]
     batches: Mapping[tuple[Shape, int], MicroBatchArrays]
 
 

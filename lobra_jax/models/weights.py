@@ -39,7 +39,7 @@ PIECE_SIZE = 2**18
 
 NUM_LEVELS = 2**16
 """Values that a random weight may have before it is rounded, each as likely as any other: a normal distribution's
-quantiles. Looking up 16 random bits takes a fifth of the time of an exact draw, and a start waits for billions."""
+quantiles. Looking up 16 random bits takes a sixth of the time of an exact draw, and a start waits for billions."""
 
 DRAWING = 2
 """How random weights come from a seed; a run on other weights cannot be resumed."""
