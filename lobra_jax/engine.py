@@ -49,7 +49,6 @@ from lobra_jax.replica import Replica, ReplicaRun, Shape
 from lobra_jax.step_times import StepResult, step_result
 from lobra_jax.trace_steps import ISSUE_MARK, PAUSE_MARK, READY_MARK
 from lobra_jax.watch import Watch
-from planner.lattice import shapes as lattice_shapes
 from planner.plan import Plan
 
 ReplicaBatches = Sequence[Sequence[MicroBatchArrays]]
@@ -168,10 +167,7 @@ class Engine:
     def shapes(self) -> list[list[Shape]]:
         """The plan's shape lattice, by replica."""
         plan = self.plan
-        return [
-            list(lattice_shapes(group.capacity_tokens, plan.buckets, num_options=plan.row_options))
-            for group in plan.expanded()
-        ]
+        return [list(group.shapes(plan.buckets, num_options=plan.row_options)) for group in plan.expanded()]
 
     def compile(
         self,
@@ -186,9 +182,10 @@ class Engine:
         """
         first = {replica.parallel: replica.index for replica in reversed(self.replicas)}
         rounds: tuple[list[Callable[[], object]], ...] = ([], [])
-        for replica, own, own_evaluation in zip(self.replicas, training_shapes, evaluation_shapes, strict=True):
+        every = zip(self.replicas, self.plan.expanded(), training_shapes, evaluation_shapes, strict=True)
+        for replica, group, own, own_evaluation in every:
             is_first = first[replica.parallel] == replica.index
-            rounds[0 if is_first else 1].extend(replica.compilations(own, own_evaluation))
+            rounds[0 if is_first else 1].extend(replica.compilations(own, own_evaluation, remat_of=group.remat_of))
         total, done = sum(map(len, rounds)), 0
         with ThreadPoolExecutor(num_threads, thread_name_prefix="compile") as executor:
             try:

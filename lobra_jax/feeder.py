@@ -148,7 +148,7 @@ class Feeder:
             )
             arrays: list[tuple[MicroBatchArrays, ...]] = [()] * self.plan.num_replicas
             for number, group, micro_batches in zip(numbers, part.expanded(), chosen.replicas, strict=True):
-                full = [dataclasses.replace(m, rows=group.capacity_tokens // m.length) for m in micro_batches]
+                full = [dataclasses.replace(m, rows=group.capacity_of(m.length) // m.length) for m in micro_batches]
                 arrays[number] = tuple(fill_micro_batch(batch, m) for m in full)
             yield EvaluationChunk(batch=batch, arrays=tuple(arrays))
 
@@ -162,8 +162,8 @@ def evaluation_shapes(plan: Plan, eval_replicas: EvalReplicas = "all") -> list[l
     }
     shapes: list[list[Shape]] = [[] for _ in plan.expanded()]
     for number, group in zip(numbers, part.expanded(), strict=True):
-        own = group.capacity_tokens
-        shapes[number] = [(own // bucket, bucket) for bucket in plan.buckets if smallest[bucket] == own]
+        own_buckets = [bucket for bucket in plan.buckets if smallest[bucket] == group.capacity_tokens]
+        shapes[number] = [(group.capacity_of(bucket) // bucket, bucket) for bucket in own_buckets]
     return shapes
 
 

@@ -136,6 +136,7 @@ class Replica:
         )
         self.params: list[dict[str, Array]] = []
         self._training: dict[Shape, tuple[StageProgram, ...]] = {}
+        self._remats: dict[Shape, str] = {}
         self._evaluation: dict[Shape, tuple[jax.stages.Compiled, ...]] = {}
         self._lock = threading.Lock()
         self._zeros = [
@@ -206,11 +207,23 @@ class Replica:
         }
 
     def compilations(
-        self, shapes: Sequence[Shape], evaluation_shapes: Sequence[Shape] = ()
+        self,
+        shapes: Sequence[Shape],
+        evaluation_shapes: Sequence[Shape] = (),
+        *,
+        remat_of: Callable[[int], str] | None = None,
     ) -> list[Callable[[], object]]:
-        """What is left to compile for these shapes, as calls that may run in parallel; all must run before a step."""
+        """What is left to compile for these shapes, as calls that may run in parallel; all must run before a step.
+
+        `remat_of` tells the policy of each length where the replica has several.
+        """
+        remats = {shape: self.parallel.remat if remat_of is None else remat_of(shape[1]) for shape in shapes}
         return [
-            *(functools.partial(self._compile_training, shape) for shape in shapes if shape not in self._training),
+            *(
+                functools.partial(self._compile_training, shape, remat)
+                for shape, remat in remats.items()
+                if self._remats.get(shape) != remat
+            ),
             *(
                 functools.partial(self._compile_evaluation, shape)
                 for shape in evaluation_shapes
@@ -219,11 +232,13 @@ class Replica:
             *(lambda zeros=zeros: jax.block_until_ready(zeros()) for zeros in self._zeros),
         ]
 
-    def _compile_training(self, shape: Shape) -> None:
+    def _compile_training(self, shape: Shape, remat: str) -> None:
         with blaming(self.index, shape):
-            programs = tuple(compile_training(layout, *shape, packed=self.packed) for layout in self.layouts)
+            programs = tuple(
+                compile_training(layout.with_remat(remat), *shape, packed=self.packed) for layout in self.layouts
+            )
         with self._lock:
-            self._training[shape] = programs
+            self._training[shape], self._remats[shape] = programs, remat
 
     def _compile_evaluation(self, shape: Shape) -> None:
         with blaming(self.index, shape):

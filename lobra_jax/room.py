@@ -15,7 +15,7 @@ from lobra_jax.out_of_memory import Failure, OutOfMemoryError
 from planner.cost import CostTable
 from planner.lower import lower_capacities
 from planner.packed_dispatch import packed_replicas
-from planner.plan import Plan
+from planner.plan import Plan, ReplicaGroup
 
 Result = TypeVar("Result")
 
@@ -83,10 +83,10 @@ class Room:
         replicas, before = self.engine.replicas, self.plan
         largest = [max(shapes, key=math.prod) for shapes in self._training_shapes()]
         suspects = failures or [Failure(replica=replica.index, shape=None) for replica in replicas]
-        failed = {replicas[f.replica].parallel: math.prod(f.shape or largest[f.replica]) for f in suspects}
+        failed = {replicas[f.replica].parallel: f.shape or largest[f.replica] for f in suspects}
         plan = lower_capacities(before, failed, longest=self.longest, suspects=not failures)
         changes = dict.fromkeys(
-            f"{old.config} from {old.capacity_tokens} to {new.capacity_tokens} tokens"
+            f"{old.config} from {_tokens(old)} to {_tokens(new)} tokens"
             for old, new in zip(before.replicas, plan.replicas, strict=True)
             if old != new
         )
@@ -115,3 +115,7 @@ class Room:
         if self.batching == "packed":
             return [list(replica.shapes) for replica in packed_replicas(self.plan, self.costs)]
         return self.engine.shapes()
+
+
+def _tokens(group: ReplicaGroup) -> str:
+    return "/".join(map(str, group.capacities))

@@ -203,6 +203,9 @@ class StageLayout:
     tasks: TaskInputs
     dtype: Any
 
+    def with_remat(self, remat: str) -> StageLayout:
+        return dataclasses.replace(self, functions=dataclasses.replace(self.functions, remat=remat))
+
     def batch(self, rows: int, length: int, *, packed: bool = False) -> BatchInputs:
         f, everywhere = self.functions, self.functions.sharding.replicated
 

@@ -20,7 +20,7 @@ import numpy as np
 from planner.bucketing import bucket_lengths
 from planner.cost import CostTable
 from planner.dispatch import dispatch
-from planner.lattice import DEFAULT_ROW_OPTIONS, shapes
+from planner.lattice import DEFAULT_ROW_OPTIONS
 from planner.plan import Plan
 from planner.problem import Constraints, PlanningProblem, build_problem
 from planner.simulate import DEFAULT_DISPATCH_TIME_LIMIT_S, batch
@@ -115,8 +115,7 @@ def bucket_rows(
 def num_programs(plan: Plan) -> int:
     """Micro-batch programs that a plan's replicas compile: its shapes on every stage of each config."""
     return sum(
-        len(shapes(group.capacity_tokens, plan.buckets, num_options=plan.row_options)) * group.config.pp
-        for group in plan.replicas
+        len(group.shapes(plan.buckets, num_options=plan.row_options)) * group.config.pp for group in plan.replicas
     )
 
 

@@ -80,6 +80,11 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--tps", metavar="1,2,..", callback=_int_list, help="Allowed tensor-parallel sizes."),
         click.option("--pps", metavar="1,2,..", callback=_int_list, help="Allowed numbers of pipeline stages."),
         click.option("--remats", metavar="A,B", callback=_remat_list, help=f"Allowed of {','.join(REMATS)}."),
+        click.option(
+            "--mix-remats/--no-mix-remats",
+            default=None,
+            help="Let a replica run each padded length with the fastest policy that holds it.",
+        ),
         click.option("--devices-per-host", type=count, help="A layer's devices stay within a host of so many."),
         click.option(
             "--pin",

@@ -16,7 +16,7 @@ from planner.errors import UserError
 from planner.plan import REMATS, ParallelConfig
 from planner.workload import Workload
 
-REPLICAS = re.compile(r"(?:([0-9]+)x)?\(tp([0-9]+),pp([0-9]+)(?:,([a-z]+))?\)")
+REPLICAS = re.compile(r"(?:([0-9]+)x)?\(tp([0-9]+),pp([0-9]+)(?:,([a-z+]+))?\)")
 """How plans print a group of replicas: 6x(tp1,pp1,none)."""
 
 MOST_LISTED = 8
@@ -37,6 +37,7 @@ class Constraints:
       pinned: replicas that a plan must have, at the least, as plans print them: "1x(tp4,pp1,none)". Without a count it
         is one, without a policy "none".
       max_configs: most distinct configs in a plan.
+      mix_remats: replicas without a pipeline may run each padded length with another policy (`planner.mix_remats`).
     """
 
     max_tp: int | None = None
@@ -47,6 +48,7 @@ class Constraints:
     devices_per_host: int | None = None
     pinned: tuple[str, ...] = ()
     max_configs: int | None = None
+    mix_remats: bool = False
 
     def __post_init__(self) -> None:
         for name in ("devices_per_host", "max_configs"):
@@ -60,12 +62,12 @@ class Constraints:
             and (self.max_pp is None or config.pp <= self.max_pp)
             and (self.tps is None or config.tp in self.tps)
             and (self.pps is None or config.pp in self.pps)
-            and (self.remats is None or config.remat in self.remats)
+            and (self.remats is None or set(config.remats) <= set(self.remats))
             and (self.devices_per_host is None or self.devices_per_host % config.tp == 0)
         )
 
     def __str__(self) -> str:
-        given = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        given = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "mix_remats"]
         given = [(name, value if isinstance(value, tuple) else (value,)) for name, value in given if value is not None]
         return ", ".join(f"{name} = {' '.join(map(str, values))}" for name, values in given if values)
 
@@ -79,7 +81,7 @@ def allowed_configs(
       UserError: none is allowed; the longest length fits none, or only configs wider than the devices; tps that cannot
         be laid out on hosts.
     """
-    allowed = [cost for cost in costs.configs if constraints.allow(cost.config)]
+    allowed = [cost for cost in (*costs.configs, *_pinned_mixed(costs, constraints)) if constraints.allow(cost.config)]
     if not allowed:
         raise UserError(
             "the constraints allow no config of the cost table",
@@ -114,12 +116,24 @@ def allowed_configs(
     return tuple(cost for cost in allowed if cost.config.num_devices <= num_devices)
 
 
+def pinned_configs(constraints: Constraints) -> tuple[ParallelConfig, ...]:
+    return tuple(parse_replicas(text)[1] for text in constraints.pinned)
+
+
+def _pinned_mixed(costs: CostTable, constraints: Constraints) -> list[ConfigCost]:
+    """Costs of pinned configs of several policies, where the table has those of each."""
+    known = {cost.config for cost in costs.configs}
+    pinned = [config for config in dict.fromkeys(pinned_configs(constraints)) if config not in known]
+    parts = {config: {config.with_remat(remat) for remat in config.remats} for config in pinned}
+    return [costs[config] for config in pinned if parts[config] <= known]
+
+
 def _choices(configs: Sequence[ConfigCost]) -> str:
     """The configs, or where there are many the values they have: errors are one line."""
     if len(configs) <= MOST_LISTED:
         return ", ".join(str(cost.config) for cost in configs)
     tps, pps = sorted({cost.config.tp for cost in configs}), sorted({cost.config.pp for cost in configs})
-    remats = [remat for remat in REMATS if any(cost.config.remat == remat for cost in configs)]
+    remats = [remat for remat in REMATS if any(remat in cost.config.remats for cost in configs)]
     axes = (("tp", tps), ("pp", pps), ("remat", remats))
     return f"{len(configs)} configs with " + ", ".join(f"{name} {'|'.join(map(str, values))}" for name, values in axes)
 
@@ -193,8 +207,10 @@ def parse_replicas(text: str) -> tuple[int, ParallelConfig]:
     """(count, config) of a group of replicas as plans print it."""
     match = REPLICAS.fullmatch(text.replace(" ", ""))
     count, tp, pp, remat = match.groups() if match else (None, "0", "0", None)
-    remat = remat or REMATS[0]
-    if min(int(count or 1), int(tp), int(pp)) < 1 or remat not in REMATS:
+    try:
+        if count == "0":
+            raise ValueError
+        return int(count or 1), ParallelConfig(tp=int(tp), pp=int(pp), remat=remat or REMATS[0])
+    except ValueError:
         expected = f"replicas as plans print them, such as 1x(tp4,pp1,none); policies are {', '.join(REMATS)}"
-        raise UserError("bad value", key="pinned", value=text, expected=expected)
-    return int(count or 1), ParallelConfig(tp=int(tp), pp=int(pp), remat=remat)
+        raise UserError("bad value", key="pinned", value=text, expected=expected) from None

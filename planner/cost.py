@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import UserError
-from planner.plan import ParallelConfig
+from planner.plan import MIXED, ParallelConfig
 
 COST_TABLE_VERSION = 1
 NUM_COEFFICIENTS = 6
@@ -108,6 +108,19 @@ class ConfigCost:
         if not 0 <= self.fixed_s < math.inf:
             raise ValueError(f"{self.config}: fixed_s = {self.fixed_s}, expected seconds >= 0")
 
+    @property
+    def capacities(self) -> tuple[int, ...]:
+        """Tokens of a micro-batch that each of the config's policies holds."""
+        return (self.capacity_tokens,)
+
+    def of_length(self, length: int) -> ConfigCost:
+        """What is known of the policy that runs micro-batches of a padded length: see `MixedCost`."""
+        return self
+
+    def holding(self, capacities: Sequence[int]) -> ConfigCost:
+        """The same with these capacities, one for each policy."""
+        return dataclasses.replace(self, capacity_tokens=capacities[-1])
+
     def micro_batch_s(self, rows: int, length: int) -> float:
         """Seconds that one micro-batch of `rows` x `length` tokens occupies the slowest stage."""
         c1, c2, c3, c4, c5, c6 = self.coefficients
@@ -122,6 +135,44 @@ class ConfigCost:
         if not slots:
             return 0.0
         return self.fixed_s + sum(slots) + (self.config.pp - 1) * max(slots)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixedCost(ConfigCost):
+    """A config of several policies, made by `mixed`; a length is run with the first of `parts` that holds it.
+
+    What it shares with other configs' costs is of the last part, `fixed_s` the largest of all.
+    """
+
+    parts: tuple[ConfigCost, ...]
+
+    @property
+    def capacities(self) -> tuple[int, ...]:
+        return tuple(part.capacity_tokens for part in self.parts)
+
+    def of_length(self, length: int) -> ConfigCost:
+        return next((part for part in self.parts if part.capacity_tokens >= length), self.parts[-1])
+
+    def holding(self, capacities: Sequence[int]) -> ConfigCost:
+        return mixed([part.holding([one]) for part, one in zip(self.parts, capacities, strict=True)])
+
+    def micro_batch_s(self, rows: int, length: int) -> float:
+        return self.of_length(length).micro_batch_s(rows, length)
+
+
+def mixed(parts: Sequence[ConfigCost]) -> ConfigCost:
+    """The costs of a config with the policies of all `parts`, which have the same tp, no pipeline, and hold ever more.
+
+    Padded micro-batches only.
+    """
+    last = parts[-1]
+    return MixedCost(
+        config=last.config.with_remat(MIXED.join(part.config.remat for part in parts)),
+        capacity_tokens=last.capacity_tokens,
+        coefficients=last.coefficients,
+        fixed_s=max(part.fixed_s for part in parts),
+        parts=tuple(parts),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,10 +198,13 @@ class CostTable:
             seen.add(cost.config)
 
     def __getitem__(self, config: ParallelConfig) -> ConfigCost:
+        """The costs of a config; of one with several policies, made of those of each."""
         for cost in self.configs:
             if cost.config == config:
                 return cost
-        raise KeyError(str(config))
+        if len(config.remats) == 1:
+            raise KeyError(str(config))
+        return mixed([self[config.with_remat(remat)] for remat in config.remats])
 
     @property
     def quantization(self) -> str:

@@ -165,8 +165,7 @@ def _replicas(plan: Plan, costs: CostTable, buckets: Sequence[int]) -> list[Usab
                 key="replicas",
                 expected="one of " + ", ".join(str(known.config) for known in costs.configs),
             ) from None
-        cost = dataclasses.replace(cost, capacity_tokens=group.capacity_tokens)
-        usable = usable_config(cost, buckets, num_options=plan.row_options)
+        usable = usable_config(cost.holding(group.capacities), buckets, num_options=plan.row_options)
         out += [usable] * group.count
     return out
 

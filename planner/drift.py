@@ -7,6 +7,7 @@ import time
 
 from planner.constraints import Constraints
 from planner.cost import CostTable
+from planner.errors import UserError
 from planner.plan import Plan
 from planner.planners import solver
 from planner.problem import build_problem
@@ -84,15 +85,12 @@ def check_drift(
     Raises:
       UserError: the cost table lacks a config of the plan, or no plan can serve the lengths.
     """
-    capacities = {group.config: group.capacity_tokens for group in plan.replicas}
-    in_use = dataclasses.replace(
-        costs,
-        configs=tuple(
-            dataclasses.replace(cost, capacity_tokens=capacities[cost.config])
-            for cost in costs.configs
-            if cost.config in capacities
-        ),
-    )
+    held = {group.config: group.capacities for group in plan.replicas}
+    try:
+        in_use = dataclasses.replace(costs, configs=tuple(costs[config].holding(held[config]) for config in held))
+    except KeyError as error:
+        missing = f"the cost table has no config {error.args[0]}"
+        raise UserError(missing, expected="a table with those of the plan") from None
     found: list[tuple[Plan, StepTimes]] = []
     gap = 0.0
     deadline = time.perf_counter() + (1 - DISPATCHING_SHARE) * time_limit_s

@@ -10,7 +10,7 @@ import numpy as np
 from planner.cost import CostTable
 from planner.dispatch import Dispatch, MicroBatch
 from planner.packing import MAX_SEGMENTS, MAX_TASKS_OF_A_ROW, MIN_SEGMENTS, TOKENS_A_SEGMENT
-from planner.plan import Plan, ReplicaGroup
+from planner.plan import ParallelConfig, Plan, ReplicaGroup
 from planner.workload import Workload
 
 RELATIVE_TOLERANCE = 1e-6
@@ -133,11 +133,13 @@ def _replica_violations(plan: Plan, costs: CostTable) -> list[str]:
     if used > plan.num_devices:
         out.append(f"replicas hold {used} devices of {plan.num_devices}")
     for group in plan.replicas:
-        known = [cost for cost in costs.configs if cost.config == group.config]
-        if not known:
-            out.append(f"{group.config} is not in the cost table")
-        elif group.capacity_tokens > known[0].capacity_tokens:
-            out.append(f"{group.config} is given {group.capacity_tokens} tokens of {known[0].capacity_tokens}")
+        for policy, given in _policies(group).items():
+            held = [cost.capacity_tokens for cost in costs.configs if _key(cost.config) == policy]
+            name = "(tp{},pp{},{})".format(*policy)
+            if not held:
+                out.append(f"{name} is not in the cost table")
+            elif given > held[0]:
+                out.append(f"{name} is given {given} tokens of {held[0]}")
     if costs.model != plan.model:
         out.append(f"plan is for model {plan.model}, cost table for {costs.model}")
     return out
@@ -157,11 +159,12 @@ def _batch_violations(
         out.append(f"{name} is empty")
     if len(sequences) > rows:
         out.append(f"{name} holds {len(sequences)} sequences in {rows} rows")
-    if rows * length > group.capacity_tokens:
-        out.append(f"{name} of {rows} x {length} tokens exceeds the capacity {group.capacity_tokens}")
+    capacity = min((held for held in _policies(group).values() if held >= length), default=group.capacity_tokens)
+    if rows * length > capacity:
+        out.append(f"{name} of {rows} x {length} tokens exceeds the capacity {capacity}")
     if length not in plan.buckets:
         out.append(f"{name}: {length} is not a bucket of the plan")
-    full = group.capacity_tokens // length
+    full = capacity // length
     if rows not in {-(-full // 2**halvings) for halvings in range(plan.row_options)}:
         out.append(f"{name}: {rows} rows of {length} tokens are not on the lattice")
     for sequence in sequences:
@@ -207,9 +210,22 @@ def _prediction_violations(dispatch: Dispatch, seconds: list[float]) -> list[str
     return out
 
 
+def _policies(group: ReplicaGroup) -> dict[tuple[int, int, str], int]:
+    """The (tp, pp, remat) that a replica's micro-batches run with and what each holds, ascending."""
+    remats = group.config.remat.split("+")
+    held = (*group.smaller_capacities, group.capacity_tokens)
+    return {(group.config.tp, group.config.pp, remat): tokens for remat, tokens in zip(remats, held, strict=True)}
+
+
+def _key(config: ParallelConfig) -> tuple[int, int, str]:
+    return config.tp, config.pp, config.remat
+
+
 def _slot_s(costs: CostTable, group: ReplicaGroup, rows: int, length: int) -> float:
+    policies = _policies(group)
+    at = next((key for key, held in policies.items() if held >= length), list(policies)[-1])
     for cost in costs.configs:
-        if cost.config == group.config:
+        if _key(cost.config) == at:
             squared, linear, constant = (
                 np.asarray(cost.coefficients, dtype=float).reshape(3, 2) @ [rows, 1.0]
             ).tolist()
@@ -228,5 +244,6 @@ def _packed_slot_s(costs: CostTable, group: ReplicaGroup, rows: int, length: int
 def _replica_s(costs: CostTable, group: ReplicaGroup, slots: list[float]) -> float:
     if not slots:
         return 0.0
-    fixed = [cost.fixed_s for cost in costs.configs if cost.config == group.config]
-    return (fixed[0] if fixed else 0.0) + sum(slots) + (group.config.pp - 1) * max(slots)
+    own = _policies(group)
+    fixed = [cost.fixed_s for cost in costs.configs if _key(cost.config) in own]
+    return max(fixed, default=0.0) + sum(slots) + (group.config.pp - 1) * max(slots)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from planner import task_fused
+from planner.constraints import Constraints
 from planner.cost import ConfigCost, CostTable
 from planner.dispatch import MicroBatch, dispatch
 from planner.errors import UserError
@@ -137,7 +138,13 @@ def explain(
     """
     check_plan(plan, costs)
     problem = build_problem(
-        workload, costs, plan.num_devices, buckets=plan.buckets, row_options=plan.row_options, time_limit_s=time_limit_s
+        workload,
+        costs,
+        plan.num_devices,
+        buckets=plan.buckets,
+        row_options=plan.row_options,
+        constraints=Constraints(mix_remats=any(group.smaller_capacities for group in plan.replicas)),
+        time_limit_s=time_limit_s,
     )
     replicas, share_bound_s = replica_times(plan, costs, problem)
     step_s = max(replica.seconds for replica in replicas) + costs.step_overhead_s
@@ -373,5 +380,6 @@ def _rebuilt(problem: PlanningProblem, workload: Workload, costs: CostTable, num
         num_devices,
         buckets=problem.buckets,
         row_options=problem.row_options,
+        constraints=Constraints(mix_remats=any(len(usable.config.remats) > 1 for usable in problem.configs)),
         time_limit_s=problem.time_limit_s,
     )

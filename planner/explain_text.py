@@ -74,7 +74,7 @@ def words(explanation: Explanation) -> tuple[str, ...]:
 
 def _policies(plan: Plan) -> str:
     """What the rematerialisation policies of a plan's replicas mean."""
-    used = {group.config.remat for group in plan.replicas}
+    used = {remat for group in plan.replicas for remat in group.config.remats}
     return "; ".join(f"{policy}: {meaning}" for policy, meaning in POLICIES.items() if policy in used)
 
 
@@ -82,7 +82,11 @@ def _kind(group: ReplicaGroup) -> str:
     devices = group.config.num_devices
     number = f"{devices} devices" if devices > 1 else "one device"
     each = " each" if group.count > 1 else ""
-    return f"{group.count} of {group.config} on {number}{each}, up to {group.capacity_tokens} tokens at a time"
+    holds = [f"{tokens} with {remat}" for remat, tokens in zip(group.config.remats, group.capacities, strict=True)]
+    tokens = f"{group.capacity_tokens} tokens at a time"
+    if len(holds) > 1:
+        tokens = f"{', '.join(holds)} tokens at a time, each padded length with the first that holds it"
+    return f"{group.count} of {group.config} on {number}{each}, up to {tokens}"
 
 
 def verdict(explanation: Explanation) -> str:

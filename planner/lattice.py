@@ -6,8 +6,6 @@ remainder: by default (b, b/2, b/4), rounded up, without repeats. Fewer of them 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 DEFAULT_ROW_OPTIONS = 3
 """Row counts compiled for one bucket on one config: the full one and two halvings."""
 
@@ -45,12 +43,3 @@ def split_rows(num_sequences: int, options: tuple[int, ...]) -> tuple[int, ...]:
     num_full, remainder = divmod(num_sequences, options[-1])
     full = (options[-1],) * num_full
     return full if remainder == 0 else (*full, rows_for(remainder, options))
-
-
-def shapes(
-    capacity_tokens: int, buckets: Iterable[int], *, num_options: int = DEFAULT_ROW_OPTIONS
-) -> tuple[tuple[int, int], ...]:
-    """All (rows, length) that a replica of `capacity_tokens` may be asked to run: what is compiled ahead of time."""
-    return tuple(
-        (rows, length) for length in buckets for rows in row_options(length, capacity_tokens, num_options=num_options)
-    )

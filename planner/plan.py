@@ -5,26 +5,34 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from planner.errors import UserError
-from planner.lattice import DEFAULT_ROW_OPTIONS, MAX_ROW_OPTIONS
+from planner.lattice import DEFAULT_ROW_OPTIONS, MAX_ROW_OPTIONS, row_options
 
 REMATS = ("none", "dots", "attention", "full")
 """Rematerialisation policies, from most memory to least."""
+
+MIXED = "+"
+"""What joins the policies of a replica that has several."""
 
 PLAN_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, order=True)
 class ParallelConfig:
-    """How one replica is sharded: tensor parallel over `tp` devices, `pp` pipeline stages, remat policy."""
+    """How one replica is sharded: tensor parallel over `tp` devices, `pp` pipeline stages, remat policy.
+
+    A replica without a pipeline may have several policies, "dots+attention", from most memory to least: every padded
+    length is run with the first that holds it (`ReplicaGroup.remat_of`).
+    """
 
     tp: int
     pp: int
@@ -35,8 +43,22 @@ class ParallelConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"ParallelConfig.{name} = {value!r}: expected an integer >= 1")
-        if self.remat not in REMATS:
-            raise ValueError(f"ParallelConfig.remat = {self.remat!r}: expected one of {', '.join(REMATS)}")
+        if self.remats != tuple(remat for remat in REMATS if remat in self.remats):
+            expected = f"one of {', '.join(REMATS)}, or some of them in this order joined by {MIXED}"
+            raise ValueError(f"ParallelConfig.remat = {self.remat!r}: expected {expected}")
+        if len(self.remats) > 1 and self.pp > 1:
+            raise ValueError(
+                f"ParallelConfig.remat = {self.remat!r} with pp = {self.pp}: expected one policy, as micro-batches "
+                "share the memory of a pipeline"
+            )
+
+    @property
+    def remats(self) -> tuple[str, ...]:
+        """Its policies, one or several."""
+        return tuple(self.remat.split(MIXED))
+
+    def with_remat(self, remat: str) -> ParallelConfig:
+        return dataclasses.replace(self, remat=remat)
 
     @property
     def num_devices(self) -> int:
@@ -48,21 +70,58 @@ class ParallelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReplicaGroup:
-    """`count` replicas of one parallel config; each micro-batch holds at most `capacity_tokens` padded tokens."""
+    """`count` replicas of one parallel config; each micro-batch holds at most `capacity_tokens` padded tokens.
+
+    Where the config has several policies, that is what the last one holds, and `smaller_capacities` what each of those
+    before it does.
+    """
 
     count: int
     config: ParallelConfig
     capacity_tokens: int
+    smaller_capacities: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("count", "capacity_tokens"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"ReplicaGroup.{name} = {value!r}: expected an integer >= 1")
+        known = self.capacities
+        if len(known) != len(self.config.remats) or list(known) != sorted(known) or known[0] < 1:
+            raise ValueError(
+                f"ReplicaGroup.capacity_tokens = {list(known)}: expected {len(self.config.remats)} ascending, one for "
+                f"each policy of {self.config}"
+            )
 
     @property
     def num_devices(self) -> int:
         return self.count * self.config.num_devices
+
+    @property
+    def capacities(self) -> tuple[int, ...]:
+        """Of each of the config's policies."""
+        return (*self.smaller_capacities, self.capacity_tokens)
+
+    def remat_of(self, length: int) -> str:
+        """The policy that runs micro-batches of a padded length: the first that holds it."""
+        return self.config.remats[bisect.bisect_left(self.capacities, length)]
+
+    def capacity_of(self, length: int) -> int:
+        """The tokens that a micro-batch of a padded length may hold; 0 where no policy holds it."""
+        at = bisect.bisect_left(self.capacities, length)
+        return self.capacities[at] if at < len(self.capacities) else 0
+
+    def holding(self, *capacities: int) -> ReplicaGroup:
+        """The same with these capacities, one for each policy."""
+        return dataclasses.replace(self, capacity_tokens=capacities[-1], smaller_capacities=capacities[:-1])
+
+    def shapes(self, buckets: Iterable[int], *, num_options: int) -> tuple[tuple[int, int], ...]:
+        """All (rows, length) that one of these may be asked to run: what is compiled ahead of time."""
+        return tuple(
+            (rows, length)
+            for length in buckets
+            for rows in row_options(length, self.capacity_of(length), num_options=num_options)
+        )
 
     def __str__(self) -> str:
         return f"{self.count}x{self.config}"
@@ -156,7 +215,7 @@ class Plan:
                     "tp": g.config.tp,
                     "pp": g.config.pp,
                     "remat": g.config.remat,
-                    "capacity_tokens": g.capacity_tokens,
+                    "capacity_tokens": list(g.capacities) if g.smaller_capacities else g.capacity_tokens,
                 }
                 for g in self.replicas
             ],
@@ -200,7 +259,7 @@ class Plan:
                             pp=_field(item, "pp", int, file, key),
                             remat=_field(item, "remat", str, file, key),
                         ),
-                        capacity_tokens=_field(item, "capacity_tokens", int, file, key),
+                        **_capacities(item, file, key),
                     )
                 )
             except ValueError as error:
@@ -249,6 +308,18 @@ class Plan:
         except yaml.YAMLError as error:
             raise UserError(f"not YAML: {error}", file=path, expected="a plan.yaml") from error
         return cls.from_dict(raw, file=path)
+
+
+def _capacities(item: Mapping[str, Any], file: object, key: str) -> dict[str, Any]:
+    """A number, or a list of one for each policy."""
+    given = item.get("capacity_tokens")
+    if not isinstance(given, list):
+        return {"capacity_tokens": _field(item, "capacity_tokens", int, file, key)}
+    if not given or not all(isinstance(one, int) and not isinstance(one, bool) for one in given):
+        raise UserError(
+            "bad value", file=file, key=f"{key}.capacity_tokens", value=given, expected="an integer, or a list of them"
+        )
+    return {"capacity_tokens": given[-1], "smaller_capacities": tuple(given[:-1])}
 
 
 def _require_mapping(raw: Any, file: object, key: str | None) -> Mapping[str, Any]:

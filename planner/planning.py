@@ -46,6 +46,7 @@ class PlanningFlags:
     compile_s: float | None
     amortise_steps: int | None
     batching: str | None
+    mix_remats: bool | None
 
     @property
     def constraints(self) -> Constraints:
@@ -58,6 +59,7 @@ class PlanningFlags:
             devices_per_host=self.devices_per_host,
             pinned=self.pinned or (),
             max_configs=self.max_configs,
+            mix_remats=bool(self.mix_remats),
         )
 
 
@@ -87,7 +89,7 @@ def choose_plan(workload: Workload, costs: CostTable, num_devices: int, flags: P
         return _choose(workload, costs, num_devices, flags)
     if flags.batching == "auto":
         flags = dataclasses.replace(flags, time_limit=(flags.time_limit or DEFAULT_TIME_LIMIT_S) / 2)
-    packed = _choose(workload, packed_prices(costs), num_devices, flags)
+    packed = _choose(workload, packed_prices(costs), num_devices, dataclasses.replace(flags, mix_remats=False))
     if flags.batching == "packed":
         return packed
     padded = _choose(workload, costs, num_devices, flags)

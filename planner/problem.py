@@ -20,10 +20,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from planner.bucketing import bucket_lengths
-from planner.constraints import Constraints, allowed_configs, check_pins_hold, pinned_counts
+from planner.constraints import Constraints, allowed_configs, check_pins_hold, pinned_configs, pinned_counts
 from planner.cost import ConfigCost, CostTable
 from planner.errors import UserError
 from planner.lattice import DEFAULT_ROW_OPTIONS, row_options, split_rows
+from planner.mix_remats import mix_remats
 from planner.plan import ParallelConfig, Plan, Prediction, ReplicaGroup
 from planner.workload import Workload
 
@@ -161,7 +162,12 @@ class PlanningProblem(ReplicaProblem):
         `step_s` and `bound_s` are seconds with `costs.step_overhead_s` included.
         """
         chosen = [
-            ReplicaGroup(count=int(count), config=usable.config, capacity_tokens=usable.capacity_tokens)
+            ReplicaGroup(
+                count=int(count),
+                config=usable.config,
+                capacity_tokens=usable.capacity_tokens,
+                smaller_capacities=usable.cost.capacities[:-1],
+            )
             for usable, count in zip(self.configs, replica_counts, strict=True)
             if count > 0
         ]
@@ -215,13 +221,16 @@ def build_problem(
     too_small = tuple(cost for cost in allowed if cost.capacity_tokens < padded[0])
     check_pins_hold(constraints, too_small, padded[0])
     allowed = tuple(cost for cost in allowed if cost not in too_small)
+    counts = _integer_counts(expected)
+    if constraints.mix_remats:
+        allowed = mix_remats(allowed, padded, counts, keep=pinned_configs(constraints))
     return PlanningProblem(
         workload=workload,
         costs=costs,
         num_devices=num_devices,
         buckets=padded,
         expected=expected,
-        counts=_integer_counts(expected),
+        counts=counts,
         configs=tuple(usable_config(cost, padded, num_options=row_options) for cost in allowed),
         row_options=row_options,
         proposal=proposal,
@@ -233,7 +242,9 @@ def build_problem(
 
 def usable_config(cost: ConfigCost, buckets: Sequence[int], *, num_options: int = DEFAULT_ROW_OPTIONS) -> UsableConfig:
     """The slot times of a config on the lattice of `buckets`; a shape without a positive time is a `UserError`."""
-    rows = tuple(row_options(length, cost.capacity_tokens, num_options=num_options) for length in buckets)
+    rows = tuple(
+        row_options(length, cost.of_length(length).capacity_tokens, num_options=num_options) for length in buckets
+    )
     slot_s = tuple(
         tuple(float(cost.micro_batch_s(b, length)) for b in options)
         for options, length in zip(rows, buckets, strict=True)

@@ -106,16 +106,19 @@ def check_plan(plan: Plan, costs: CostTable) -> None:
     if plan.model != costs.model:
         raise UserError("plan of another model", key="model", value=plan.model, expected=f"{costs.model}, as the costs")
     for index, group in enumerate(plan.replicas):
-        known = next((cost for cost in costs.configs if cost.config == group.config), None)
-        if known is None:
+        try:
+            known = costs[group.config]
+        except KeyError:
             configs = ", ".join(str(cost.config) for cost in costs.configs)
-            raise UserError(f"no costs of {group.config}", key=f"replicas[{index}]", expected=f"one of {configs}")
-        if group.capacity_tokens > known.capacity_tokens:
+            raise UserError(
+                f"no costs of {group.config}", key=f"replicas[{index}]", expected=f"one of {configs}"
+            ) from None
+        if any(given > held for given, held in zip(group.capacities, known.capacities, strict=True)):
             raise UserError(
                 f"more than {group.config} holds",
                 key=f"replicas[{index}].capacity_tokens",
-                value=group.capacity_tokens,
-                expected=f"at most {known.capacity_tokens}, as the cost table says",
+                value=", ".join(map(str, group.capacities)),
+                expected=f"at most {', '.join(map(str, known.capacities))}, as the cost table says",
             )
 
 

@@ -325,6 +325,7 @@ def config_flags(config: RunConfig) -> PlanningFlags:
         tps=section.tps,
         pps=section.pps,
         remats=section.remats,
+        mix_remats=section.mix_remats,
         devices_per_host=section.devices_per_host,
         pinned=section.pinned,
         max_configs=section.max_configs,

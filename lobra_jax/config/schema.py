@@ -333,6 +333,8 @@ class PlannerConfig(Section):
     """Numbers of pipeline stages allowed; null for all."""
     remats: tuple[Literal["none", "dots", "attention", "full"], ...] = Field(default=REMATS, min_length=1)
     """Rematerialisation policies to measure and plan with."""
+    mix_remats: bool = False
+    """A replica may run each padded length with the fastest policy that holds it, instead of all with one."""
     devices_per_host: Count | None = None
     """A layer's devices stay within a host of so many; null for no limit."""
     pinned: tuple[str, ...] = ()

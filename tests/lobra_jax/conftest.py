@@ -99,12 +99,17 @@ def unlike_tasks() -> dict[str, Task]:
 
 
 def make_plan(*configs: tuple[int, int, str], buckets: tuple[int, ...] = (MAX_LENGTH,), num_devices: int = 8) -> Plan:
-    """One replica for each (tp, pp, remat)."""
+    """One replica for each (tp, pp, remat); of several policies the first buckets are each the most that one holds."""
     return Plan(
         model=MODEL.name,
         num_devices=num_devices,
         replicas=tuple(
-            ReplicaGroup(count=1, config=ParallelConfig(tp=tp, pp=pp, remat=remat), capacity_tokens=ROWS * buckets[-1])
+            ReplicaGroup(
+                count=1,
+                config=ParallelConfig(tp=tp, pp=pp, remat=remat),
+                capacity_tokens=ROWS * buckets[-1],
+                smaller_capacities=buckets[: remat.count("+")],
+            )
             for tp, pp, remat in configs
         ),
         buckets=buckets,

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from lobra_jax import replica, stage
 from lobra_jax.lora import LoraSpec
 
 TOLERANCE = 1e-5
@@ -47,6 +48,30 @@ def test_any_plan_trains_the_same_adapters(world, reference, name):
     for task in world.tasks:
         assert world.difference(found_adapters[task], adapters[task]) < TOLERANCE
     np.testing.assert_allclose(found_losses, losses, rtol=1e-5)
+
+
+def test_policies_by_length_train_the_same_adapters(world, reference, monkeypatch):
+    gradients, adapters, _ = reference
+    tasks = list(world.tasks.values())
+    compiled = []
+
+    def compile_training(layout, rows, length, **options):
+        compiled.append((layout.functions.sharding.num_devices, length, layout.functions.remat))
+        return stage.compile_training(layout, rows, length, **options)
+
+    monkeypatch.setattr(replica, "compile_training", compile_training)
+    longest = world.max_length
+    plan = world.plan((1, 1, "none+attention+full"), (2, 1, "dots+full"), buckets=(8, 15, longest))
+    engine = world.engine(plan, tasks)
+    alone = {(1, 8, "none"), (1, 15, "attention"), (1, longest, "full")}
+    assert set(compiled) == alone | {(2, 8, "dots"), (2, 15, "full"), (2, longest, "full")}
+    found = world.gradients(engine, tasks, seed=7)
+    for task in world.tasks:
+        assert world.difference(found[task], gradients[task]) < TOLERANCE
+    engine.init_adapters([task.seed for task in tasks])
+    found_adapters, _ = world.train(engine, tasks, NUM_STEPS, seed=11)
+    for task in world.tasks:
+        assert world.difference(found_adapters[task], adapters[task]) < TOLERANCE
 
 
 @pytest.mark.parametrize(("tied", "config"), [(False, (4, 1, "dots")), (True, (2, 2, "full"))])

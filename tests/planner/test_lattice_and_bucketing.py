@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from planner.bucketing import STATIC_7, bucket_lengths, choose_buckets, planning_buckets
 from planner.errors import UserError
-from planner.lattice import row_options, rows_for, shapes, split_rows
+from planner.lattice import row_options, rows_for, split_rows
 from planner.workload import TaskLengths, Workload
 
 
@@ -38,8 +38,6 @@ def test_row_options_of_known_shapes():
     assert row_options(100, 2048) == (5, 10, 20)
     assert row_options(2048, 2048) == (1,)
     assert row_options(256, 2048, num_options=1) == (8,)
-    assert shapes(2048, (1024, 2048, 4096)) == ((1, 1024), (2, 1024), (1, 2048))
-    assert shapes(2048, (1024, 2048, 4096), num_options=1) == ((2, 1024), (1, 2048))
 
 
 @given(st.integers(1, 300), st.integers(1, 60), st.integers(1, 500))

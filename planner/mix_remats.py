@@ -1,0 +1,58 @@
+"""Replicas of several rematerialisation policies: each padded length is run with the first that holds it.
+
+What rematerialisation spares is memory, and short micro-batches do not need what long ones do. A replica of one policy
+must hold its longest sequence with it, and makes activations of all the others anew for nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+
+from planner.cost import ConfigCost, mixed
+from planner.plan import REMATS, ParallelConfig
+
+
+def mix_remats(
+    configs: Sequence[ConfigCost],
+    buckets: Sequence[int],
+    counts: Sequence[int],
+    *,
+    keep: Collection[ParallelConfig] = (),
+) -> tuple[ConfigCost, ...]:
+    """The configs with those of one tp and without a pipeline put together; those to `keep` stay as well.
+
+    Args:
+      buckets: padded lengths; every config holds the shortest.
+      counts: sequences of each of them in a batch.
+    """
+    out = [cost for cost in configs if cost.config.pp > 1 or cost.config in keep]
+    for tp in dict.fromkeys(cost.config.tp for cost in configs if cost.config.pp == 1):
+        own = [cost for cost in configs if cost.config.tp == tp and cost.config.pp == 1 and cost.capacities[:-1] == ()]
+        put_together = _put_together(own, buckets, counts)
+        if put_together.config not in keep:
+            out.append(put_together)
+    return tuple(out)
+
+
+def _put_together(configs: Sequence[ConfigCost], buckets: Sequence[int], counts: Sequence[int]) -> ConfigCost:
+    """The one that holds most; then, from little memory to much, each that is sooner with what it holds."""
+    chosen = [max(configs, key=lambda cost: cost.capacity_tokens)]
+    for cost in sorted(configs, key=_rank, reverse=True):
+        held = [(length, n) for length, n in zip(buckets, counts, strict=True) if length <= cost.capacity_tokens]
+        if _rank(cost) < _rank(chosen[0]) and _seconds(cost, held) < _seconds(mixed(chosen), held):
+            chosen = [cost, *(one for one in chosen if one.capacity_tokens > cost.capacity_tokens)]
+    return chosen[0] if len(chosen) == 1 else mixed(chosen)
+
+
+def _rank(cost: ConfigCost) -> int:
+    return REMATS.index(cost.config.remat)
+
+
+def _seconds(cost: ConfigCost, held: Sequence[tuple[int, int]]) -> float:
+    """What so many sequences of each length take in full micro-batches."""
+    seconds = 0.0
+    for length, n in held:
+        rows = cost.of_length(length).capacity_tokens // length
+        seconds += n * cost.micro_batch_s(rows, length) / rows if rows else math.inf
+    return seconds

@@ -1,0 +1,188 @@
+"""Replicas of several policies: what runs a length, what that costs, and plans that the evaluator agrees with."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner.constraints import Constraints
+from planner.cost import ConfigCost, CostPoint, CostTable
+from planner.deployment import solve
+from planner.dispatch import dispatch
+from planner.drift import check_drift
+from planner.errors import UserError
+from planner.evaluate import evaluate, plan_violations
+from planner.explain import explain
+from planner.explain_text import words
+from planner.mix_remats import mix_remats
+from planner.plan import REMATS, ParallelConfig, Plan, ReplicaGroup
+from planner.problem import build_problem
+from planner.workload import TaskLengths, Workload
+
+BUCKETS = (16, 32, 48, 64)
+MIXED = Constraints(mix_remats=True)
+
+
+def cost(remat, capacity, per_token, *, tp=1, pp=1, fixed_s=0.0):
+    return ConfigCost(
+        config=ParallelConfig(tp=tp, pp=pp, remat=remat),
+        capacity_tokens=capacity,
+        coefficients=(0.0, 0.0, per_token, 0.0, 0.0, 1e-3),
+        fixed_s=fixed_s,
+        points=(CostPoint(rows=1, length=16, seconds=16 * per_token + 1e-3, peak_bytes=1),),
+    )
+
+
+def table(*costs):
+    return CostTable(model="m", model_fingerprint="f", hardware={}, configs=costs, step_overhead_s=0.01)
+
+
+COSTS = table(
+    cost("none", 40, 1e-3, fixed_s=0.002), cost("dots", 60, 1.1e-3), cost("full", 256, 1.5e-3, fixed_s=0.001)
+)
+ALL = ParallelConfig(tp=1, pp=1, remat="none+dots+full")
+WORKLOAD = Workload(
+    tasks=(
+        TaskLengths(name="short", batch_size=40, lengths={10: 0.5, 30: 0.4, 45: 0.1}),
+        TaskLengths(name="long", batch_size=4, lengths={40: 0.75, 64: 0.25}),
+    )
+)
+
+
+def test_a_length_is_run_with_the_first_policy_that_holds_it():
+    group = ReplicaGroup(count=1, config=ALL, capacity_tokens=256, smaller_capacities=(40, 60))
+    assert [group.remat_of(length) for length in (1, 40, 41, 60, 61, 256)] == [
+        "none", "none", "dots", "dots", "full", "full",
+    ]  # fmt: skip
+    assert [group.capacity_of(length) for length in (40, 41, 256, 257)] == [40, 60, 256, 0]
+    assert group.shapes((32, 64, 128, 300), num_options=1) == ((1, 32), (4, 64), (2, 128))
+    known = COSTS[ALL]
+    assert known.capacities == group.capacities
+    assert known.micro_batch_s(1, 40) == COSTS.configs[0].micro_batch_s(1, 40)
+    assert known.micro_batch_s(2, 41) == COSTS.configs[1].micro_batch_s(2, 41)
+    assert known.fixed_s == 0.002
+    held = known.holding((10, 20, 30))
+    assert (held.capacities, held.config) == ((10, 20, 30), ALL)
+    assert held.micro_batch_s(1, 20) == COSTS.configs[1].micro_batch_s(1, 20)
+    with pytest.raises(KeyError, match="tp1,pp1,attention"):
+        COSTS[ALL.with_remat("none+attention")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"remat": "dots+none"}, "in this order"),
+        ({"remat": "dots+dots"}, "in this order"),
+        ({"remat": "dots+"}, "in this order"),
+        ({"remat": "dots+full", "pp": 2}, "share the memory of a pipeline"),
+        ({"remat": "dots+full", "capacity_tokens": 64}, "2 ascending"),
+        ({"remat": "dots+full", "capacity_tokens": [64, 32]}, "2 ascending"),
+        ({"capacity_tokens": [32, 64]}, "1 ascending"),
+        ({"capacity_tokens": ["32", 64]}, "an integer, or a list of them"),
+        ({"capacity_tokens": []}, "an integer, or a list of them"),
+    ],
+)
+def test_a_bad_mixture_in_a_plan_file_is_named(changes, complaint):
+    raw = {"version": 1, "model": "m", "num_devices": 2, "buckets": [16], "replicas": [
+        {"count": 1, "tp": 1, "pp": 1, "remat": "dots", "capacity_tokens": 64} | changes
+    ]}  # fmt: skip
+    with pytest.raises(UserError, match=complaint):
+        Plan.from_dict(raw, file="plan.yaml")
+
+
+@st.composite
+def mixtures(draw):
+    """Configs of tp 1 and 2 that hold the shortest bucket, those with more memory to spare as a rule slower."""
+    costs = []
+    for tp in (1, 2):
+        remats = draw(st.lists(st.sampled_from(REMATS), min_size=tp == 1, unique=True))
+        for remat in remats:
+            capacity = draw(st.integers(16, 300))
+            costs.append(cost(remat, capacity, draw(st.integers(5, 20)) * 1e-4, tp=tp))
+    if max(one.capacity_tokens for one in costs) < BUCKETS[-1]:
+        costs[0] = dataclasses.replace(costs[0], capacity_tokens=BUCKETS[-1])
+    counts = draw(st.lists(st.integers(0, 9), min_size=len(BUCKETS), max_size=len(BUCKETS)))
+    return costs, counts
+
+
+@given(mixtures())
+def test_what_is_put_together_is_no_slower_and_holds_no_less_than_what_holds_most(case):
+    costs, counts = case
+    for together in mix_remats(costs, BUCKETS, counts):
+        own = [one for one in costs if one.config.tp == together.config.tp]
+        last = max(own, key=lambda one: one.capacity_tokens)
+        assert together.capacities == tuple(sorted(set(together.capacities)))
+        assert together.capacity_tokens == last.capacity_tokens
+        assert set(together.config.remats) <= {one.config.remat for one in own}
+        assert _seconds(together, counts) <= _seconds(last, counts) * (1 + 1e-9)
+
+
+def _seconds(known, counts):
+    seconds = 0.0
+    for length, n in zip(BUCKETS, counts, strict=True):
+        part = known.of_length(length)
+        if rows := part.capacity_tokens // length:
+            seconds += n * part.micro_batch_s(rows, length) / rows
+    return seconds
+
+
+def test_a_policy_that_gains_nothing_is_left_out_and_pipelines_stay():
+    slow = (cost("none", 40, 2e-3), cost("dots", 100, 1.1e-3), cost("full", 256, 1.5e-3), cost("full", 256, 1e-3, pp=2))
+    found = mix_remats(slow, BUCKETS, (5, 5, 5, 5))
+    assert [str(one.config) for one in found] == ["(tp1,pp2,full)", "(tp1,pp1,dots+full)"]
+    kept = mix_remats(slow, BUCKETS, (5, 5, 5, 5), keep=[ParallelConfig(tp=1, pp=1, remat="none")])
+    assert [str(one.config) for one in kept] == ["(tp1,pp1,none)", "(tp1,pp2,full)", "(tp1,pp1,dots+full)"]
+
+
+@settings(deadline=None, max_examples=40)
+@given(mixtures(), st.integers(2, 6), st.integers(0, 1000))
+def test_plans_of_mixed_replicas_are_sound_and_batches_dispatched_on_them_too(case, num_devices, seed):
+    costs, counts = case
+    counts[-1] += 1
+    workload = Workload(
+        tasks=(
+            TaskLengths(
+                name="t",
+                batch_size=sum(counts),
+                lengths={b: n / sum(counts) for b, n in zip(BUCKETS, counts, strict=True)},
+            ),
+        )
+    )
+    known = table(*costs)
+    problem = build_problem(workload, known, num_devices, buckets=BUCKETS, constraints=MIXED, time_limit_s=5)
+    plan = solve(problem)
+    assert not plan_violations(plan, known, workload)
+    assert Plan.from_dict(plan.to_dict()) == plan
+    lengths, tasks = np.random.default_rng(seed).choice(BUCKETS, 20), np.zeros(20, dtype=int)
+    made = dispatch(plan, known, lengths, tasks, max_buckets=4, time_limit_s=5)
+    assert not evaluate(plan, known, made, lengths).violations
+
+
+def test_mixing_shortens_a_step_and_is_explained():
+    alone = solve(build_problem(WORKLOAD, COSTS, 1, buckets=BUCKETS))
+    plan = solve(build_problem(WORKLOAD, COSTS, 1, buckets=BUCKETS, constraints=MIXED))
+    assert str(plan) == "1x(tp1,pp1,none+dots+full)"
+    assert plan.predicted.step_s < 0.85 * alone.predicted.step_s
+    explanation = explain(plan, COSTS, WORKLOAD, time_limit_s=2)
+    assert explanation.step_s == pytest.approx(plan.predicted.step_s)
+    assert "40 with none, 60 with dots, 256 with full tokens at a time" in " ".join(words(explanation))
+    drift = check_drift(plan, COSTS, WORKLOAD, num_samples=8, seed=0, time_limit_s=5, constraints=MIXED)
+    assert drift.is_good
+    with pytest.raises(UserError, match=r"no config \(tp1,pp1,dots\)"):
+        check_drift(plan, table(COSTS.configs[0], COSTS.configs[2]), WORKLOAD, num_samples=8, seed=0, time_limit_s=5)
+
+
+def test_a_mixture_may_be_pinned_where_the_table_has_its_parts():
+    pinned = Constraints(pinned=("1x(tp1,pp1,dots+full)",))
+    plan = solve(build_problem(WORKLOAD, COSTS, 2, buckets=BUCKETS, constraints=pinned))
+    assert "1x(tp1,pp1,dots+full)" in str(plan)
+    both = dataclasses.replace(pinned, mix_remats=True)
+    assert "dots+full)" in str(solve(build_problem(WORKLOAD, COSTS, 2, buckets=BUCKETS, constraints=both)))
+    with pytest.raises(UserError, match="not a config that a plan may use"):
+        build_problem(WORKLOAD, COSTS, 2, constraints=Constraints(pinned=("1x(tp1,pp1,attention+full)",)))
+    with pytest.raises(UserError, match="not a config that a plan may use"):
+        build_problem(WORKLOAD, COSTS, 2, constraints=dataclasses.replace(pinned, remats=("none", "full")))
+    with pytest.raises(UserError, match="replicas as plans print them"):
+        build_problem(WORKLOAD, COSTS, 2, constraints=Constraints(pinned=("1x(tp1,pp1,full+dots)",)))
