@@ -30,7 +30,7 @@ from lobra_jax.lora import (
     set_task_adapter,
     task_inputs,
 )
-from lobra_jax.memory import bytes_by_device, has_room
+from lobra_jax.memory import bytes_by_device, check_room, has_room
 from lobra_jax.mesh import cut
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.weights import WeightSource
@@ -210,9 +210,12 @@ class Engine:
         large one takes longer, by 0.7 s for 7B models on H200s (profiling/results/h200_x4_experiment.json).
 
         Raises:
-          OutOfMemoryError: a device had no room for a micro-batch of such a shape.
+          OutOfMemoryError: a device had no room for a micro-batch of such a shape, or for one compiled of a replica
+            whose devices would wait for each other.
         """
         self.finish(self.issue([()] * len(self.replicas), no_inputs(len(self.specs))))
+        for replica in self.replicas:
+            check_room(replica)
         if shapes is not None:
             batches = [
                 [replica.empty_micro_batch(shape) for shape in own]
@@ -285,14 +288,20 @@ class Engine:
     def _has_room_for_two_states(self) -> bool:
         """Beside the micro-batches of any compiled shape, whose gradient sums are there."""
         return all(
-            has_room(replica, replica.training_shapes, beside=self._state_bytes, limit_bytes=self._memory_bytes)
+            has_room(replica, replica.training_shapes, beside=self._second_state, limit_bytes=self._memory_bytes)
             for replica in self.replicas
         )
 
     @functools.cached_property
-    def _state_bytes(self) -> dict[Any, int]:
-        """By device; the same after every step."""
-        return bytes_by_device((self.state.tasks, self.state.alive))
+    def _second_state(self) -> dict[Any, int]:
+        """Bytes by device; the same after every step.
+
+        Where a stage lies on several devices also what travels: it ends up between two states, and if one device then
+        has no piece large enough for a program, the others hang.
+        """
+        travel = self.gradient_sum.travel_bytes()
+        state = bytes_by_device((self.state.tasks, self.state.alive))
+        return {device: state.get(device, 0) + travel.get(device, 0) for device in state | travel}
 
     def _update(self, runs: Sequence[ReplicaRun], hyper: HyperInputs, *, in_place: bool) -> tuple[AdapterState, Array]:
         """Issues gradient sum, update and new adapters; the new state, and gradient norms [T]."""

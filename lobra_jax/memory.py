@@ -7,9 +7,13 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from lobra_jax.out_of_memory import blaming
 from lobra_jax.replica import Replica, Shape
 from lobra_jax.schedule import BACKWARD, FORWARD, FUSED
+
+PIECE_BYTES = 1 << 20
 
 
 def leaf_bytes(leaves: Any) -> int:
@@ -17,6 +21,11 @@ def leaf_bytes(leaves: Any) -> int:
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(leaves)
     )
+
+
+def whole_bytes(leaves: Any) -> int:
+    """Bytes of arrays, abstract or not, that are whole on a device."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(leaves))
 
 
 def memory_bytes(replica: Replica, shape: Shape) -> int:
@@ -73,6 +82,29 @@ def has_room(
     peaks = zip(*(stage_bytes(replica, shape) for shape in shapes), strict=True)
     held = [leaf_bytes(layout.params) + 2 * leaf_bytes(layout.adapters) for layout in replica.layouts]
     return all(max(own) - there <= room for own, there, room in zip(peaks, held, free, strict=True))
+
+
+def check_room(replica: Replica) -> None:
+    """Asks for what the largest compiled program of each stage needs for a while, on all its devices at once.
+
+    Where one of several devices has no room for a program, the others wait for it in their first collective, and that
+    forever: it has to be known before. Bytes in use do not tell it, as they may lie in pieces.
+
+    Raises:
+      OutOfMemoryError: some device of a stage on several does not have that much in one piece.
+    """
+    for stage, sharding in enumerate(replica.submesh.stages):
+        devices = list(sharding.mesh.devices.flat)
+        if len(devices) == 1 or math.inf in map(free_bytes, devices):
+            continue
+        largest, shape = max((_temporary_bytes(replica, shape, stage), shape) for shape in replica.training_shapes)
+        with blaming(replica.index, shape):
+            pieces = -(-largest // PIECE_BYTES)
+            jax.block_until_ready([jnp.zeros((pieces, PIECE_BYTES), jnp.uint8, device=device) for device in devices])
+
+
+def _temporary_bytes(replica: Replica, shape: Shape, stage: int) -> int:
+    return max(m.temp_size_in_bytes for m in replica.training_programs(shape)[stage].memory.values())
 
 
 def bytes_by_device(tree: Any) -> dict[Any, int]:

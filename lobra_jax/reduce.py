@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from lobra_jax import optim
 from lobra_jax.lora import Adapters
+from lobra_jax.memory import leaf_bytes, whole_bytes
 from lobra_jax.optim import HyperInputs, TaskState
 from lobra_jax.program_names import GRADIENT_SUM, UPDATE, named
 from lobra_jax.replica import Replica
@@ -234,6 +235,17 @@ class GradientSum:
         if not route.layers:
             return own
         return own | route.distribute([jax.device_put(packed[layers], route.whole) for layers in route.layers])
+
+    def travel_bytes(self) -> dict[Any, int]:
+        """By device of stages on several: what gradients and new adapters take there on their way, and arrived."""
+        total: dict[Any, int] = {}
+        for (index, stage), route in self._routes.items():
+            layout = self.replicas[index].layouts[stage]
+            devices = list(layout.functions.sharding.mesh.devices.flat)
+            if len(devices) > 1:
+                own = {layer: layout.adapters[layer] for layers in route.layers for layer in layers}
+                total |= dict.fromkeys(devices, 2 * whole_bytes(own) + leaf_bytes(own))
+        return total
 
     def step(
         self,

@@ -80,18 +80,7 @@ class Room:
 
         Rewrites the run's plan, says it in one line, and compiles the new shapes.
         """
-        replicas, before = self.engine.replicas, self.plan
-        largest = [max(shapes, key=math.prod) for shapes in self._training_shapes()]
-        suspects = failures or [Failure(replica=replica.index, shape=None) for replica in replicas]
-        failed = {replicas[f.replica].parallel: f.shape or largest[f.replica] for f in suspects}
-        plan = lower_capacities(before, failed, longest=self.longest, suspects=not failures)
-        changes = dict.fromkeys(
-            f"{old.config} from {_tokens(old)} to {_tokens(new)} tokens"
-            for old, new in zip(before.replicas, plan.replicas, strict=True)
-            if old != new
-        )
-        where = "".join(f", replica {f.replica}{f}" for f in failures)
-        message = f"out of device memory in {doing}{where}: capacity lowered of {', '.join(changes)}; done again"
+        plan, message = lowered(self.plan, self._training_shapes(), failures, longest=self.longest, doing=doing)
         self.engine.plan = plan
         plan.save(self.plan_path)
         self.say(message)
@@ -115,6 +104,32 @@ class Room:
         if self.batching == "packed":
             return [list(replica.shapes) for replica in packed_replicas(self.plan, self.costs)]
         return self.engine.shapes()
+
+
+def lowered(
+    plan: Plan, shapes: Sequence[Sequence[Shape]], failures: Sequence[Failure], *, longest: int, doing: str
+) -> tuple[Plan, str]:
+    """The plan with less for those that had no room, or for all that can where none is known, and a line that says it.
+
+    Args:
+      shapes: of every replica's training micro-batches.
+      longest: tokens of the longest sequence that must be served.
+      doing: what there was no room for.
+
+    Raises:
+      UserError: no smaller capacity can serve the longest sequence.
+    """
+    configs = [group.config for group in plan.expanded()]
+    suspects = failures or [Failure(replica=index, shape=None) for index in range(len(configs))]
+    failed = {configs[f.replica]: f.shape or max(shapes[f.replica], key=math.prod) for f in suspects}
+    new_plan = lower_capacities(plan, failed, longest=longest, suspects=not failures)
+    changes = dict.fromkeys(
+        f"{old.config} from {_tokens(old)} to {_tokens(new)} tokens"
+        for old, new in zip(plan.replicas, new_plan.replicas, strict=True)
+        if old != new
+    )
+    where = "".join(f", replica {f.replica}{f}" for f in failures)
+    return new_plan, f"out of device memory in {doing}{where}: capacity lowered of {', '.join(changes)}; done again"
 
 
 def _tokens(group: ReplicaGroup) -> str:

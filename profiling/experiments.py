@@ -45,7 +45,7 @@ REMAT_FACTORS = {"dots": (4, 1.05), "full": (16, 1.5)}
 LOBRA_PLAN = ("2048,4096,16384", "6,1,1", "1,2,8", "1,1,1")
 """LobRA's own plan for six tasks on 16 devices, as its scripts give it: capacities, replicas, tp, pp."""
 
-METHODS = ("task-sequential", "task-fused", "lobra", "ours", "ours-remat", "ours-robust")
+METHODS = ("task-sequential", "task-fused", "lobra", "ours", "ours-remat", "ours-robust", "ours-mixed")
 LOBRA_REMAT = "none"
 """LobRA keeps everything for the backward pass, and so do the baselines."""
 

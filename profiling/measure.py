@@ -18,7 +18,7 @@ import numpy as np
 from lobra_jax.at_once import at_once
 from lobra_jax.data.batches import MicroBatchArrays
 from lobra_jax.lora import Adapters, TaskInputs
-from lobra_jax.memory import leaf_bytes, memory_bytes
+from lobra_jax.memory import leaf_bytes, memory_bytes, whole_bytes
 from lobra_jax.mesh import make_submesh
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.weights import EMBEDDING_STD, WeightSource, weight_shapes
@@ -233,11 +233,12 @@ def reserve_bytes(setup: Setup, replica: Replica) -> int:
 
     Its share of what training keeps: master adapters, the last good ones, averages and optimisers' states (layers go
     round the devices). On one device alone the master adapters are those that its programs take. Else gradients and
-    new adapters travel while programs run, as much as the fullest stage's.
+    new adapters travel while programs run, as much as the fullest stage's, whole on each of its devices.
     """
-    kept = kept_bytes(setup, replica)
-    stage_bytes = max(leaf_bytes(layout.adapters) for layout in replica.layouts)
-    return kept - stage_bytes if len(setup.devices) == 1 else kept + 2 * stage_bytes
+    kept, adapters = kept_bytes(setup, replica), [layout.adapters for layout in replica.layouts]
+    if len(setup.devices) == 1:
+        return kept - max(map(leaf_bytes, adapters))
+    return kept + 2 * max(map(whole_bytes, adapters))
 
 
 def kept_bytes(setup: Setup, replica: Replica) -> int:

@@ -9,6 +9,7 @@
 | Task-Fused, remat    | jointly         | the best one config                     | of config |
 | ours, remat          | jointly         | unlike, by the exact planner            | of config |
 | ours, remat, robust  | jointly         | unlike, best over sampled batches       | of config |
+| ours, mixed remat    | jointly         | unlike, by the exact planner            | of length |
 
 Where remat is "one", all replicas have the same policy, given from outside: LobRA has none to choose from.
 """
@@ -42,6 +43,7 @@ class System:
       planner: "task-fused", or one of `planner.planners`.
       is_joint: all tasks at once; else one after the other.
       chooses_remat: whether a config's remat is the planner's choice.
+      mixes_remats: whether a replica may have a policy for each padded length (`planner.mix_remats`).
       is_robust: whether plans are chosen by the mean over sampled batches (`planner.robust`), not on the expected one.
     """
 
@@ -49,6 +51,7 @@ class System:
     planner: str
     is_joint: bool = True
     chooses_remat: bool = False
+    mixes_remats: bool = False
     is_robust: bool = False
 
 
@@ -61,6 +64,7 @@ SYSTEMS = {
     "task-fused-remat": System(name="Task-Fused, remat", planner=HOMOGENEOUS, chooses_remat=True),
     "ours-remat": System(name="ours, remat", planner="exact", chooses_remat=True),
     "ours-robust": System(name="ours, remat, robust", planner="exact", chooses_remat=True, is_robust=True),
+    "ours-mixed": System(name="ours, mixed remat", planner="exact", chooses_remat=True, mixes_remats=True),
 }
 
 
@@ -75,7 +79,7 @@ def plan_part(system: System, part: Workload, costs: CostTable, remat: str, buil
     Raises:
       UserError: no plan exists.
     """
-    constraints = Constraints() if system.chooses_remat else Constraints(remats=(remat,))
+    constraints = Constraints(remats=None if system.chooses_remat else (remat,), mix_remats=system.mixes_remats)
     solve = task_fused.solve if system.planner == HOMOGENEOUS else solver(system.planner)
     problem = build(part, costs, constraints)
     return solve_robust(problem, solve, objective=MEAN).plan if system.is_robust else solve(problem)

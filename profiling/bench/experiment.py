@@ -196,7 +196,9 @@ def _run_part(
             buckets=section.buckets,
             num_buckets=section.num_buckets or DEFAULT_NUM_BUCKETS,
             row_options=section.row_options,
-            constraints=dataclasses.replace(own, remats=constraints.remats or own.remats),
+            constraints=dataclasses.replace(
+                own, remats=constraints.remats or own.remats, mix_remats=constraints.mix_remats
+            ),
             proposal=section.proposal,
             time_limit_s=section.solve_time_limit_s,
         )

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import jax
 
 from lobra_jax.compilation import CompilationCount
@@ -26,9 +27,11 @@ from lobra_jax.joint_step import PendingStep, issue_step, make_engine, step_reco
 from lobra_jax.metrics import StepRecord, compile_bar
 from lobra_jax.optim import TaskOptimizer
 from lobra_jax.out_of_memory import NoRoomForUpdateError, OutOfMemoryError, is_out_of_memory
+from lobra_jax.room import lowered
 from lobra_jax.tasks import adapter_seed, task_optimizer
 from lobra_jax.timeline import save_timeline, step_timeline
 from planner.cost import CostTable
+from planner.errors import UserError
 from planner.plan import Plan
 from profiling.measure import make_up_weights
 
@@ -89,25 +92,38 @@ class Served:
 def run_part(scene: Scene, plan: Plan, timeline: Path) -> dict[str, Any]:
     """Runs the scene's tasks jointly on a plan; what was measured, for JSON.
 
+    A micro-batch for which there was no room is not run any more, as in training, and the part runs from its start.
+
     Args:
       timeline: receives what each stage did in the last step, measured beside predicted.
 
     Raises:
-      FailedError: a device ran out of memory.
+      FailedError: a device ran out of memory, and no smaller capacity would do.
     """
-    failure = ""
-    try:
-        return _run(scene, plan, timeline)
-    except (OutOfMemoryError, NoRoomForUpdateError) as error:
-        failure = str(error)
-    except jax.errors.JaxRuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        failure = "out of device memory for weights and adapters"
-    finally:
-        # Out here the frames of a failed attempt, which hold its arrays, are gone.
+    lines: list[str] = []
+    longest = max(int(task.train.lengths.max()) for task in scene.tasks)
+    while True:
+        try:
+            return {**_run(scene, plan, timeline), "capacities_lowered": lines}
+        except OutOfMemoryError as error:
+            failure, failures = str(error), error.failures
+        except NoRoomForUpdateError as error:
+            failure, failures = str(error), None
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            failure, failures = "out of device memory for weights and adapters", None
+        # Out here the frames of the failed attempt, which hold its arrays, are gone.
         gc.collect()
-    raise FailedError(failure)
+        if failures is None:
+            raise FailedError(failure)
+        shapes = [list(group.shapes(plan.buckets, num_options=plan.row_options)) for group in plan.expanded()]
+        try:
+            plan, line = lowered(plan, shapes, failures, longest=longest, doing="a step")
+        except UserError as error:
+            raise FailedError(str(error)) from None
+        click.echo(line)
+        lines.append(line)
 
 
 def _run(scene: Scene, plan: Plan, timeline: Path) -> dict[str, Any]:
@@ -120,6 +136,8 @@ def _run(scene: Scene, plan: Plan, timeline: Path) -> dict[str, Any]:
     on_host = scene.devices[0].platform == "cpu"
     for replica in engine.replicas:
         make_up_weights(replica, on_host=on_host)
+        # What drawing them takes for a while is free again before anything is placed that stays.
+        jax.block_until_ready(replica.params)
     engine.init_adapters([adapter_seed(scene.config, task) for task in scene.config.tasks])
     jax.block_until_ready([replica.params for replica in engine.replicas])
     placed = time.perf_counter()

@@ -323,6 +323,36 @@ def test_there_is_room_where_a_step_fits_beside_what_devices_hold_and_shall_hold
     assert sum(held.values()) == sum(leaf.nbytes for leaf in jax.tree.leaves(engine.state.tasks))
 
 
+@pytest.fixture(scope="module")
+def wide(world):
+    """An engine of a replica on two devices and one on a single."""
+    model = dataclasses.replace(world.model, num_layers=2)
+    return world.engine(world.plan((2, 1, "none"), (1, 1, "none")), [world.tasks["b"]], model)
+
+
+def test_devices_that_would_wait_for_one_without_room_are_asked_first(wide, monkeypatch):
+    wide.warm_up()  # devices that do not tell what they hold are not asked
+    monkeypatch.setattr(memory, "free_bytes", lambda *_: 1)
+    wide.warm_up()
+    monkeypatch.setattr(memory, "PIECE_BYTES", 4 * TOO_MANY)
+    (shape,) = wide.replicas[0].training_shapes
+    with pytest.raises(OutOfMemoryError) as raised:
+        wide.warm_up()
+    assert raised.value.failures == (Failure(replica=0, shape=shape),)
+
+
+def test_what_travels_to_several_devices_of_a_stage_counts_beside_a_second_state(wide):
+    replica_ = wide.replicas[0]
+    (layout,) = replica_.layouts
+    travel = wide.gradient_sum.travel_bytes()
+    whole = memory.whole_bytes(layout.adapters)
+    assert set(travel) == set(replica_.submesh.devices)
+    assert set(travel.values()) == {2 * whole + memory.leaf_bytes(layout.adapters)}
+    assert whole == sum(leaf.nbytes for leaf in jax.tree.leaves(wide.state.adapters))
+    state = memory.bytes_by_device((wide.state.tasks, wide.state.alive))
+    assert wide._second_state == {device: state[device] + travel.get(device, 0) for device in state}
+
+
 def test_micro_batches_go_ahead_of_the_step_before_where_there_is_room_for_both_states(ready, monkeypatch):
     """Elsewhere a step waits for its own micro-batches, updates in place, and gives the same."""
     engine, start, steps, states = ready

@@ -39,9 +39,7 @@ def table(*costs):
     return CostTable(model="m", model_fingerprint="f", hardware={}, configs=costs, step_overhead_s=0.01)
 
 
-COSTS = table(
-    cost("none", 40, 1e-3, fixed_s=0.002), cost("dots", 60, 1.1e-3), cost("full", 256, 1.5e-3, fixed_s=0.001)
-)
+COSTS = table(cost("none", 40, 1e-3, fixed_s=0.002), cost("dots", 60, 1.1e-3), cost("full", 256, 1.5e-3, fixed_s=0.001))
 ALL = ParallelConfig(tp=1, pp=1, remat="none+dots+full")
 WORKLOAD = Workload(
     tasks=(

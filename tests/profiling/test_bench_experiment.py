@@ -2,16 +2,20 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
 
 from lobra_jax.cli import main
 from lobra_jax.config import load_config, model_config
+from lobra_jax.out_of_memory import Failure, OutOfMemoryError
 from planner.cost import ConfigCost, CostTable
-from planner.plan import ParallelConfig
+from planner.plan import ParallelConfig, Plan, ReplicaGroup
+from profiling.bench import experiment_run
 
 LENGTHS = {"short": {"10": 0.5, "16": 0.5}, "long": {"12": 0.5, "30": 0.5}}
 BATCH_SIZES = {"short": 8, "long": 4}
@@ -148,6 +152,30 @@ def test_a_system_without_a_plan_is_a_result_and_others_go_on(folder, tmp_path):
     parts = read(tmp_path / "out")["parts"]
     assert "sequences of 30 tokens fit no config" in parts["lobra"]["failed"]
     assert len(parts["task-sequential/short"]["steps"]) == STEPS and read(tmp_path / "out")["systems"] == []
+
+
+def test_a_part_without_room_runs_again_with_less_at_a_time(monkeypatch, capsys, tmp_path):
+    mixed = ParallelConfig(tp=1, pp=1, remat="none+full")
+    group = ReplicaGroup(count=1, config=mixed, capacity_tokens=64, smaller_capacities=(32,))
+    plan = Plan(model="m", num_devices=1, replicas=(group,), buckets=(16, 64))
+    scene = SimpleNamespace(tasks=[SimpleNamespace(train=SimpleNamespace(lengths=np.array([5, 60])))])
+    asked = []
+
+    def run(_, plan, __):
+        asked.append(plan.replicas[0].capacities)
+        if len(asked) in fails:
+            raise OutOfMemoryError([Failure(replica=0, shape=fails[len(asked)])])
+        return {"plan": str(plan)}
+
+    monkeypatch.setattr(experiment_run, "_run", run)
+    fails = {1: (2, 16)}
+    part = experiment_run.run_part(scene, plan, tmp_path / "timeline.json")
+    assert asked == [(32, 64), (16, 64)]
+    (line,) = part["capacities_lowered"]
+    assert part["plan"] == str(plan) and "from 32/64 to 16/64 tokens" in line and line in capsys.readouterr().out
+    fails = {3: (1, 64)}
+    with pytest.raises(experiment_run.FailedError, match="no smaller capacity takes the longest sequence"):
+        experiment_run.run_part(scene, plan, tmp_path / "timeline.json")
 
 
 def test_costs_are_measured_where_there_are_none(folder, tmp_path, monkeypatch):

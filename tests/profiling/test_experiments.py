@@ -67,7 +67,7 @@ def test_sequential_adds_up_its_tasks():
 
 def test_robust_plans_are_chosen_over_batches_that_the_experiment_does_not_judge_on():
     names = [SYSTEMS[key].name for key in experiments.METHODS]
-    assert names[-2:] == ["ours, remat", "ours, remat, robust"] and len(set(names)) == len(names)
+    assert names[-3:] == ["ours, remat", "ours, remat, robust", "ours, mixed remat"] and len(set(names)) == len(names)
     few = Workload(tasks=tuple(dataclasses.replace(task, batch_size=8) for task in SIX.tasks[:2]))
     problems = []
 

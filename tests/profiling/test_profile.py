@@ -252,6 +252,12 @@ def test_capacity_is_within_the_limit_by_the_compilers_count(profiled, config_fi
     assert memory_bytes(bench.replicas[0], shape) + reserve_bytes(setup, bench.replicas[0]) <= LIMIT
 
 
+def test_what_travels_is_reserved_whole_however_wide_the_replica(config_file):
+    setup = setup_of(config_file)
+    alone, wide = (reserve_bytes(setup, Bench(setup, config, copies=1).replicas[0]) for config in (WHOLE, WIDE))
+    assert alone == wide > 0
+
+
 def test_capacity_grows_with_width_and_shrinks_with_memory(profiled, config_file, tmp_path):
     table, _, _ = profiled
     assert table[WIDE].capacity_tokens > table[WHOLE].capacity_tokens
