@@ -233,12 +233,14 @@ def reserve_bytes(setup: Setup, replica: Replica) -> int:
 
     Its share of what training keeps: master adapters, the last good ones, averages and optimisers' states (layers go
     round the devices). On one device alone the master adapters are those that its programs take. Else gradients and
-    new adapters travel while programs run, as much as the fullest stage's, whole on each of its devices.
+    new adapters travel while programs run, as much as the fullest stage's: whole on each of several devices, where the
+    parts of new adapters are besides.
     """
     kept, adapters = kept_bytes(setup, replica), [layout.adapters for layout in replica.layouts]
+    of_stage, whole = max(map(leaf_bytes, adapters)), max(map(whole_bytes, adapters))
     if len(setup.devices) == 1:
-        return kept - max(map(leaf_bytes, adapters))
-    return kept + 2 * max(map(whole_bytes, adapters))
+        return kept - of_stage
+    return kept + 2 * whole + (of_stage if replica.parallel.tp > 1 else 0)
 
 
 def kept_bytes(setup: Setup, replica: Replica) -> int:
