@@ -80,8 +80,18 @@ def _own(factors: Array, task_ids_BK: Array, dtype: jnp.dtype) -> Array:
 
 
 def _by_task(d_factors_BK: Array, task_ids_BK: Array, num_tasks: int) -> Array:
-    """[T, ...]: the transpose of `_own`."""
-    return jnp.zeros((num_tasks, *d_factors_BK.shape[2:]), jnp.float32).at[task_ids_BK].add(d_factors_BK)
+    """[T, ...]: the transpose of `_own`.
+
+    The first slot's is put into its task's place, the others' are added: to zeros that depend on nothing XLA would add
+    them too, and make all layers' at the start of a program, where they lie until the backward.
+    """
+    first = task_ids_BK[0, 0]
+    is_first = (jnp.arange(num_tasks, dtype=first.dtype) == first).reshape(-1, *[1] * (d_factors_BK.ndim - 2))
+    total = jnp.where(is_first, d_factors_BK[0, 0], 0.0)
+    if task_ids_BK.size == 1:
+        return total
+    others = task_ids_BK.at[0, 0].set(num_tasks)  # which there is not
+    return total.at[others].add(d_factors_BK, mode="drop")
 
 
 def _whole(x: Array, pin: Shard | None) -> Array:
