@@ -203,7 +203,7 @@ def low_rank_deltas(
     """
     a_TRI = jnp.concatenate([pairs[t]["a"] for t in targets], axis=1)
     h_BLKR = into_ranks(x_BLI, a_TRI, slots.task_ids, slots.shared, pins.read)
-    h_BLKR = slots.whole(pins.read or pins.written).scaled(h_BLKR, x_BLI.dtype)
+    h_BLKR = slots.whole(pins.read).scaled(h_BLKR, x_BLI.dtype)
     if not slots.shared:
         h_BLKR = checkpoint_name(h_BLKR, LOW_RANK)
     ranks = np.cumsum([pairs[t]["a"].shape[1] for t in targets])[:-1].tolist()

@@ -5,7 +5,7 @@ that no matmul over tokens runs in fp32. A backward keeps nothing but what it wa
 
 Where a mesh has an activation's tokens on several devices, it is gathered anyway for the base's product. What is of the
 rank's size is then made of the gathered activation on every device, and gradients of each device's own tokens: a
-collective of their own, however small, would cost more than either. Pins (a `sharding.Shard` each) say both.
+collective of their own, however small, would cost more than either. Pins say where that is.
 
 Shape letters as in `lora`; K slots: the tasks of a row, one where a row is a sequence (see `packed`).
 """
@@ -19,15 +19,26 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lobra_jax.sharding import Shard
+from lobra_jax.sharding import UNSHARDED, Shard
+
+
+@dataclasses.dataclass(frozen=True)
+class Pin:
+    """`shard` pins activations on a mesh; `cut` where the tokens of one lie on several of its devices."""
+
+    shard: Shard = UNSHARDED
+    cut: bool = False
+
+
+NO_PIN = Pin()
 
 
 @dataclasses.dataclass(frozen=True)
 class Pins:
-    """Of what linears read and of what they write, where its tokens lie on several devices."""
+    """Of what linears read and of what they write."""
 
-    read: Shard | None = None
-    written: Shard | None = None
+    read: Pin = NO_PIN
+    written: Pin = NO_PIN
 
 
 NO_PINS = Pins()
@@ -55,7 +66,7 @@ class Slots:
         """Whether tokens of several tasks meet in sums over a row."""
         return self.own is not None
 
-    def whole(self, pin: Shard | None) -> Slots:
+    def whole(self, pin: Pin) -> Slots:
         """These with scales that are whole on every device."""
         return dataclasses.replace(self, scales=_whole(self.scales, pin))
 
@@ -79,37 +90,36 @@ def _own(factors: Array, task_ids_BK: Array, dtype: jnp.dtype) -> Array:
     return factors.astype(dtype)[task_ids_BK]
 
 
-def _by_task(d_factors_BK: Array, task_ids_BK: Array, num_tasks: int) -> Array:
+def _by_task(d_factors_BK: Array, task_ids_BK: Array, num_tasks: int, pin: Pin) -> Array:
     """[T, ...]: the transpose of `_own`.
 
-    The first slot's is put into its task's place, the others' are added: to zeros that depend on nothing XLA would add
-    them too, and make all layers' at the start of a program, where they lie until the backward.
+    On one device the first slot's are put into its task's place and the others' added. All could be added to zeros, but
+    zeros depend on nothing: XLA makes those of all layers when a program starts, and they lie there until the backward.
     """
-    first = task_ids_BK[0, 0]
-    is_first = (jnp.arange(num_tasks, dtype=first.dtype) == first).reshape(-1, *[1] * (d_factors_BK.ndim - 2))
-    total = jnp.where(is_first, d_factors_BK[0, 0], 0.0)
-    if task_ids_BK.size == 1:
-        return total
-    others = task_ids_BK.at[0, 0].set(num_tasks)  # which there is not
-    return total.at[others].add(d_factors_BK, mode="drop")
+    if pin.shard.num_devices > 1:  # the first row may be another device's
+        zeros = jnp.zeros((num_tasks, *d_factors_BK.shape[2:]), jnp.float32)
+        return zeros.at[_whole(task_ids_BK, pin)].add(d_factors_BK)
+    d_factors, task_ids = d_factors_BK.reshape(-1, *d_factors_BK.shape[2:]), task_ids_BK.reshape(-1)
+    is_first = (jnp.arange(num_tasks, dtype=task_ids.dtype) == task_ids[0]).reshape(-1, *[1] * (d_factors.ndim - 1))
+    return jnp.where(is_first, d_factors[0], 0.0).at[task_ids[1:]].add(d_factors[1:])
 
 
-def _whole(x: Array, pin: Shard | None) -> Array:
-    """What rows say of their tasks, on every device; XLA may else take a part of the rows to each."""
-    return x if pin is None else pin(x, *[None] * x.ndim)
+def _whole(x: Array, pin: Pin) -> Array:
+    """What rows say of their tasks, on every device; XLA may else take a part to each and gather it again."""
+    return pin.shard(x, *[None] * x.ndim)
 
 
-def _gathered(x_BLI: Array, pin: Shard | None) -> Array:
-    return x_BLI if pin is None else pin(x_BLI, "batch", "position", "hidden")
+def _gathered(x_BLI: Array, pin: Pin) -> Array:
+    return pin.shard(x_BLI, "batch", "position", "hidden") if pin.cut else x_BLI
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def into_ranks(x_BLI: Array, a_TRI: Array, task_ids_BK: Array, shared: bool, pin: Shard | None = None) -> Array:
+def into_ranks(x_BLI: Array, a_TRI: Array, task_ids_BK: Array, shared: bool, pin: Pin = NO_PIN) -> Array:
     """x a^T for every slot of the row: [B, L, K, R] fp32.
 
     With `shared` rows, tokens of several tasks meet in the gradient's sum: what is not finite there is left out, as
-    0 x inf is not 0. Its own task sees it all the same, in its cotangents. `pin` where x's tokens lie on several
-    devices.
+    0 x inf is not 0. Its own task sees it all the same, in its cotangents. `pin` says where x's
+    tokens lie.
     """
     a_BKRI = _own(a_TRI, _whole(task_ids_BK, pin), x_BLI.dtype)
     x_BLI = _gathered(x_BLI, pin)
@@ -117,47 +127,47 @@ def into_ranks(x_BLI: Array, a_TRI: Array, task_ids_BK: Array, shared: bool, pin
 
 
 def _into_fwd(
-    x_BLI: Array, a_TRI: Array, task_ids_BK: Array, shared: bool, pin: Shard | None
+    x_BLI: Array, a_TRI: Array, task_ids_BK: Array, shared: bool, pin: Pin
 ) -> tuple[Array, tuple[Array, ...]]:
     return into_ranks(x_BLI, a_TRI, task_ids_BK, shared, pin), (x_BLI, a_TRI, task_ids_BK)
 
 
-def _into_bwd(shared: bool, pin: Shard | None, saved: tuple[Array, ...], d_h_BLKR: Array) -> tuple[Array, Array, None]:
+def _into_bwd(shared: bool, pin: Pin, saved: tuple[Array, ...], d_h_BLKR: Array) -> tuple[Array, Array, None]:
     x_BLI, a_TRI, task_ids_BK = saved
     d_h = d_h_BLKR.astype(x_BLI.dtype)  # zero in all slots but the token's own
-    d_h = d_h if pin is None else pin(d_h, "batch", "length", None, "rank")
-    d_x = jnp.einsum("blkr,bkri->bli", d_h, _own(a_TRI, task_ids_BK, x_BLI.dtype))
+    d_h = pin.shard(d_h, "batch", "length", None, "rank") if pin.cut else d_h
+    d_x = jnp.einsum("blkr,bkri->bli", d_h, _own(a_TRI, _whole(task_ids_BK, pin), x_BLI.dtype))
     x_BLI = bounded(x_BLI) if shared else x_BLI
     d_a_BKRI = jnp.einsum("blkr,bli->bkri", d_h, x_BLI, preferred_element_type=jnp.float32)
-    return d_x, _by_task(d_a_BKRI, task_ids_BK, a_TRI.shape[0]), None
+    return d_x, _by_task(d_a_BKRI, task_ids_BK, a_TRI.shape[0], pin), None
 
 
 into_ranks.defvjp(_into_fwd, _into_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def out_of_ranks(h_BLKR: Array, b_TRO: Array, task_ids_BK: Array, shared: bool, pin: Shard | None = None) -> Array:
+def out_of_ranks(h_BLKR: Array, b_TRO: Array, task_ids_BK: Array, shared: bool, pin: Pin = NO_PIN) -> Array:
     """h b summed over the row's slots: [B, L, O] in the dtype of h; `shared` as in `into_ranks`.
 
     `pin` where the tokens of what comes out lie on several devices.
     """
-    return jnp.einsum("blkr,bkro->blo", h_BLKR, _own(b_TRO, task_ids_BK, h_BLKR.dtype))
+    return jnp.einsum("blkr,bkro->blo", h_BLKR, _own(b_TRO, _whole(task_ids_BK, pin), h_BLKR.dtype))
 
 
 def _out_fwd(
-    h_BLKR: Array, b_TRO: Array, task_ids_BK: Array, shared: bool, pin: Shard | None
+    h_BLKR: Array, b_TRO: Array, task_ids_BK: Array, shared: bool, pin: Pin
 ) -> tuple[Array, tuple[Array, ...]]:
     return out_of_ranks(h_BLKR, b_TRO, task_ids_BK, shared, pin), (h_BLKR, b_TRO, task_ids_BK)
 
 
-def _out_bwd(shared: bool, pin: Shard | None, saved: tuple[Array, ...], d_y_BLO: Array) -> tuple[Array, Array, None]:
+def _out_bwd(shared: bool, pin: Pin, saved: tuple[Array, ...], d_y_BLO: Array) -> tuple[Array, Array, None]:
     """A gradient that is not finite still reaches its own task through d_h and so its `a`, which stops the task."""
     h_BLKR, b_TRO, task_ids_BK = saved
     d_h = jnp.einsum("blo,bkro->blkr", _gathered(d_y_BLO, pin), _own(b_TRO, _whole(task_ids_BK, pin), d_y_BLO.dtype))
-    d_h = d_h if pin is None else pin(d_h, "batch", "position", None, "rank")
+    d_h = pin.shard(d_h, "batch", "position", None, "rank") if pin.cut else d_h
     d_y_BLO = bounded(d_y_BLO) if shared else d_y_BLO
     d_b_BKRO = jnp.einsum("blkr,blo->bkro", h_BLKR, d_y_BLO, preferred_element_type=jnp.float32)
-    return d_h, _by_task(d_b_BKRO, task_ids_BK, b_TRO.shape[0]), None
+    return d_h, _by_task(d_b_BKRO, task_ids_BK, b_TRO.shape[0], pin), None
 
 
 out_of_ranks.defvjp(_out_fwd, _out_bwd)

@@ -123,7 +123,7 @@ class Replica:
             stage_layout(
                 StageFunctions(
                     abstract=abstract_stage(model, layers, dtype, quantization),
-                    sharding=sharding,
+                    sharding=dataclasses.replace(sharding, by_rows=not (dropout or dora)),
                     remat=submesh.parallel.remat,
                     dropout=dropout,
                     dora=dora,

@@ -76,11 +76,19 @@ class Unsharded:
         return x
 
 
+UNSHARDED = Unsharded()
+
+
 @dataclasses.dataclass(frozen=True)
 class StageSharding:
-    """Shardings of one stage's mesh, whose only axis is "tensor". A `Shard`: a call pins an activation."""
+    """Shardings of one stage's mesh, whose only axis is "tensor". A `Shard`: a call pins an activation.
+
+    `by_rows` cuts norm regions by rows where these divide, so that what is gathered lies in one piece, else by
+    positions: what each row has of its own, as with dropout and DoRA, would be gathered in hundreds of little pieces.
+    """
 
     mesh: Mesh
+    by_rows: bool = True
 
     @property
     def num_devices(self) -> int:
@@ -89,12 +97,13 @@ class StageSharding:
     def named(self, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> NamedSharding:
         """The sharding of an array with these logical axes.
 
-        With `shape`, axes of `WHOLE_IF_UNEVEN` that do not divide are left whole; any other must divide. Rows take the
-        place of their `length` where they divide.
+        With `shape`, axes of `WHOLE_IF_UNEVEN` that do not divide are left whole; any other must divide. With `by_rows`
+        rows take the place of their `length` where they divide.
         """
         size = self.mesh.shape[TENSOR]
         rules = RULES
-        if shape is not None and "length" in axes and "batch" in axes and shape[axes.index("batch")] % size == 0:
+        has_rows = self.by_rows and shape is not None and "length" in axes and "batch" in axes
+        if has_rows and shape[axes.index("batch")] % size == 0:
             rules = RULES | {"batch": TENSOR, "length": None}
         spec: list[str | None] = []
         for dim, axis in enumerate(axes):

@@ -30,7 +30,7 @@ from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.hf import save_hf
 from lobra_jax.models.llama import AbstractStage, abstract_stage
 from lobra_jax.models.weights import EMBEDDING_STD, ArrayWeights, RandomWeights, whole
-from lobra_jax.sharding import Unsharded
+from lobra_jax.sharding import UNSHARDED
 
 BASE = LlamaConfig(
     name="demo-base",
@@ -155,7 +155,7 @@ def learning_rate(progress: float) -> float:
 def mean_loss(stage: AbstractStage, params: Mapping[str, jax.Array], batch: jax.Array) -> jax.Array:
     """Mean next-token loss of windows [rows, length + 1], nats."""
     model = stage.merge(params)
-    hidden = model(batch[:, :-1], {}, None, remat="none", shard=Unsharded())
+    hidden = model(batch[:, :-1], {}, None, remat="none", shard=UNSHARDED)
     logits = jnp.einsum("bld,dv->blv", hidden, model.unembedding)
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
 

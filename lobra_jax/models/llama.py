@@ -22,7 +22,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from lobra_jax.lora import DROPOUT_SITES, Adapters, RowInputs, drop, low_rank_deltas, magnitude_ratios
-from lobra_jax.low_rank import Pins
+from lobra_jax.low_rank import Pin, Pins
 from lobra_jax.models.attention import attention, packed_attention
 from lobra_jax.models.config import LlamaConfig, RopeScaling
 from lobra_jax.models.quantized import SCALE, block_dim, dequantized, frozen_product, stored
@@ -282,7 +282,7 @@ def _pins(target: str, rows: Rows, shard: Shard) -> Pins:
     reads, writes = (axis == "hidden" for axis in TARGET_AXES[target])
     dora = rows.tasks.magnitudes is not None  # its product sees the input after dropout, its ratio scales the delta
     read = reads and (rows.dropout_keys is None or dora)
-    return Pins(read=shard if read else None, written=shard if writes and not dora else None)
+    return Pins(read=Pin(shard, read), written=Pin(shard, writes and not dora))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

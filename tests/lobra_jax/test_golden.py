@@ -13,7 +13,7 @@ from lobra_jax.models.hf import HFWeights, save_hf
 from lobra_jax.models.hf_config import load_llama_config
 from lobra_jax.models.llama import abstract_stage
 from lobra_jax.models.weights import weight_shapes, whole
-from lobra_jax.sharding import Unsharded
+from lobra_jax.sharding import UNSHARDED
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 FAMILIES = sorted(path.name for path in GOLDEN.iterdir() if (path / "logits.json").is_file())
@@ -34,7 +34,7 @@ def last_logits(config, source):
     @jax.jit
     def run(params):
         model = stage.merge(params)
-        hidden = model(jnp.asarray(tokens, jnp.int32), {}, None, remat="none", shard=Unsharded())
+        hidden = model(jnp.asarray(tokens, jnp.int32), {}, None, remat="none", shard=UNSHARDED)
         return jnp.einsum("bld,dv->blv", hidden[:, -4:], model.unembedding)
 
     return np.asarray(run(params))

@@ -17,7 +17,7 @@ from lobra_jax.models.hf_config import load_llama_config
 from lobra_jax.models.llama import abstract_stage
 from lobra_jax.models.weights import ArrayWeights, RandomWeights, WeightSource, weight_shapes, whole
 from lobra_jax.peft_folder import read_peft_adapter, write_peft_adapter
-from lobra_jax.sharding import Unsharded
+from lobra_jax.sharding import UNSHARDED
 from planner.errors import UserError
 
 torch = pytest.importorskip("torch")
@@ -79,7 +79,7 @@ def our_logits(config: LlamaConfig, source: WeightSource, adapters: Any = None) 
     @jax.jit
     def run(params: Any, adapters: Any) -> jax.Array:
         model = stage.merge(params)
-        hidden = model(jnp.asarray(TOKENS), adapters, rows, remat="none", shard=Unsharded())
+        hidden = model(jnp.asarray(TOKENS), adapters, rows, remat="none", shard=UNSHARDED)
         return jnp.einsum("bld,dv->blv", hidden, model.unembedding)
 
     return np.asarray(run(params, adapters if adapters is not None else {}))
