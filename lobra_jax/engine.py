@@ -214,8 +214,8 @@ class Engine:
             whose devices would wait for each other.
         """
         self.finish(self.issue([()] * len(self.replicas), no_inputs(len(self.specs))))
-        for replica in self.replicas:
-            check_room(replica)
+        for replica, own in zip(self.replicas, self._shapes_in_use(), strict=True):
+            check_room(replica, own)
         if shapes is not None:
             batches = [
                 [replica.empty_micro_batch(shape) for shape in own]
@@ -286,11 +286,18 @@ class Engine:
             wait([self._unsettled.adapters_ready])
 
     def _has_room_for_two_states(self) -> bool:
-        """Beside the micro-batches of any compiled shape, whose gradient sums are there."""
+        """Beside the micro-batches of any shape in use, whose gradient sums are there."""
         return all(
-            has_room(replica, replica.training_shapes, beside=self._second_state, limit_bytes=self._memory_bytes)
-            for replica in self.replicas
+            has_room(replica, own, beside=self._second_state, limit_bytes=self._memory_bytes)
+            for replica, own in zip(self.replicas, self._shapes_in_use(), strict=True)
         )
+
+    def _shapes_in_use(self) -> list[list[Shape]]:
+        """By replica, those compiled that the plan's capacities still allow."""
+        return [
+            [(rows, length) for rows, length in replica.training_shapes if rows * length <= group.capacity_of(length)]
+            for replica, group in zip(self.replicas, self.plan.expanded(), strict=True)
+        ]
 
     @functools.cached_property
     def _second_state(self) -> dict[Any, int]:

@@ -84,8 +84,8 @@ def has_room(
     return all(max(own) - there <= room for own, there, room in zip(peaks, held, free, strict=True))
 
 
-def check_room(replica: Replica) -> None:
-    """Asks for what the largest compiled program of each stage needs for a while, on all its devices at once.
+def check_room(replica: Replica, shapes: Collection[Shape]) -> None:
+    """Asks for what each stage's largest program of these shapes needs for a while, on all its devices at once.
 
     Where one of several devices has no room for a program, the others wait for it in their first collective, and that
     forever: it has to be known before. Bytes in use do not tell it, as they may lie in pieces.
@@ -95,9 +95,9 @@ def check_room(replica: Replica) -> None:
     """
     for stage, sharding in enumerate(replica.submesh.stages):
         devices = list(sharding.mesh.devices.flat)
-        if len(devices) == 1 or math.inf in map(free_bytes, devices):
+        if len(devices) == 1 or not shapes or math.inf in map(free_bytes, devices):
             continue
-        largest, shape = max((_temporary_bytes(replica, shape, stage), shape) for shape in replica.training_shapes)
+        largest, shape = max((_temporary_bytes(replica, shape, stage), shape) for shape in shapes)
         with blaming(replica.index, shape):
             pieces = -(-largest // PIECE_BYTES)
             jax.block_until_ready([jnp.zeros((pieces, PIECE_BYTES), jnp.uint8, device=device) for device in devices])

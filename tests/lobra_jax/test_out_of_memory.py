@@ -339,6 +339,9 @@ def test_devices_that_would_wait_for_one_without_room_are_asked_first(wide, monk
     with pytest.raises(OutOfMemoryError) as raised:
         wide.warm_up()
     assert raised.value.failures == (Failure(replica=0, shape=shape),)
+    groups = [dataclasses.replace(group, capacity_tokens=math.prod(shape) - 1) for group in wide.plan.replicas]
+    monkeypatch.setattr(wide, "plan", dataclasses.replace(wide.plan, replicas=tuple(groups)))
+    wide.warm_up()  # what the plan has no capacity for any more is not asked for
 
 
 def test_what_travels_to_several_devices_of_a_stage_counts_beside_a_second_state(wide):
