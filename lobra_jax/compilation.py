@@ -6,7 +6,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -54,3 +55,24 @@ def collector_at_rest() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def in_rounds(
+    rounds: Sequence[Sequence[Callable[[], object]]], *, num_threads: int, abandoned: threading.Event
+) -> Iterator[tuple[int, int]]:
+    """Calls what each round has, in parallel, one round after the other; yields (calls done, calls in all) after each.
+
+    Ends when it is `abandoned`, with the calls that are being made.
+    """
+    total, done = sum(map(len, rounds)), 0
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="compile") as executor:
+        try:
+            for calls in rounds:
+                for future in [executor.submit(call) for call in calls]:
+                    future.result()
+                    if abandoned.is_set():
+                        return
+                    done += 1
+                    yield done, total
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)  # nothing waits any more, or all are done

@@ -20,6 +20,7 @@ import numpy as np
 from jax import Array
 
 from lobra_jax.at_once import at_once
+from lobra_jax.compilation import in_rounds
 from lobra_jax.data.batches import MicroBatchArrays
 from lobra_jax.lora import (
     Adapters,
@@ -30,7 +31,7 @@ from lobra_jax.lora import (
     set_task_adapter,
     task_inputs,
 )
-from lobra_jax.memory import bytes_by_device, check_room, has_room
+from lobra_jax.memory import bytes_by_device, check_room, has_room, shapes_in_use
 from lobra_jax.mesh import cut
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.weights import WeightSource
@@ -186,18 +187,7 @@ class Engine:
         for replica, group, own, own_evaluation in every:
             is_first = first[replica.parallel] == replica.index
             rounds[0 if is_first else 1].extend(replica.compilations(own, own_evaluation, remat_of=group.remat_of))
-        total, done = sum(map(len, rounds)), 0
-        with ThreadPoolExecutor(num_threads, thread_name_prefix="compile") as executor:
-            try:
-                for tasks in rounds:
-                    for future in [executor.submit(task) for task in tasks]:
-                        future.result()
-                        if self._abandoned.is_set():
-                            return
-                        done += 1
-                        yield done, total
-            finally:
-                executor.shutdown(wait=False, cancel_futures=True)  # nothing waits any more, or all are done
+        yield from in_rounds(rounds, num_threads=num_threads, abandoned=self._abandoned)
 
     def abandon_compiling(self) -> None:
         """Ends `compile`, in whatever thread it runs, with the programs that are being compiled."""
@@ -214,8 +204,8 @@ class Engine:
             whose devices would wait for each other.
         """
         self.finish(self.issue([()] * len(self.replicas), no_inputs(len(self.specs))))
-        for replica, own in zip(self.replicas, self._shapes_in_use(), strict=True):
-            check_room(replica, own)
+        for replica, group in zip(self.replicas, self.plan.expanded(), strict=True):
+            check_room(replica, shapes_in_use(replica, group))
         if shapes is not None:
             batches = [
                 [replica.empty_micro_batch(shape) for shape in own]
@@ -288,16 +278,9 @@ class Engine:
     def _has_room_for_two_states(self) -> bool:
         """Beside the micro-batches of any shape in use, whose gradient sums are there."""
         return all(
-            has_room(replica, own, beside=self._second_state, limit_bytes=self._memory_bytes)
-            for replica, own in zip(self.replicas, self._shapes_in_use(), strict=True)
-        )
-
-    def _shapes_in_use(self) -> list[list[Shape]]:
-        """By replica, those compiled that the plan's capacities still allow."""
-        return [
-            [(rows, length) for rows, length in replica.training_shapes if rows * length <= group.capacity_of(length)]
+            has_room(replica, shapes_in_use(replica, group), beside=self._second_state, limit_bytes=self._memory_bytes)
             for replica, group in zip(self.replicas, self.plan.expanded(), strict=True)
-        ]
+        )
 
     @functools.cached_property
     def _second_state(self) -> dict[Any, int]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from lobra_jax.out_of_memory import blaming
 from lobra_jax.replica import Replica, Shape
 from lobra_jax.schedule import BACKWARD, FORWARD, FUSED
+from planner.plan import ReplicaGroup
 
 PIECE_BYTES = 1 << 20
 
@@ -56,6 +57,11 @@ def stage_bytes(replica: Replica, shape: Shape) -> list[int]:
 
 def _program_bytes(m: Any) -> int:
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+
+
+def shapes_in_use(replica: Replica, group: ReplicaGroup) -> list[Shape]:
+    """Those compiled that the capacities of the replica's group in the plan still allow."""
+    return [(rows, length) for rows, length in replica.training_shapes if rows * length <= group.capacity_of(length)]
 
 
 def has_room(
