@@ -204,8 +204,7 @@ class Engine:
             whose devices would wait for each other.
         """
         self.finish(self.issue([()] * len(self.replicas), no_inputs(len(self.specs))))
-        for replica, group in zip(self.replicas, self.plan.expanded(), strict=True):
-            check_room(replica, shapes_in_use(replica, group))
+        self.check_room()
         if shapes is not None:
             batches = [
                 [replica.empty_micro_batch(shape) for shape in own]
@@ -213,6 +212,11 @@ class Engine:
             ]
             await_gradients(self._issue_micro_batches(batches))
         self.pause()
+
+    def check_room(self) -> None:
+        """Raises OutOfMemoryError where some device of several has no room for a program (`memory.check_room`)."""
+        for replica, group in zip(self.replicas, self.plan.expanded(), strict=True):
+            check_room(replica, shapes_in_use(replica, group))
 
     def issue(
         self,

@@ -15,7 +15,7 @@ from lobra_jax.out_of_memory import Failure, OutOfMemoryError
 from planner.cost import CostTable
 from planner.lower import lower_capacities
 from planner.packed_dispatch import packed_replicas
-from planner.plan import Plan, ReplicaGroup
+from planner.plan import Plan
 
 Result = TypeVar("Result")
 
@@ -87,6 +87,7 @@ class Room:
         for listener in self.on_lowered:
             listener(plan, message)
         self.compile()
+        self.within("asking for room", self.engine.check_room)
 
     def _compile(self) -> int:
         nothing: list[list[Shape]] = [[] for _ in self.engine.replicas]
@@ -119,18 +120,18 @@ def lowered(
     Raises:
       UserError: no smaller capacity can serve the longest sequence.
     """
-    configs = [group.config for group in plan.expanded()]
-    suspects = failures or [Failure(replica=index, shape=None) for index in range(len(configs))]
-    failed = {configs[f.replica]: f.shape or max(shapes[f.replica], key=math.prod) for f in suspects}
+    groups = list(plan.expanded())
+    suspects = failures or [Failure(replica=index, shape=None) for index in range(len(groups))]
+    failed = []
+    for suspect in suspects:
+        group, own = groups[suspect.replica], sorted(shapes[suspect.replica], key=math.prod)
+        largest = {group.policy_of(length): (rows, length) for rows, length in own}  # of each policy
+        failed += [(group.config, shape) for shape in ([suspect.shape] if suspect.shape else largest.values())]
     new_plan = lower_capacities(plan, failed, longest=longest, suspects=not failures)
     changes = dict.fromkeys(
-        f"{old.config} from {_tokens(old)} to {_tokens(new)} tokens"
+        f"{old.config} from {old.tokens} to {new.tokens} tokens"
         for old, new in zip(plan.replicas, new_plan.replicas, strict=True)
         if old != new
     )
     where = "".join(f", replica {f.replica}{f}" for f in failures)
     return new_plan, f"out of device memory in {doing}{where}: capacity lowered of {', '.join(changes)}; done again"
-
-
-def _tokens(group: ReplicaGroup) -> str:
-    return "/".join(map(str, group.capacities))

@@ -11,17 +11,19 @@ from typing import Any
 from lobra_jax.replica import Replica
 from lobra_jax.schedule import BACKWARD, FORWARD, one_f_one_b, simulate
 from lobra_jax.step_times import ActionTime, StepResult
-from planner.cost import CostTable
+from planner.cost import ConfigCost, CostTable
 from planner.dispatch import Dispatch
+from planner.plan import Plan
 
 FORWARD_SHARE = 1 / 3
 """Part of a fused forward and backward that is drawn as forward."""
 
 
 def step_timeline(
-    step: int, result: StepResult, dispatch: Dispatch, replicas: Sequence[Replica], costs: CostTable
+    step: int, result: StepResult, dispatch: Dispatch, replicas: Sequence[Replica], plan: Plan, costs: CostTable
 ) -> dict[str, Any]:
     """The JSON object of one finished step; seconds count from the step's start."""
+    priced = [costs.of(group) for group in plan.expanded()]
     return {
         "step": step,
         "step_s": result.total_s,
@@ -34,7 +36,7 @@ def step_timeline(
                 "stages": _stages(actions, replica.parallel.pp),
                 "measured_s": result.replica_s[replica.index],
                 "predicted_s": dispatch.predicted_s[replica.index],
-                "predicted_stages": _stages(_predicted(replica, dispatch, costs), replica.parallel.pp),
+                "predicted_stages": _stages(_predicted(replica, dispatch, priced[replica.index]), replica.parallel.pp),
             }
             for replica, actions in zip(replicas, result.actions, strict=True)
         ],
@@ -47,10 +49,9 @@ def save_timeline(timeline: dict[str, Any], path: Path) -> None:
     os.replace(partial, path)
 
 
-def _predicted(replica: Replica, dispatch: Dispatch, costs: CostTable) -> list[ActionTime]:
+def _predicted(replica: Replica, dispatch: Dispatch, cost: ConfigCost) -> list[ActionTime]:
     """The same micro-batches under the cost model, through the same schedule."""
     micro_batches = dispatch.replicas[replica.index]
-    cost = costs[replica.parallel]
     num_stages = replica.parallel.pp
     seconds = [[m.slot_s(cost)] * num_stages for m in micro_batches]
     times = simulate(one_f_one_b(num_stages, len(micro_batches)), seconds)

@@ -283,7 +283,7 @@ class Trainer:
         is_full = all(k is not None or self.standing.is_out(name) for name, k in pending.prepared.task_steps.items())
         if is_full or self.tracer.wants(done):
             dispatch = pending.prepared.dispatch
-            timeline = step_timeline(done, result, dispatch, self.engine.replicas, self.inputs.costs)
+            timeline = step_timeline(done, result, dispatch, self.engine.replicas, self.engine.plan, self.inputs.costs)
             if is_full:
                 self._timeline = timeline
             if self.tracer.wants(done):

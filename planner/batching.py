@@ -109,6 +109,8 @@ def choose_batching(
 
 def packed_problem(plan: Plan, costs: CostTable, workload: Workload) -> str:
     """Why packed rows cannot serve this workload on this plan; empty where they can."""
+    if any(group.smaller_capacities for group in plan.replicas):
+        return "replicas of several remat policies run padded rows"
     if any(costs[group.config].packed is None for group in plan.replicas):
         return "the cost table has no packed times: lobra profile measures them with training.batching packed or auto"
     if workload.max_length > max(replica.longest for replica in packed_replicas(plan, costs)):

@@ -83,7 +83,7 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--mix-remats/--no-mix-remats",
             default=None,
-            help="Let a replica run each padded length with the fastest policy that holds it.",
+            help="Also plan replicas of several policies: each padded length runs with the first that holds it.",
         ),
         click.option("--devices-per-host", type=count, help="A layer's devices stay within a host of so many."),
         click.option(

@@ -116,16 +116,22 @@ def allowed_configs(
     return tuple(cost for cost in allowed if cost.config.num_devices <= num_devices)
 
 
-def pinned_configs(constraints: Constraints) -> tuple[ParallelConfig, ...]:
-    return tuple(parse_replicas(text)[1] for text in constraints.pinned)
-
-
 def _pinned_mixed(costs: CostTable, constraints: Constraints) -> list[ConfigCost]:
     """Costs of pinned configs of several policies, where the table has those of each."""
     known = {cost.config for cost in costs.configs}
-    pinned = [config for config in dict.fromkeys(pinned_configs(constraints)) if config not in known]
+    asked = dict.fromkeys(parse_replicas(text)[1] for text in constraints.pinned)
+    pinned = [config for config in asked if config not in known]
     parts = {config: {config.with_remat(remat) for remat in config.remats} for config in pinned}
-    return [costs[config] for config in pinned if parts[config] <= known]
+    mixtures = [costs[config] for config in pinned if parts[config] <= known]
+    for cost in mixtures:
+        if list(cost.capacities) != sorted(set(cost.capacities)):
+            raise UserError(
+                f"its policies hold {', '.join(map(str, cost.capacities))} tokens",
+                key="pinned",
+                value=str(cost.config),
+                expected="policies that each hold more than the one before",
+            )
+    return mixtures
 
 
 def _choices(configs: Sequence[ConfigCost]) -> str:

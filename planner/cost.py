@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import UserError
-from planner.plan import MIXED, ParallelConfig
+from planner.plan import MIXED, ParallelConfig, ReplicaGroup
 
 COST_TABLE_VERSION = 1
 NUM_COEFFICIENTS = 6
@@ -161,7 +161,7 @@ class MixedCost(ConfigCost):
 
 
 def mixed(parts: Sequence[ConfigCost]) -> ConfigCost:
-    """The costs of a config with the policies of all `parts`, which have the same tp, no pipeline, and hold ever more.
+    """The costs of a config with the policies of all `parts`, which have the same tp and no pipeline.
 
     Padded micro-batches only.
     """
@@ -205,6 +205,10 @@ class CostTable:
         if len(config.remats) == 1:
             raise KeyError(str(config))
         return mixed([self[config.with_remat(remat)] for remat in config.remats])
+
+    def of(self, group: ReplicaGroup) -> ConfigCost:
+        """The costs of a plan's replicas, at the plan's capacities, on which their policies depend."""
+        return self[group.config].holding(group.capacities)
 
     @property
     def quantization(self) -> str:
@@ -300,9 +304,11 @@ def _config_to_dict(cost: ConfigCost) -> dict[str, Any]:
 
 
 def _config_from_dict(raw: Mapping[str, Any]) -> ConfigCost:
-    error = raw.get("fit_error")
+    error, config = raw.get("fit_error"), ParallelConfig(tp=raw["tp"], pp=raw["pp"], remat=raw["remat"])
+    if len(config.remats) > 1:
+        raise ValueError(f"remat = {config.remat!r}: expected one policy, mixtures are made of them")
     return ConfigCost(
-        config=ParallelConfig(tp=raw["tp"], pp=raw["pp"], remat=raw["remat"]),
+        config=config,
         capacity_tokens=raw["capacity_tokens"],
         fixed_s=float(raw["fixed_s"]),
         coefficients=tuple(float(c) for c in raw["coefficients"]),

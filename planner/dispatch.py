@@ -158,14 +158,14 @@ def _replicas(plan: Plan, costs: CostTable, buckets: Sequence[int]) -> list[Usab
     out: list[UsableConfig] = []
     for group in plan.replicas:
         try:
-            cost = costs[group.config]
+            cost = costs.of(group)
         except KeyError:
             raise UserError(
                 f"the cost table has no config {group.config}",
                 key="replicas",
                 expected="one of " + ", ".join(str(known.config) for known in costs.configs),
             ) from None
-        usable = usable_config(cost.holding(group.capacities), buckets, num_options=plan.row_options)
+        usable = usable_config(cost, buckets, num_options=plan.row_options)
         out += [usable] * group.count
     return out
 

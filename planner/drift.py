@@ -85,9 +85,9 @@ def check_drift(
     Raises:
       UserError: the cost table lacks a config of the plan, or no plan can serve the lengths.
     """
-    held = {group.config: group.capacities for group in plan.replicas}
+    groups = {group.config: group for group in plan.replicas}
     try:
-        in_use = dataclasses.replace(costs, configs=tuple(costs[config].holding(held[config]) for config in held))
+        in_use = dataclasses.replace(costs, configs=tuple(costs.of(group) for group in groups.values()))
     except KeyError as error:
         missing = f"the cost table has no config {error.args[0]}"
         raise UserError(missing, expected="a table with those of the plan") from None

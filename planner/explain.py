@@ -18,7 +18,7 @@ from planner.dispatch import MicroBatch, dispatch
 from planner.errors import UserError
 from planner.evaluate import prediction_violations
 from planner.more_memory import MORE_ROOM, extra_bytes, with_more_memory, with_more_room
-from planner.plan import Plan
+from planner.plan import ParallelConfig, Plan
 from planner.planners import PLANNERS, solver
 from planner.problem import PlanningProblem, build_problem
 from planner.simulate import check_plan, replica_names
@@ -182,7 +182,7 @@ def replica_times(plan: Plan, costs: CostTable, problem: PlanningProblem) -> tup
     )
     groups = plan.expanded()
     times = tuple(
-        _replica_time(name, costs[group.config], group.capacity_tokens, micro_batches)
+        _replica_time(name, costs.of(group), group.capacity_tokens, micro_batches)
         for name, group, micro_batches in zip(replica_names(plan), groups, dispatched.replicas, strict=True)
     )
     return times, dispatched.bound_s
@@ -364,8 +364,14 @@ def _tells_bytes(costs: CostTable) -> bool:
     return costs.hardware.get("memory_bytes") is not None and any(len(own) > 1 for own in sizes)
 
 
-def _without(problem: PlanningProblem, config: object) -> PlanningProblem:
-    kept = tuple(usable for usable in problem.configs if usable.config != config)
+def _without(problem: PlanningProblem, config: ParallelConfig) -> PlanningProblem:
+    """Without a config, and if it has several policies without any other such of its width."""
+    mixed = len(config.remats) > 1
+    kept = tuple(
+        usable
+        for usable in problem.configs
+        if usable.config != config and not (mixed and usable.config.tp == config.tp and len(usable.config.remats) > 1)
+    )
     last = len(problem.buckets) - 1
     if not any(usable.fits(last) for usable in kept):
         raise UserError(f"no other config holds {problem.buckets[-1]} tokens on {problem.num_devices} devices")

@@ -7,32 +7,27 @@ must hold its longest sequence with it, and makes activations of all the others 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from planner.cost import ConfigCost, mixed
-from planner.plan import REMATS, ParallelConfig
+from planner.plan import REMATS
 
 
-def mix_remats(
-    configs: Sequence[ConfigCost],
-    buckets: Sequence[int],
-    counts: Sequence[int],
-    *,
-    keep: Collection[ParallelConfig] = (),
-) -> tuple[ConfigCost, ...]:
-    """The configs with those of one tp and without a pipeline put together; those to `keep` stay as well.
+def mix_remats(configs: Sequence[ConfigCost], buckets: Sequence[int], counts: Sequence[int]) -> tuple[ConfigCost, ...]:
+    """The configs, and for each tp a replica without a pipeline of several policies, where that gains anything.
+
+    Those of one policy stay: just below what a policy holds one row fills a micro-batch badly, and with other counts
+    they may be better.
 
     Args:
       buckets: padded lengths; every config holds the shortest.
       counts: sequences of each of them in a batch.
     """
-    out = [cost for cost in configs if cost.config.pp > 1 or cost.config in keep]
-    for tp in dict.fromkeys(cost.config.tp for cost in configs if cost.config.pp == 1):
-        own = [cost for cost in configs if cost.config.tp == tp and cost.config.pp == 1 and cost.capacities[:-1] == ()]
-        put_together = _put_together(own, buckets, counts)
-        if put_together.config not in keep:
-            out.append(put_together)
-    return tuple(out)
+    single = [cost for cost in configs if len(cost.config.remats) == 1 and cost.config.pp == 1]
+    widths = dict.fromkeys(cost.config.tp for cost in single)
+    made = [_put_together([cost for cost in single if cost.config.tp == tp], buckets, counts) for tp in widths]
+    there = {cost.config for cost in configs}
+    return (*configs, *(cost for cost in made if cost.config not in there))
 
 
 def _put_together(configs: Sequence[ConfigCost], buckets: Sequence[int], counts: Sequence[int]) -> ConfigCost:

@@ -92,7 +92,9 @@ def packed_replicas(plan: Plan, costs: CostTable) -> list[PackedReplica]:
         cost = next((known for known in costs.configs if known.config == group.config), None)
         if cost is None or cost.packed is None:
             raise UserError(
-                f"the cost table has no packed times of {group.config}",
+                f"packed rows run with one policy, not {group.config}"
+                if group.smaller_capacities
+                else f"the cost table has no packed times of {group.config}",
                 key="training.batching",
                 expected="padded, or a cost table that lobra profile measured with training.batching: packed",
             )

@@ -102,14 +102,23 @@ class ReplicaGroup:
         """Of each of the config's policies."""
         return (*self.smaller_capacities, self.capacity_tokens)
 
+    @property
+    def tokens(self) -> str:
+        """The capacities, to be read: 32/64."""
+        return "/".join(map(str, self.capacities))
+
+    def policy_of(self, length: int) -> int:
+        """The number of the policy that runs a padded length: the first that holds it, else the last."""
+        return min(bisect.bisect_left(self.capacities, length), len(self.capacities) - 1)
+
     def remat_of(self, length: int) -> str:
-        """The policy that runs micro-batches of a padded length: the first that holds it."""
-        return self.config.remats[bisect.bisect_left(self.capacities, length)]
+        """The policy that runs micro-batches of a padded length."""
+        return self.config.remats[self.policy_of(length)]
 
     def capacity_of(self, length: int) -> int:
         """The tokens that a micro-batch of a padded length may hold; 0 where no policy holds it."""
-        at = bisect.bisect_left(self.capacities, length)
-        return self.capacities[at] if at < len(self.capacities) else 0
+        capacity = self.capacities[self.policy_of(length)]
+        return capacity if capacity >= length else 0
 
     def holding(self, *capacities: int) -> ReplicaGroup:
         """The same with these capacities, one for each policy."""

@@ -9,8 +9,9 @@ from planner.batching import choose_batching, packed_prices
 from planner.bucket_choice import DEFAULT_COMPILE_S, DEFAULT_STEPS, BucketRow, best_row, choose_num_buckets
 from planner.constraints import Constraints
 from planner.cost import CostTable
+from planner.errors import UserError
 from planner.lattice import DEFAULT_ROW_OPTIONS
-from planner.plan import Plan
+from planner.plan import MIXED, Plan
 from planner.planners import solver
 from planner.problem import DEFAULT_NUM_BUCKETS, DEFAULT_TIME_LIMIT_S, build_problem
 from planner.robust import DEFAULT_SAMPLES, Robust, solve_robust
@@ -89,6 +90,9 @@ def choose_plan(workload: Workload, costs: CostTable, num_devices: int, flags: P
         return _choose(workload, costs, num_devices, flags)
     if flags.batching == "auto":
         flags = dataclasses.replace(flags, time_limit=(flags.time_limit or DEFAULT_TIME_LIMIT_S) / 2)
+    mixed = [text for text in flags.pinned or () if MIXED in text]
+    if mixed:
+        raise UserError("packed rows run with one policy", key="pinned", value=mixed[0], expected="batching: padded")
     packed = _choose(workload, packed_prices(costs), num_devices, dataclasses.replace(flags, mix_remats=False))
     if flags.batching == "packed":
         return packed

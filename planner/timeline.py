@@ -50,7 +50,7 @@ def step_timeline(step: int, plan: Plan, costs: CostTable, dispatched: Dispatch)
     """The timeline of a dispatched step."""
     spans = []
     for group, micro_batches in zip(plan.expanded(), dispatched.replicas, strict=True):
-        cost, own = costs[group.config], []
+        cost, own = costs.of(group), []
         slots = [micro.slot_s(cost) for micro in micro_batches]
         clock = cost.fixed_s + (group.config.pp - 1) * max(slots) if slots else 0.0
         if clock > 0:

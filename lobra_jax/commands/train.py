@@ -282,16 +282,17 @@ def _plan(
         plan = load_plan(path, None, costs=costs, workload=workload)
         if plan.model != costs.model:
             raise UserError("plan of another model", file=path, key="model", value=plan.model, expected=costs.model)
-        known = {cost.config for cost in costs.configs}
         for group in plan.replicas:
-            if group.config not in known:
+            try:
+                costs.of(group)
+            except KeyError:
                 raise UserError(
                     "the cost table lacks a config of the plan",
                     file=path,
                     key="replicas",
                     value=str(group.config),
-                    expected="one of " + ", ".join(str(c) for c in sorted(known)),
-                )
+                    expected="one of " + ", ".join(str(c) for c in sorted(cost.config for cost in costs.configs)),
+                ) from None
         return plan
     return _make_plan(config, workload, costs)
 

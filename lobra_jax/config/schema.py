@@ -334,7 +334,8 @@ class PlannerConfig(Section):
     remats: tuple[Literal["none", "dots", "attention", "full"], ...] = Field(default=REMATS, min_length=1)
     """Rematerialisation policies to measure and plan with."""
     mix_remats: bool = False
-    """A replica may run each padded length with the fastest policy that holds it, instead of all with one."""
+    """Also plan replicas of several policies: each padded length runs with the first that holds it. Padded rows
+    only."""
     devices_per_host: Count | None = None
     """A layer's devices stay within a host of so many; null for no limit."""
     pinned: tuple[str, ...] = ()

@@ -121,7 +121,7 @@ def _replica_table(plan: Plan, steps: Sequence[dict[str, Any]]) -> Table:
         rows.append(
             (
                 f"{index} {group.config}",
-                f"{group.capacity_tokens:,}",
+                group.tokens,
                 f"{batches:.1f}",
                 f"{predicted:.2f}",
                 f"{measured:.2f}",

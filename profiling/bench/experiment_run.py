@@ -225,7 +225,9 @@ class _Loop:
                 served.add(prepared.batch, task)
         if timeline is not None:
             replicas = self._engine.replicas
-            save_timeline(step_timeline(pending.step + 1, result, prepared.dispatch, replicas, costs), timeline)
+            plan = self._engine.plan
+            done = step_timeline(pending.step + 1, result, prepared.dispatch, replicas, plan, costs)
+            save_timeline(done, timeline)
         record = step_record(pending, result, plan=self._engine.plan, costs=costs, compilations=self._compiled - before)
         return record, result.late_s
 

@@ -34,7 +34,7 @@ MODEL = LlamaConfig(
     head_dim=8,
 )
 STEPS = 6
-CONFIGS = [(1, 1, "none", 128), (1, 2, "none", 128), (2, 1, "full", 128)]
+CONFIGS = [(1, 1, "none", 128), (1, 2, "none", 128), (2, 1, "full", 128), (1, 1, "full", 128)]
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,9 @@ def world(tmp_path_factory):
             ReplicaGroup(count=1, config=costs[i].config, capacity_tokens=costs[i].capacity_tokens) for i in chosen
         )
         Plan(model="base", num_devices=8, replicas=groups, buckets=(64,)).save(folder / f"{name}.yaml")
+    mixed = ParallelConfig(tp=1, pp=1, remat="none+full")
+    group = ReplicaGroup(count=2, config=mixed, capacity_tokens=128, smaller_capacities=(32,))
+    Plan(model="base", num_devices=8, replicas=(group,), buckets=(16, 64)).save(folder / "mixed.yaml")
     return folder
 
 
@@ -265,6 +268,17 @@ def test_resume_on_another_plan_goes_on_from_the_same_state(world, finished, tmp
     monkeypatch.undo()
     result = train(world, out, "--resume", plan="one")
     assert result.exit_code == 0, result.output
+    assert difference(adapter(out, "short"), adapter(finished, "short")) < 1e-5
+
+
+def test_replicas_of_several_policies_train_the_same_adapters_and_resume(world, finished, tmp_path, monkeypatch):
+    out = tmp_path / "mixed"
+    kill_at(monkeypatch, 3)
+    train(world, out, plan="mixed")
+    monkeypatch.undo()
+    result = lobra("train", "--config", world / "config.yaml", "--out", out, "--resume")
+    assert result.exit_code == 0, result.output
+    assert str(Plan.load(out / "plan.yaml")) == "2x(tp1,pp1,none+full)"
     assert difference(adapter(out, "short"), adapter(finished, "short")) < 1e-5
 
 

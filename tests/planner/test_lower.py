@@ -36,7 +36,7 @@ def failures(draw: st.DrawFn) -> tuple[Plan, ParallelConfig, tuple[int, int], in
 def test_no_micro_batch_as_large_as_the_failed_one_is_left_and_the_longest_sequence_is_served(case):
     plan, config, failed, longest = case
     try:
-        lowered = lower_capacities(plan, {config: failed}, longest=longest)
+        lowered = lower_capacities(plan, [(config, failed)], longest=longest)
     except UserError as error:
         others = max(group.capacity_tokens for group in plan.replicas if group.config != config)
         needed = min(bucket for bucket in plan.buckets if bucket >= longest)
@@ -59,28 +59,28 @@ def test_capacities_fall_in_steps_down_to_the_longest_sequence():
     plan, seen = plan_of((1, NARROW, 128), buckets=(16, 64)), []
     with pytest.raises(UserError, match=r"no smaller capacity takes the longest sequence \(50 tokens\)"):
         while True:
-            plan = lower_capacities(plan, {NARROW: (1, plan.max_capacity_tokens)}, longest=50)
+            plan = lower_capacities(plan, [(NARROW, (1, plan.max_capacity_tokens))], longest=50)
             seen.append(plan.max_capacity_tokens)
     assert seen == [112, 96, 80, 64]
 
 
 def test_a_replica_that_need_not_take_the_longest_goes_below_it():
     plan = plan_of((1, NARROW, 64), (1, WIDE, 64), buckets=(16, 64))
-    lowered = lower_capacities(plan, {NARROW: (1, 64)}, longest=64)
+    lowered = lower_capacities(plan, [(NARROW, (1, 64))], longest=64)
     assert [group.capacity_tokens for group in lowered.replicas] == [48, 64]
     with pytest.raises(UserError, match="takes any sequence"):
-        lower_capacities(plan, {NARROW: (1, 16)}, longest=64)
+        lower_capacities(plan, [(NARROW, (1, 16))], longest=64)
 
 
 def test_of_suspects_those_that_can_go_lower_do():
     plan = plan_of((1, NARROW, 64), (1, WIDE, 64), buckets=(16, 64))
-    lowered = lower_capacities(plan, {NARROW: (1, 64), WIDE: (1, 64)}, longest=64, suspects=True)
+    lowered = lower_capacities(plan, [(NARROW, (1, 64)), (WIDE, (1, 64))], longest=64, suspects=True)
     assert [group.capacity_tokens for group in lowered.replicas] == [48, 64]
     with pytest.raises(UserError, match="no smaller capacity"):
-        lower_capacities(plan, {NARROW: (1, 64), WIDE: (1, 64)}, longest=64)
+        lower_capacities(plan, [(NARROW, (1, 64)), (WIDE, (1, 64))], longest=64)
     one = plan_of((1, NARROW, 64), buckets=(64,))
     with pytest.raises(UserError, match="no smaller capacity"):
-        lower_capacities(one, {NARROW: (1, 64)}, longest=64, suspects=True)
+        lower_capacities(one, [(NARROW, (1, 64))], longest=64, suspects=True)
 
 
 def test_of_several_policies_the_one_that_failed_holds_less_and_what_it_held_goes_to_the_next():
@@ -89,10 +89,18 @@ def test_of_several_policies_the_one_that_failed_holds_less_and_what_it_held_goe
     plan = Plan(model="m", num_devices=2, replicas=(group,), buckets=(16, 48, 128))
 
     def capacities(rows: int, length: int) -> tuple[int, ...]:
-        return lower_capacities(plan, {mixed: (rows, length)}, longest=120).replicas[0].capacities
+        return lower_capacities(plan, [(mixed, (rows, length))], longest=120).replicas[0].capacities
 
     assert capacities(1, 48) == (32, 32, 128)
     assert capacities(2, 16) == (16, 64, 128)
     assert capacities(1, 16) == (1, 64, 128)
     with pytest.raises(UserError, match="no smaller capacity takes the longest sequence"):
         capacities(1, 128)
+    both = lower_capacities(plan, [(mixed, (1, 48)), (mixed, (2, 16))], longest=40)
+    assert both.replicas[0].capacities == (16, 32, 128)
+
+
+def test_groups_of_one_config_may_hold_unlike_many_tokens():
+    plan = plan_of((1, NARROW, 128), (1, NARROW, 32), buckets=(16, 64))
+    lowered = lower_capacities(plan, [(NARROW, (2, 64))], longest=64)
+    assert [group.capacity_tokens for group in lowered.replicas] == [112, 32]

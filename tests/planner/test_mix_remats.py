@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner.batching import packed_problem
 from planner.constraints import Constraints
-from planner.cost import ConfigCost, CostPoint, CostTable
+from planner.cost import ConfigCost, CostPoint, CostTable, PackedCost
 from planner.deployment import solve
 from planner.dispatch import dispatch
 from planner.drift import check_drift
@@ -17,8 +18,11 @@ from planner.evaluate import evaluate, plan_violations
 from planner.explain import explain
 from planner.explain_text import words
 from planner.mix_remats import mix_remats
+from planner.packed_dispatch import packed_replicas
 from planner.plan import REMATS, ParallelConfig, Plan, ReplicaGroup
+from planner.planning import PlanningFlags, choose_plan
 from planner.problem import build_problem
+from planner.timeline import step_timeline
 from planner.workload import TaskLengths, Workload
 
 BUCKETS = (16, 32, 48, 64)
@@ -108,7 +112,7 @@ def mixtures(draw):
 @given(mixtures())
 def test_what_is_put_together_is_no_slower_and_holds_no_less_than_what_holds_most(case):
     costs, counts = case
-    for together in mix_remats(costs, BUCKETS, counts):
+    for together in mix_remats(costs, BUCKETS, counts)[len(costs) :]:
         own = [one for one in costs if one.config.tp == together.config.tp]
         last = max(own, key=lambda one: one.capacity_tokens)
         assert together.capacities == tuple(sorted(set(together.capacities)))
@@ -126,12 +130,25 @@ def _seconds(known, counts):
     return seconds
 
 
-def test_a_policy_that_gains_nothing_is_left_out_and_pipelines_stay():
+def test_a_policy_that_gains_nothing_is_left_out_and_all_others_stay():
     slow = (cost("none", 40, 2e-3), cost("dots", 100, 1.1e-3), cost("full", 256, 1.5e-3), cost("full", 256, 1e-3, pp=2))
     found = mix_remats(slow, BUCKETS, (5, 5, 5, 5))
-    assert [str(one.config) for one in found] == ["(tp1,pp2,full)", "(tp1,pp1,dots+full)"]
-    kept = mix_remats(slow, BUCKETS, (5, 5, 5, 5), keep=[ParallelConfig(tp=1, pp=1, remat="none")])
-    assert [str(one.config) for one in kept] == ["(tp1,pp1,none)", "(tp1,pp2,full)", "(tp1,pp1,dots+full)"]
+    assert found[:4] == slow and [str(one.config) for one in found[4:]] == ["(tp1,pp1,dots+full)"]
+    assert mix_remats(slow[2:], BUCKETS, (5, 5, 5, 5)) == slow[2:]
+
+
+def test_no_plan_without_mixtures_beats_the_bound_of_those_with():
+    """One row of 64 tokens with none is a worse share of a micro-batch than two with full."""
+    known = table(
+        dataclasses.replace(cost("none", 80, 1e-3), coefficients=(0.0, 0.0, 1e-3, 0.0, 0.0, 0.03)),
+        dataclasses.replace(cost("full", 256, 1.155e-3), coefficients=(0.0, 0.0, 1.155e-3, 0.0, 0.0, 0.06)),
+    )
+    workload = Workload(tasks=(TaskLengths(name="t", batch_size=12, lengths={16: 0.818, 64: 0.165, 128: 0.017}),))
+    alone, both = (
+        solve(build_problem(workload, known, 3, buckets=(16, 64, 128), constraints=constraints))
+        for constraints in (Constraints(), MIXED)
+    )
+    assert both.predicted.bound_s <= alone.predicted.step_s and both.predicted.step_s <= 1.01 * alone.predicted.step_s
 
 
 @settings(deadline=None, max_examples=40)
@@ -184,3 +201,43 @@ def test_a_mixture_may_be_pinned_where_the_table_has_its_parts():
         build_problem(WORKLOAD, COSTS, 2, constraints=dataclasses.replace(pinned, remats=("none", "full")))
     with pytest.raises(UserError, match="replicas as plans print them"):
         build_problem(WORKLOAD, COSTS, 2, constraints=Constraints(pinned=("1x(tp1,pp1,full+dots)",)))
+    upside_down = table(cost("none", 100, 1e-3), cost("dots", 64, 1.1e-3))
+    with pytest.raises(UserError, match="its policies hold 100, 64 tokens"):
+        build_problem(WORKLOAD, upside_down, 2, constraints=Constraints(pinned=("1x(tp1,pp1,none+dots)",)))
+    with pytest.raises(UserError, match="expected one policy, mixtures are made of them"):
+        raw = table(COSTS.configs[0]).to_dict()
+        CostTable.from_dict({**raw, "configs": [{**raw["configs"][0], "remat": "none+dots"}]})
+
+
+def test_what_holds_less_after_all_is_priced_with_the_policy_that_runs_it():
+    """As after a device ran out of memory: what none does not hold any more, dots runs."""
+    plan = Plan(
+        model="m",
+        num_devices=1,
+        replicas=(ReplicaGroup(count=1, config=ALL, capacity_tokens=256, smaller_capacities=(16, 60)),),
+        buckets=BUCKETS,
+    )
+    lengths = np.array([32] * 5)
+    made = dispatch(plan, COSTS, lengths, np.zeros(5, dtype=int), max_buckets=4, time_limit_s=5)
+    assert not evaluate(plan, COSTS, made, lengths).violations
+    (seconds,) = made.predicted_s
+    assert seconds == pytest.approx(5 * (32 * 1.1e-3 + 1e-3) + 0.002)
+    assert step_timeline(0, plan, COSTS, made).work_s == pytest.approx(seconds)
+    workload = Workload(tasks=(TaskLengths(name="t", batch_size=5, lengths={32: 1.0}),))
+    assert explain(plan, COSTS, workload, compare=False).step_s == pytest.approx(seconds + COSTS.step_overhead_s)
+
+
+def test_packed_rows_run_with_one_policy():
+    packed = PackedCost(capacity_tokens=64, coefficients=(0.0, 0.0, 1e-3, 1e-3))
+    known = table(*(dataclasses.replace(one, packed=packed) for one in COSTS.configs))
+    group = ReplicaGroup(count=1, config=ALL, capacity_tokens=256, smaller_capacities=(40, 60))
+    plan = Plan(model="m", num_devices=1, replicas=(group,), buckets=BUCKETS)
+    assert packed_problem(plan, known, WORKLOAD) == "replicas of several remat policies run padded rows"
+    with pytest.raises(UserError, match="packed rows run with one policy"):
+        packed_replicas(plan, known)
+    flags = PlanningFlags(
+        **dict.fromkeys(PlanningFlags.__dataclass_fields__)
+        | {"batching": "packed", "pinned": ("1x(tp1,pp1,dots+full)",)}
+    )
+    with pytest.raises(UserError, match="packed rows run with one policy"):
+        choose_plan(WORKLOAD, known, 2, flags)

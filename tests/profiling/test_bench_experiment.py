@@ -172,7 +172,7 @@ def test_a_part_without_room_runs_again_with_less_at_a_time(monkeypatch, capsys,
     part = experiment_run.run_part(scene, plan, tmp_path / "timeline.json")
     assert asked == [(32, 64), (16, 64)]
     (line,) = part["capacities_lowered"]
-    assert part["plan"] == str(plan) and "from 32/64 to 16/64 tokens" in line and line in capsys.readouterr().out
+    assert "from 32/64 to 16/64 tokens" in line and line in capsys.readouterr().out
     fails = {3: (1, 64)}
     with pytest.raises(experiment_run.FailedError, match="no smaller capacity takes the longest sequence"):
         experiment_run.run_part(scene, plan, tmp_path / "timeline.json")
