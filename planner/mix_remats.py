@@ -7,17 +7,23 @@ must hold its longest sequence with it, and makes activations of all the others 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from planner.cost import ConfigCost, mixed
-from planner.plan import REMATS
+from planner.plan import REMATS, ParallelConfig
 
 
-def mix_remats(configs: Sequence[ConfigCost], buckets: Sequence[int], counts: Sequence[int]) -> tuple[ConfigCost, ...]:
+def mix_remats(
+    configs: Sequence[ConfigCost],
+    buckets: Sequence[int],
+    counts: Sequence[int],
+    *,
+    keep: Collection[ParallelConfig] = (),
+) -> tuple[ConfigCost, ...]:
     """The configs, and for each tp a replica without a pipeline of several policies, where that gains anything.
 
     Those of one policy stay: just below what a policy holds one row fills a micro-batch badly, and with other counts
-    they may be better.
+    they may be better. But those go, except what to `keep`, that the new one is as good as with all that they hold.
 
     Args:
       buckets: padded lengths; every config holds the shortest.
@@ -27,7 +33,15 @@ def mix_remats(configs: Sequence[ConfigCost], buckets: Sequence[int], counts: Se
     widths = dict.fromkeys(cost.config.tp for cost in single)
     made = [_put_together([cost for cost in single if cost.config.tp == tp], buckets, counts) for tp in widths]
     there = {cost.config for cost in configs}
-    return (*configs, *(cost for cost in made if cost.config not in there))
+    new = [cost for cost in made if cost.config not in there]
+    stay = [c for c in configs if c.config in keep or not any(_covers(mixture, c, buckets) for mixture in new)]
+    return (*stay, *new)
+
+
+def _covers(mixture: ConfigCost, cost: ConfigCost, buckets: Sequence[int]) -> bool:
+    """Whether a mixture runs all that a config holds as that does."""
+    held = [length for length in buckets if length <= cost.capacity_tokens]
+    return mixture.fixed_s <= cost.fixed_s and all(mixture.of_length(n).config == cost.config for n in held)
 
 
 def _put_together(configs: Sequence[ConfigCost], buckets: Sequence[int], counts: Sequence[int]) -> ConfigCost:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from planner.bucketing import bucket_lengths
-from planner.constraints import Constraints, allowed_configs, check_pins_hold, pinned_counts
+from planner.constraints import Constraints, allowed_configs, check_pins_hold, parse_replicas, pinned_counts
 from planner.cost import ConfigCost, CostTable
 from planner.errors import UserError
 from planner.lattice import DEFAULT_ROW_OPTIONS, row_options, split_rows
@@ -223,7 +223,8 @@ def build_problem(
     allowed = tuple(cost for cost in allowed if cost not in too_small)
     counts = _integer_counts(expected)
     if constraints.mix_remats:
-        allowed = mix_remats(allowed, padded, counts)
+        pinned = [parse_replicas(text)[1] for text in constraints.pinned]
+        allowed = mix_remats(allowed, padded, counts, keep=pinned)
     return PlanningProblem(
         workload=workload,
         costs=costs,

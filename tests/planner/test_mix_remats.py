@@ -112,7 +112,7 @@ def mixtures(draw):
 @given(mixtures())
 def test_what_is_put_together_is_no_slower_and_holds_no_less_than_what_holds_most(case):
     costs, counts = case
-    for together in mix_remats(costs, BUCKETS, counts)[len(costs) :]:
+    for together in [one for one in mix_remats(costs, BUCKETS, counts) if len(one.config.remats) > 1]:
         own = [one for one in costs if one.config.tp == together.config.tp]
         last = max(own, key=lambda one: one.capacity_tokens)
         assert together.capacities == tuple(sorted(set(together.capacities)))
@@ -131,10 +131,29 @@ def _seconds(known, counts):
 
 
 def test_a_policy_that_gains_nothing_is_left_out_and_all_others_stay():
-    slow = (cost("none", 40, 2e-3), cost("dots", 100, 1.1e-3), cost("full", 256, 1.5e-3), cost("full", 256, 1e-3, pp=2))
+    slow = (
+        cost("none", 40, 2e-3),
+        cost("dots", 60, 1.1e-3),
+        cost("full", 256, 1.5e-3, fixed_s=1e-3),
+        cost("full", 256, 1e-3, pp=2),
+    )
     found = mix_remats(slow, BUCKETS, (5, 5, 5, 5))
     assert found[:4] == slow and [str(one.config) for one in found[4:]] == ["(tp1,pp1,dots+full)"]
     assert mix_remats(slow[2:], BUCKETS, (5, 5, 5, 5)) == slow[2:]
+
+
+def test_a_kind_that_the_mixture_equals_goes_unless_it_is_pinned():
+    costs = (cost("dots", 60, 1.1e-3, fixed_s=0.001), cost("full", 256, 1.5e-3, fixed_s=0.001))
+    assert [str(one.config) for one in mix_remats(costs, BUCKETS, (5, 5, 5, 5))] == [
+        "(tp1,pp1,full)", "(tp1,pp1,dots+full)",
+    ]  # fmt: skip
+    assert len(mix_remats(costs, BUCKETS, (5, 5, 5, 5), keep=[costs[0].config])) == 3
+    slower = (costs[0], dataclasses.replace(costs[1], fixed_s=0.002))
+    assert len(mix_remats(slower, BUCKETS, (5, 5, 5, 5))) == 3
+    pinned = Constraints(mix_remats=True, pinned=("1x(tp1,pp1,dots)",))
+    assert "1x(tp1,pp1,dots)" in str(
+        solve(build_problem(WORKLOAD, table(*costs), 2, buckets=BUCKETS, constraints=pinned))
+    )
 
 
 def test_no_plan_without_mixtures_beats_the_bound_of_those_with():
