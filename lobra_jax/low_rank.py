@@ -118,8 +118,7 @@ def into_ranks(x_BLI: Array, a_TRI: Array, task_ids_BK: Array, shared: bool, pin
     """x a^T for every slot of the row: [B, L, K, R] fp32.
 
     With `shared` rows, tokens of several tasks meet in the gradient's sum: what is not finite there is left out, as
-    0 x inf is not 0. Its own task sees it all the same, in its cotangents. `pin` says where x's
-    tokens lie.
+    0 x inf is not 0. Its own task sees it all the same, in its cotangents. `pin` says where x's tokens lie.
     """
     a_BKRI = _own(a_TRI, _whole(task_ids_BK, pin), x_BLI.dtype)
     x_BLI = _gathered(x_BLI, pin)
@@ -149,7 +148,7 @@ into_ranks.defvjp(_into_fwd, _into_bwd)
 def out_of_ranks(h_BLKR: Array, b_TRO: Array, task_ids_BK: Array, shared: bool, pin: Pin = NO_PIN) -> Array:
     """h b summed over the row's slots: [B, L, O] in the dtype of h; `shared` as in `into_ranks`.
 
-    `pin` where the tokens of what comes out lie on several devices.
+    `pin` says where the tokens of what comes out lie.
     """
     return jnp.einsum("blkr,bkro->blo", h_BLKR, _own(b_TRO, _whole(task_ids_BK, pin), h_BLKR.dtype))
 

@@ -15,6 +15,7 @@ from lobra_jax.schedule import BACKWARD, FORWARD, FUSED
 from planner.plan import ReplicaGroup
 
 PIECE_BYTES = 1 << 20
+"""Room is asked for in rows of so many bytes: a single dimension is at most 2^31 long."""
 
 
 def leaf_bytes(leaves: Any) -> int:
@@ -27,6 +28,12 @@ def leaf_bytes(leaves: Any) -> int:
 def whole_bytes(leaves: Any) -> int:
     """Bytes of arrays, abstract or not, that are whole on a device."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(leaves))
+
+
+def travelling_bytes(adapters: Any) -> int:
+    """What gradients and new adapters of a stage on several devices take of each: both whole on their way, and the new
+    ones in parts where they arrive."""
+    return 2 * whole_bytes(adapters) + leaf_bytes(adapters)
 
 
 def memory_bytes(replica: Replica, shape: Shape) -> int:

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from lobra_jax import optim
 from lobra_jax.lora import Adapters
-from lobra_jax.memory import leaf_bytes, whole_bytes
+from lobra_jax.memory import travelling_bytes
 from lobra_jax.optim import HyperInputs, TaskState
 from lobra_jax.program_names import GRADIENT_SUM, UPDATE, named
 from lobra_jax.replica import Replica
@@ -244,7 +244,7 @@ class GradientSum:
             devices = list(layout.functions.sharding.mesh.devices.flat)
             if len(devices) > 1:
                 own = {layer: layout.adapters[layer] for layers in route.layers for layer in layers}
-                total |= dict.fromkeys(devices, 2 * whole_bytes(own) + leaf_bytes(own))
+                total |= dict.fromkeys(devices, travelling_bytes(own))
         return total
 
     def step(

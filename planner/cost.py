@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import UserError
-from planner.plan import MIXED, ParallelConfig, ReplicaGroup
+from planner.plan import MIXED, ParallelConfig, ReplicaGroup, first_that_holds
 
 COST_TABLE_VERSION = 1
 NUM_COEFFICIENTS = 6
@@ -151,7 +151,7 @@ class MixedCost(ConfigCost):
         return tuple(part.capacity_tokens for part in self.parts)
 
     def of_length(self, length: int) -> ConfigCost:
-        return next((part for part in self.parts if part.capacity_tokens >= length), self.parts[-1])
+        return self.parts[first_that_holds(self.capacities, length)]
 
     def holding(self, capacities: Sequence[int]) -> ConfigCost:
         return mixed([part.holding([one]) for part, one in zip(self.parts, capacities, strict=True)])

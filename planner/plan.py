@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,11 @@ class ParallelConfig:
         return f"(tp{self.tp},pp{self.pp},{self.remat})"
 
 
+def first_that_holds(capacities: Sequence[int], length: int) -> int:
+    """The number of the first of ascending capacities that holds a padded length, else of the last."""
+    return min(bisect.bisect_left(capacities, length), len(capacities) - 1)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReplicaGroup:
     """`count` replicas of one parallel config; each micro-batch holds at most `capacity_tokens` padded tokens.
@@ -109,7 +114,7 @@ class ReplicaGroup:
 
     def policy_of(self, length: int) -> int:
         """The number of the policy that runs a padded length: the first that holds it, else the last."""
-        return min(bisect.bisect_left(self.capacities, length), len(self.capacities) - 1)
+        return first_that_holds(self.capacities, length)
 
     def remat_of(self, length: int) -> str:
         """The policy that runs micro-batches of a padded length."""

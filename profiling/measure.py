@@ -18,7 +18,7 @@ import numpy as np
 from lobra_jax.at_once import at_once
 from lobra_jax.data.batches import MicroBatchArrays
 from lobra_jax.lora import Adapters, TaskInputs
-from lobra_jax.memory import leaf_bytes, memory_bytes, whole_bytes
+from lobra_jax.memory import leaf_bytes, memory_bytes, travelling_bytes
 from lobra_jax.mesh import make_submesh
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.weights import EMBEDDING_STD, WeightSource, weight_shapes
@@ -233,14 +233,13 @@ def reserve_bytes(setup: Setup, replica: Replica) -> int:
 
     Its share of what training keeps: master adapters, the last good ones, averages and optimisers' states (layers go
     round the devices). On one device alone the master adapters are those that its programs take. Else gradients and
-    new adapters travel while programs run, as much as the fullest stage's: whole on each of several devices, where the
-    parts of new adapters are besides.
+    new adapters travel while programs run, as much as the fullest stage's.
     """
     kept, adapters = kept_bytes(setup, replica), [layout.adapters for layout in replica.layouts]
-    of_stage, whole = max(map(leaf_bytes, adapters)), max(map(whole_bytes, adapters))
+    of_stage = max(map(leaf_bytes, adapters))
     if len(setup.devices) == 1:
         return kept - of_stage
-    return kept + 2 * whole + (of_stage if replica.parallel.tp > 1 else 0)
+    return kept + (max(map(travelling_bytes, adapters)) if replica.parallel.tp > 1 else 2 * of_stage)
 
 
 def kept_bytes(setup: Setup, replica: Replica) -> int:
