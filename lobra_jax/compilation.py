@@ -12,6 +12,11 @@ from typing import Any
 
 import jax
 
+from lobra_jax.devices import host_cores
+
+MAX_COMPILE_THREADS = 16
+"""With 64, XLA's readings of kernels' variants on a GPU were off, and some programs it chose took twice as long."""
+
 _COMPILED_OR_READ = "/jax/core/compile/backend_compile_duration"
 _READ = "/jax/compilation_cache/cache_hits"
 
@@ -40,6 +45,11 @@ class CompilationCount:
         if name == _READ:
             with self._lock:
                 self.from_cache += 1
+
+
+def compile_threads() -> int:
+    """Compilations at a time: one for each core of this host, and no more than do not disturb each other."""
+    return min(host_cores(), MAX_COMPILE_THREADS)
 
 
 @contextlib.contextmanager

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from lobra_jax.compilation import compile_threads
 from lobra_jax.engine import Engine
 from lobra_jax.feeder import EvalReplicas, Shape, evaluation_shapes
 from lobra_jax.metrics import compile_bar
@@ -94,9 +94,7 @@ class Room:
         evaluation = nothing if self.eval_replicas is None else evaluation_shapes(self.plan, self.eval_replicas)
         programs = 0
         with compile_bar() as advance:
-            for done, total in self.engine.compile(
-                self._training_shapes(), evaluation, num_threads=os.cpu_count() or 1
-            ):
+            for done, total in self.engine.compile(self._training_shapes(), evaluation, num_threads=compile_threads()):
                 programs = total
                 advance(done, total)
         return programs

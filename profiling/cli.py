@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from profiling.table import Header
 
 DEFAULT_REPEATS = 3
-MAX_COMPILE_THREADS = 64
 ABOUT_ALL = 0.95
 """Capacities found with less than this share of the memory that there is now are told to be too small."""
 
@@ -183,6 +182,7 @@ def make_setup(
 ) -> Setup:
     import jax.numpy as jnp
 
+    from lobra_jax.compilation import compile_threads
     from lobra_jax.config import model_config
     from lobra_jax.data.load import task_lengths
     from lobra_jax.devices import host_cores, memory_limit, run_devices
@@ -213,7 +213,7 @@ def make_setup(
         max_tokens=max_tokens or default_max_tokens(measured[-1], devices[0].platform),
         repeats=repeats,
         cores=cores if is_cpu else None,
-        num_threads=min(cores, MAX_COMPILE_THREADS),
+        num_threads=compile_threads(),
         packed=config.training.batching != "padded",
         quantization=config.model.quantization,
     )

@@ -17,10 +17,10 @@ from typing import Any
 import click
 import jax
 
-from lobra_jax.compilation import CompilationCount
+from lobra_jax.compilation import CompilationCount, compile_threads
 from lobra_jax.config import RunConfig, model_config
 from lobra_jax.data.batches import GlobalBatch, TaskData
-from lobra_jax.devices import host_cores, peak_bytes
+from lobra_jax.devices import peak_bytes
 from lobra_jax.engine import Engine
 from lobra_jax.feeder import Feeder
 from lobra_jax.joint_step import PendingStep, issue_step, make_engine, step_record
@@ -165,7 +165,7 @@ def _compile(engine: Engine) -> int:
     total = 0
     nothing: list[tuple[()]] = [()] * len(engine.replicas)
     with compile_bar() as advance:
-        for done, total in engine.compile(engine.shapes(), nothing, num_threads=host_cores()):
+        for done, total in engine.compile(engine.shapes(), nothing, num_threads=compile_threads()):
             advance(done, total)
     return total
 

@@ -171,7 +171,8 @@ def _measure(case: Case, num_tasks: int, workload: Workload) -> CostTable:
     import jax
     import jax.numpy as jnp
 
-    from lobra_jax.devices import host_cores, memory_limit
+    from lobra_jax.compilation import compile_threads
+    from lobra_jax.devices import memory_limit
     from profiling.config_cost import measure_config
     from profiling.grid import default_lengths
     from profiling.measure import Setup
@@ -196,7 +197,7 @@ def _measure(case: Case, num_tasks: int, workload: Workload) -> CostTable:
         max_tokens=case.max_tokens,
         repeats=3,
         cores=None,
-        num_threads=host_cores(),
+        num_threads=compile_threads(),
     )
     cost = measure_config(setup, case.config)
     cost = dataclasses.replace(cost, packed=measure_packed(setup, case.config, cost.capacity_tokens))
@@ -217,7 +218,7 @@ def _run(case: Case, tasks: Sequence[TaskData], plan: Plan, costs: CostTable, st
     """By batching: what its steps took; the first step of each is not counted."""
     import jax.numpy as jnp
 
-    from lobra_jax.devices import host_cores
+    from lobra_jax.compilation import compile_threads
     from lobra_jax.engine import Engine
     from lobra_jax.feeder import Feeder
     from lobra_jax.optim import TaskOptimizer, learning_rates, step_inputs
@@ -235,7 +236,7 @@ def _run(case: Case, tasks: Sequence[TaskData], plan: Plan, costs: CostTable, st
         make_up_weights(engine.replicas[0], on_host=on_host)
         engine.init_adapters(list(range(len(tasks))))
         shapes = [list(r.shapes) for r in packed_replicas(plan, costs)] if packed else engine.shapes()
-        for _ in engine.compile(shapes, [()] * plan.num_replicas, num_threads=host_cores()):
+        for _ in engine.compile(shapes, [()] * plan.num_replicas, num_threads=compile_threads()):
             pass
         engine.warm_up(None if on_host else shapes)
         settings = PlannerConfig(max_dispatch_buckets=NUM_BUCKETS)

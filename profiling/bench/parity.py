@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -145,6 +144,7 @@ def train_here(
     import jax
     import jax.numpy as jnp
 
+    from lobra_jax.compilation import compile_threads
     from lobra_jax.engine import Engine
     from lobra_jax.feeder import Feeder
     from lobra_jax.lora import task_adapter
@@ -160,7 +160,7 @@ def train_here(
     with Feeder([task.data for task in tasks], plan, costs, PlannerConfig()) as feeder:
         prepared = [feeder.prepare(dict.fromkeys(names, step)) for step in range(num_steps)]
     used = [sorted({a.tokens.shape for step in prepared for a in step.arrays[r]}) for r in range(plan.num_replicas)]
-    for _ in engine.compile(used, [()] * plan.num_replicas, num_threads=os.cpu_count() or 1):
+    for _ in engine.compile(used, [()] * plan.num_replicas, num_threads=compile_threads()):
         pass
     for step, ready in enumerate(prepared):
         hyper = step_inputs(optimizers, [step] * len(tasks))
