@@ -14,8 +14,9 @@ import jax
 
 from lobra_jax.devices import host_cores
 
-MAX_COMPILE_THREADS = 16
-"""With 64, XLA's readings of kernels' variants on a GPU were off, and some programs it chose took twice as long."""
+COMPILE_THREADS = 16
+"""Compilations at a time where there are as many cores. With 64 on as many cores XLA's readings of kernels' variants on
+a GPU were off, and some programs it chose took twice as long."""
 
 _COMPILED_OR_READ = "/jax/core/compile/backend_compile_duration"
 _READ = "/jax/compilation_cache/cache_hits"
@@ -48,8 +49,9 @@ class CompilationCount:
 
 
 def compile_threads() -> int:
-    """Compilations at a time: one for each core of this host, and no more than do not disturb each other."""
-    return min(host_cores(), MAX_COMPILE_THREADS)
+    """Compilations at a time: one for each core of this host; of many cores, for every other."""
+    cores = host_cores()
+    return min(cores, max(COMPILE_THREADS, cores // 2))
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lobra_jax.out_of_memory import blaming
 from lobra_jax.replica import Replica, Shape
@@ -107,13 +109,22 @@ def check_room(replica: Replica, shapes: Collection[Shape]) -> None:
       OutOfMemoryError: some device of a stage on several does not have that much in one piece.
     """
     for stage, sharding in enumerate(replica.submesh.stages):
-        devices = list(sharding.mesh.devices.flat)
-        if len(devices) == 1 or not shapes or math.inf in map(free_bytes, devices):
+        mesh = sharding.mesh
+        if mesh.size == 1 or not shapes or math.inf in map(free_bytes, mesh.devices.flat):
             continue
         largest, shape = max((_temporary_bytes(replica, shape, stage), shape) for shape in shapes)
         with blaming(replica.index, shape):
-            pieces = -(-largest // PIECE_BYTES)
-            jax.block_until_ready([jnp.zeros((pieces, PIECE_BYTES), jnp.uint8, device=device) for device in devices])
+            jax.block_until_ready(one_piece_each(mesh, largest))
+
+
+def one_piece_each(mesh: Mesh, num_bytes: int) -> Array:
+    """An array of at least so many bytes, in one piece, on each device of a mesh and on no other, not even for a while.
+
+    `jnp.zeros(device=...)` would make them all on the default device first.
+    """
+    pieces = -(-num_bytes // PIECE_BYTES)
+    each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return jax.jit(lambda: jnp.zeros((mesh.size * pieces, PIECE_BYTES), jnp.uint8), out_shardings=each)()
 
 
 def _temporary_bytes(replica: Replica, shape: Shape, stage: int) -> int:

@@ -344,6 +344,13 @@ def test_devices_that_would_wait_for_one_without_room_are_asked_first(wide, monk
     wide.warm_up()  # what the plan has no capacity for any more is not asked for
 
 
+def test_room_is_asked_for_in_one_piece_on_each_device_and_on_no_other(wide):
+    mesh = wide.replicas[0].submesh.stages[0].mesh
+    made = memory.one_piece_each(mesh, memory.PIECE_BYTES + 1)
+    by_device = memory.bytes_by_device(made)
+    assert by_device == dict.fromkeys(mesh.devices.flat, 2 * memory.PIECE_BYTES)
+
+
 def test_what_travels_to_several_devices_of_a_stage_counts_beside_a_second_state(wide):
     replica_ = wide.replicas[0]
     (layout,) = replica_.layouts
