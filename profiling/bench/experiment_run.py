@@ -133,6 +133,7 @@ def _run(scene: Scene, plan: Plan, timeline: Path) -> dict[str, Any]:
     started = time.perf_counter()
     num_programs = _compile(engine)
     compiled, from_cache = time.perf_counter(), compilations.from_cache
+    click.echo(f"  {num_programs} programs in {compiled - started:.0f} s, {from_cache} of them from the cache")
     on_host = scene.devices[0].platform == "cpu"
     for replica in engine.replicas:
         make_up_weights(replica, on_host=on_host)
@@ -200,6 +201,8 @@ class _Loop:
                 record = self._record(pending, timeline if step == last else None)
                 if pending.step >= NUM_WARM_UPS:
                     records.append(record)
+                elif pending.step == NUM_WARM_UPS - 1:
+                    click.echo(f"  warm, {record[0].seconds.total:.2f} s a step; {self._scene.num_steps} are timed")
             pending = issued
         return records
 
