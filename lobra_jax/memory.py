@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lobra_jax.devices import HEAP_BYTES
 from lobra_jax.out_of_memory import blaming
 from lobra_jax.replica import Replica, Shape
 from lobra_jax.schedule import BACKWARD, FORWARD, FUSED
 from planner.plan import ReplicaGroup
 
-PIECE_BYTES = 1 << 20
+ROW_BYTES = 1 << 20
 """Room is asked for in rows of so many bytes: a single dimension is at most 2^31 long."""
 
 
@@ -106,7 +107,7 @@ def check_room(replica: Replica, shapes: Collection[Shape]) -> None:
     forever: it has to be known before. Bytes in use do not tell it, as they may lie in pieces.
 
     Raises:
-      OutOfMemoryError: some device of a stage on several does not have that much in one piece.
+      OutOfMemoryError: some device of a stage on several does not have that much in pieces as programs take them.
     """
     for stage, sharding in enumerate(replica.submesh.stages):
         mesh = sharding.mesh
@@ -114,17 +115,22 @@ def check_room(replica: Replica, shapes: Collection[Shape]) -> None:
             continue
         largest, shape = max((_temporary_bytes(replica, shape, stage), shape) for shape in shapes)
         with blaming(replica.index, shape):
-            jax.block_until_ready(one_piece_each(mesh, largest))
+            jax.block_until_ready(on_each_device(mesh, largest))
 
 
-def one_piece_each(mesh: Mesh, num_bytes: int) -> Array:
-    """An array of at least so many bytes, in one piece, on each device of a mesh and on no other, not even for a while.
+def on_each_device(mesh: Mesh, num_bytes: int) -> list[Array]:
+    """At least so many bytes on each device of a mesh, in pieces of HEAP_BYTES.
 
-    `jnp.zeros(device=...)` would make them all on the default device first.
+    On no other device, not even for a while: `jnp.zeros(device=...)` makes all on the default device first.
     """
-    pieces = -(-num_bytes // PIECE_BYTES)
     each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    return jax.jit(lambda: jnp.zeros((mesh.size * pieces, PIECE_BYTES), jnp.uint8), out_shardings=each)()
+
+    def piece(size: int) -> Array:
+        rows = -(-size // ROW_BYTES)
+        return jnp.zeros((mesh.size * rows, ROW_BYTES), jnp.uint8)
+
+    make = jax.jit(piece, static_argnums=0, out_shardings=each)
+    return [make(min(HEAP_BYTES, num_bytes - start)) for start in range(0, num_bytes, HEAP_BYTES)]
 
 
 def _temporary_bytes(replica: Replica, shape: Shape, stage: int) -> int:
