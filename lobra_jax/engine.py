@@ -86,6 +86,7 @@ class Engine:
       devices: all devices by default; the plan takes the first.
       optimizers: names of those that the tasks use.
       averages: whether any task keeps a moving average of its adapter.
+      last_good: whether the adapters before a step are kept though the optimisers could tell them (`optim.BEFORE`).
       packed: whether training micro-batches are packed rows.
       memory_bytes: what may be used of each device; None for all that it offers.
     """
@@ -101,6 +102,7 @@ class Engine:
         devices: Sequence[Any] | None = None,
         optimizers: Collection[str] = ("adamw",),
         averages: bool = False,
+        last_good: bool = False,
         packed: bool = False,
         memory_bytes: int | None = None,
     ) -> None:
@@ -130,6 +132,7 @@ class Engine:
             len(specs),
             tuple(name for name in OPTIMIZERS if name in optimizers),
             averages=averages,
+            last_good=last_good,
         )
         self.tasks = [replica.place_tasks(task_inputs(specs)) for replica in self.replicas]
         self.state: AdapterState

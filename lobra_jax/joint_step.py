@@ -59,6 +59,7 @@ def make_engine(
         devices=devices,
         optimizers={optimizer.kind for optimizer in optimizers},
         averages=any(optimizer.ema_decay is not None for optimizer in optimizers),
+        last_good=not all(optimizer.goes_back for optimizer in optimizers),
         packed=packed,
         memory_bytes=config.devices.memory_bytes,
     )

@@ -95,6 +95,12 @@ class TaskOptimizer:
         if self.kind == "adafactor" and self.rank is None:
             raise ValueError("TaskOptimizer.rank is None: adafactor needs it")
 
+    @property
+    def goes_back(self) -> bool:
+        """Whether `BEFORE` tells exactly enough where a step started."""
+        largest = float(self.learning_rates.max(initial=0.0)) * max(self.b_ratio, 1.0)
+        return self.kind in BEFORE and largest <= LARGEST_RATE_BACK
+
 
 def learning_rates(
     kind: str, peak: float, *, steps: int, warmup_steps: int, final_fraction: float, decay_fraction: float = 0.1
@@ -165,9 +171,33 @@ def no_inputs(num_tasks: int) -> HyperInputs:
 
 
 def _adamw(hyper: HyperInputs) -> optax.GradientTransformation:
-    return optax.adamw(
+    adamw = optax.adamw(
         hyper.learning_rate, b1=hyper.beta1, b2=hyper.beta2, eps=hyper.epsilon, weight_decay=hyper.weight_decay
     )
+    return optax.chain(adamw, _kept(hyper.learning_rate))
+
+
+def _kept(rate: Array) -> optax.GradientTransformation:
+    """Changes nothing; its state is the rate of the step before."""
+    return optax.GradientTransformation(lambda _: jnp.zeros_like(rate), lambda updates, *_: (updates, rate))
+
+
+def _before_adamw(hyper: HyperInputs, state: Any, parameters: Any) -> Any:
+    """The parameters that the last step of `state` started from, to float32 rounding.
+
+    What AdamW adds is told by its state alone, and is never much larger than the rate, so that little cancels.
+    """
+    (adam, *_), rate = state
+    means, squares = (
+        optax.tree.bias_correction(moment, beta, jnp.maximum(adam.count, 1))
+        for moment, beta in ((adam.mu, hyper.beta1), (adam.nu, hyper.beta2))
+    )
+    rates = _with_ratio(jax.tree.map(lambda _: rate, parameters), hyper.b_ratio)
+
+    def before(p: Array, rate: Array, mean: Array, square: Array) -> Array:
+        return (p + rate * mean / (jnp.sqrt(square) + hyper.epsilon)) / (1 - rate * hyper.weight_decay)
+
+    return jax.tree.map(before, parameters, rates, means, squares)
 
 
 def _sgd(hyper: HyperInputs) -> optax.GradientTransformation:
@@ -209,6 +239,19 @@ OPTIMIZERS: Mapping[str, Callable[[HyperInputs], optax.GradientTransformation]] 
 }
 """Optimiser by name; the numbers of a task's `HyperInputs.kind` count in this order."""
 
+BEFORE: Mapping[str, Callable[[HyperInputs, Any, Any], Any]] = {"adamw": _before_adamw}
+"""By optimiser: the parameters before its last step, of its state and those after it. Of the others one cannot tell, or
+not well: SGD may move far."""
+
+LARGEST_RATE_BACK = 0.1
+"""Up to this rate AdamW's steps are short enough to go back over: what cancels is then below 1e-7."""
+
+
+def keeps_last_good(kinds: Sequence[str]) -> bool:
+    """Whether tasks with these optimisers need the adapters before each step kept, with rates as one would choose them
+    (`TaskOptimizer.goes_back`)."""
+    return any(kind not in BEFORE for kind in kinds)
+
 
 def init_state(parameters: Any, num_tasks: int, kinds: tuple[str, ...] = ("adamw",)) -> dict[str, Any]:
     """{kind: state} over a pytree of leaves [T, ...]; every leaf of the state has the task axis first too."""
@@ -223,6 +266,16 @@ def squared_norms(gradients: Any) -> Array:
 
 def _choose(condition: Array, yes: Any, no: Any) -> Any:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), yes, no)
+
+
+def _before(parameters: Any, states: Mapping[str, Any], hyper: HyperInputs) -> Any:
+    """The parameters that one task's last step started from; `BEFORE` has all its optimisers."""
+    back = parameters
+    for kind, state in states.items():
+        with jax.numpy_dtype_promotion("standard"):
+            earlier = BEFORE[kind](hyper, state, parameters)
+        back = _choose(hyper.kind == list(OPTIMIZERS).index(kind), earlier, back)
+    return back
 
 
 def _with_ratio(updates: Any, b_ratio: Array) -> Any:
@@ -241,7 +294,8 @@ class TaskState:
 
     Attributes:
       adapters: current.
-      last_good: the adapters of the last step whose gradient was finite, what a task falls back to.
+      last_good: the adapters of the last step whose gradient was finite, what a task falls back to; an empty tree for
+        each layer where `BEFORE` tells them of all tasks.
       moments: optax state by optimiser, of those that the run's tasks use.
       averages: moving averages of the adapters, the adapters themselves for a task that keeps none; an empty tree for
         each layer where no task does.
@@ -267,7 +321,8 @@ def update(
 ) -> tuple[TaskState, Array, Array]:
     """One step of every task that is active, alive and has a finite gradient; the others keep all they have.
 
-    A task whose gradient is not finite goes back to its last good adapters and is not alive any more.
+    A task whose gradient is not finite goes back to its last good adapters, to float32 rounding where `BEFORE` tells
+    them, and is not alive any more.
 
     Args:
       state: of some layers, maybe not all.
@@ -296,8 +351,9 @@ def update(
                 updates, after = OPTIMIZERS[kind](h).update(clipped, before, p)
             new_p = optax.apply_updates(p, _with_ratio(updates, h.b_ratio))
             moved, states[kind] = _choose(chosen, (new_p, after), (moved, before))
-        kept = jax.tree.map(lambda back, now: jnp.where(fails, back, now), good, p)
-        new_p, new_good = _choose(moves, (moved, p), (kept, good))
+        back = good or _before(p, s, h)
+        new_p = _choose(moves, moved, _choose(fails, back, p))
+        new_good = good and _choose(moves, p, good)
         if average:
             mean = jax.tree.map(lambda x, y: (1 - h.average_weight) * x + h.average_weight * y, average, new_p)
             average = _choose(moves, mean, _choose(fails, new_p, average))

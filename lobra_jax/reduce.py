@@ -144,9 +144,11 @@ class GradientSum:
         optimizers: tuple[str, ...] = ("adamw",),
         *,
         averages: bool = False,
+        last_good: bool = False,
     ) -> None:
         self.replicas = replicas
         self.averages = averages
+        self.last_good = last_good or optim.keeps_last_good(optimizers)
         self.num_tasks = num_tasks
         self.optimizers = optimizers
         self.homes = assign_homes(num_layers, [d for replica in replicas for d in replica.submesh.devices])
@@ -199,7 +201,7 @@ class GradientSum:
                 for layer, pairs in adapters.items()
             }
 
-        placed = place()
+        placed, nothing = place(), {layer: {} for layer in adapters}
         # Zeros depend on no argument's values, so XLA would leave them on the default device.
         moments = {
             layer: jax.device_put(_init_moments(pairs, self.num_tasks, self.optimizers), self.home_of(layer).sharding)
@@ -208,9 +210,9 @@ class GradientSum:
         return AdapterState(
             tasks=TaskState(
                 adapters=placed,
-                last_good=place(),
+                last_good=place() if self.last_good else nothing,
                 moments=moments,
-                averages=place() if self.averages else {layer: {} for layer in placed},
+                averages=place() if self.averages else nothing,
             ),
             alive=jax.device_put(np.ones(self.num_tasks, bool), self.homes[0].sharding),
         )

@@ -23,8 +23,12 @@ NOT_COMPARED = (
 """Keys of a task that a resumed run may change, and those that its adapter spec compares already."""
 
 
-LAYOUT = 2
-"""Of the stacked adapters: 2 has the rank before the feature in both factors, 1 had it behind in `a`."""
+LAYOUT = 3
+"""Of the state: 3 has AdamW's last rate and no last good adapters beside it; 2 has the rank before the feature in both
+of an adapter's factors, 1 had it behind in `a`."""
+
+NOT_ALWAYS = ("last_good", "averages")
+"""Trees of the state that a run need not have."""
 
 
 def run_metadata(
@@ -63,8 +67,7 @@ def state_to_tree(state: AdapterState) -> dict[str, Any]:
     """The state as nested dicts of arrays; optax's own containers become numbered leaves."""
     return {
         "adapters": state.tasks.adapters,
-        "last_good": state.tasks.last_good,
-        **({"averages": state.tasks.averages} if jax.tree.leaves(state.tasks.averages) else {}),
+        **{name: tree for name in NOT_ALWAYS if jax.tree.leaves(tree := getattr(state.tasks, name))},
         "moments": {
             layer: {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
             for layer, tree in state.tasks.moments.items()
@@ -84,8 +87,7 @@ def state_from_tree(tree: dict[str, Any], like: AdapterState) -> AdapterState:
     tasks = dataclasses.replace(
         like.tasks,
         adapters=tree["adapters"],
-        last_good=tree["last_good"],
         moments=moments,
-        averages=tree.get("averages", like.tasks.averages),
+        **{name: tree.get(name, getattr(like.tasks, name)) for name in NOT_ALWAYS},
     )
     return AdapterState(tasks=tasks, alive=tree["alive"])

@@ -22,7 +22,7 @@ from lobra_jax.memory import leaf_bytes, memory_bytes, travelling_bytes
 from lobra_jax.mesh import make_submesh
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.weights import EMBEDDING_STD, WeightSource, weight_shapes
-from lobra_jax.optim import init_state
+from lobra_jax.optim import init_state, keeps_last_good
 from lobra_jax.replica import Replica, ReplicaRun
 from planner.plan import ParallelConfig
 from profiling.grid import HostShare, Shape, host_share
@@ -231,9 +231,9 @@ def fixed_bytes(replica: Replica) -> int:
 def reserve_bytes(setup: Setup, replica: Replica) -> int:
     """Bytes on a device that a step needs beside its programs', whatever the micro-batch.
 
-    Its share of what training keeps: master adapters, the last good ones, averages and optimisers' states (layers go
-    round the devices). On one device alone the master adapters are those that its programs take. Else gradients and
-    new adapters travel while programs run, as much as the fullest stage's.
+    Its share of what training keeps: master adapters, optimisers' states, averages and last good adapters where there
+    are any (layers go round the devices). On one device alone the master adapters are those that its programs take.
+    Else gradients and new adapters travel while programs run, as much as the fullest stage's.
     """
     kept, adapters = kept_bytes(setup, replica), [layout.adapters for layout in replica.layouts]
     of_stage = max(map(leaf_bytes, adapters))
@@ -253,5 +253,5 @@ def _state_bytes(setup: Setup, pairs: Any) -> int:
     """What training keeps of one layer."""
     leaves = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), pairs)
     moments = jax.eval_shape(lambda pairs: init_state(pairs, setup.num_tasks, setup.optimizers), leaves)
-    kept = [leaves, leaves, moments, leaves if setup.averages else {}]
+    kept = [leaves, moments, *[leaves] * (keeps_last_good(setup.optimizers) + setup.averages)]
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
