@@ -200,20 +200,20 @@ class _Pairs:
             left_s = table.sums[other, bucket, pool[bucket] - number]
             cost = np.where(np.isfinite(left_s), slot_worth * np.where(np.isfinite(left_s), left_s, 0.0), math.inf)
             cost -= prices[bucket] * number
+            steps.append((bucket, number, cells, cost, costs))
             before[NUM_CELLS + 1 :] = costs
             every = windows[NUM_CELLS + 1 - cells]
             every += cost[:, None]
-            chosen = every.argmin(axis=0)
             costs = every.min(axis=0)
-            steps.append((bucket, number, cells, chosen))
         for end in range(NUM_CELLS, NUM_CELLS - MAX_RETREAT, -2):
             if not math.isfinite(costs[end]):
                 return None
             kept, cell = np.zeros_like(pool), end
-            for bucket, number, cells, chosen in reversed(steps):
-                option = chosen[cell]
-                kept[bucket] = number[option]
-                cell -= cells[option]
+            for bucket, number, cells, cost, without in reversed(steps):
+                fits = cells <= cell
+                option = int((without[cell - cells[fits]] + cost[fits]).argmin())
+                kept[bucket] = number[fits][option]
+                cell -= int(cells[fits][option])
             if self._seconds(replica, kept) <= self.target_s * (1 + EDGE):
                 return kept
         return None
