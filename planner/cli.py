@@ -1,30 +1,20 @@
-"""The commands that need no run config: `lobra explain`, `lobra simulate`, and what `lobra plan` shares with them."""
+"""The commands that need no run config: `lobra explain` and `lobra simulate`."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.batching import BATCHINGS
-from planner.bucket_choice import (
-    DEFAULT_COMPILE_S,
-    DEFAULT_STEPS,
-    BucketRow,
-    best_row,
-)
 from planner.cost import CostTable
 from planner.dispatch import METHODS
 from planner.errors import UserError
 from planner.inputs import (
     FILE,
     Inputs,
-    beside,
     check_one_plan,
     input_options,
     load_plan,
@@ -32,244 +22,14 @@ from planner.inputs import (
     read_costs,
     read_lengths,
 )
-from planner.lattice import MAX_ROW_OPTIONS
-from planner.plan import REMATS, Plan, Prediction
-from planner.planners import PLANNERS
-from planner.planning import PlanningFlags, choose_plan
-from planner.robust import MEAN, Robust, StepTimes, percentile
+from planner.plan import Plan
+from planner.plan_output import writing
 from planner.workload import Workload
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from planner.simulate import Simulation
-
-
-def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the flags of `PlanningFlags`."""
-    count = click.IntRange(min=1)
-    options = (
-        click.option("--planner", type=click.Choice(tuple(PLANNERS)), help="How to plan; exact by default."),
-        click.option("--proposal", type=click.Choice(["on", "off"]), callback=_on_off, help="LobRA's config proposal."),
-        click.option(
-            "--buckets", metavar="KIND", callback=_bucket_list, help="dynamic, static7, static16 or 256,512,..."
-        ),
-        click.option(
-            "--num-buckets",
-            type=count,
-            help="Most padded lengths with dynamic buckets; by default chosen by step time and compile time.",
-        ),
-        click.option(
-            "--compile-s",
-            type=click.FloatRange(min=0),
-            help=f"Seconds to compile one program, for that choice; {DEFAULT_COMPILE_S:g} by default.",
-        ),
-        click.option(
-            "--amortise-steps",
-            type=count,
-            help=f"Steps to spread compile time over; by default the config's, else {DEFAULT_STEPS}.",
-        ),
-        click.option(
-            "--row-options",
-            type=click.IntRange(1, MAX_ROW_OPTIONS),
-            help="Row counts compiled for each bucket on a replica: full, half, ...",
-        ),
-        click.option("--max-tp", type=count, help="Most devices that share a layer."),
-        click.option("--max-pp", type=count, help="Most pipeline stages."),
-        click.option("--tps", metavar="1,2,..", callback=_int_list, help="Allowed tensor-parallel sizes."),
-        click.option("--pps", metavar="1,2,..", callback=_int_list, help="Allowed numbers of pipeline stages."),
-        click.option("--remats", metavar="A,B", callback=_remat_list, help=f"Allowed of {','.join(REMATS)}."),
-        click.option(
-            "--mix-remats/--no-mix-remats",
-            default=None,
-            help="Also plan replicas of several policies: each padded length runs with the first that holds it.",
-        ),
-        click.option("--devices-per-host", type=count, help="A layer's devices stay within a host of so many."),
-        click.option(
-            "--pin",
-            "pinned",
-            metavar="REPLICAS",
-            multiple=True,
-            callback=lambda _, __, value: value or None,
-            help="Replicas the plan must have, e.g. '1x(tp4,pp1,none)'. Repeatable.",
-        ),
-        click.option("--max-configs", type=count, help="Most unlike replicas in a plan."),
-        click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), help="Seconds to plan at the most."),
-        click.option(
-            "--robust",
-            metavar="mean|p95|..|off",
-            callback=_objective,
-            help="Choose by the mean, or a percentile from p1 to p99, of the step time over sampled batches.",
-        ),
-        click.option("--samples", type=count, help="Batches to sample with --robust, and for --check."),
-        click.option("--batching", type=click.Choice(BATCHINGS), help="Plan for padded or packed rows, or the sooner."),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _on_off(_: click.Context, __: click.Parameter, value: str | None) -> bool | None:
-    return None if value is None else value == "on"
-
-
-def _objective(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
-    if value not in (None, "off"):
-        percentile(value)
-    return value
-
-
-def _bucket_list(_: click.Context, __: click.Parameter, value: str | None) -> str | tuple[int, ...] | None:
-    if value is None or not value.replace(",", "").isdigit():
-        return value
-    return tuple(int(item) for item in value.split(",") if item)
-
-
-def _int_list(_: click.Context, option: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    items = value.split(",")
-    if not all(item.isdigit() and int(item) > 0 for item in items):
-        raise UserError("bad value", key=f"--{option.name}", value=value, expected="integers >= 1, as in 1,2,4")
-    return tuple(int(item) for item in items)
-
-
-def _remat_list(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    if value is None:
-        return None
-    names = tuple(value.split(","))
-    for name in names:
-        if name not in REMATS:
-            raise UserError("unknown policy", key="--remats", value=name, expected=", ".join(REMATS))
-    return names
-
-
-def plan_and_write(
-    workload: Workload, costs: CostTable, num_devices: int, out: Path, flags: PlanningFlags, console: Console
-) -> Plan:
-    """Plans, writes the plan with its costs and lengths beside it, and prints what came out."""
-    with console.status(f"planning {num_devices} devices"):
-        chosen = choose_plan(workload, costs, num_devices, flags)
-    plan, robust = chosen.plan, chosen.robust
-    if chosen.lengths is not None:
-        line = f"{bucket_line(chosen.lengths)}; their number chosen in {chosen.lengths_s:.3g} s"
-        console.print(line, highlight=False, soft_wrap=True)
-    with _writing(out):
-        costs.save(beside(out, "costs"))
-        workload.save(beside(out, "lengths"))
-        plan.save(out)
-        if robust is not None:
-            beside(out, "robust").write_text(json.dumps(_robust_dict(robust), indent=1) + "\n", encoding="utf-8")
-    console.print(str(plan), style="bold", highlight=False, soft_wrap=True)
-    predicted = plan.predicted
-    if predicted is not None:
-        console.print(
-            f"step {predicted.step_s:.4g} s, proven bound {predicted.bound_s:.4g} s, "
-            f"gap {predicted.gap:.2%}{_how_it_ended(predicted)}; "
-            f"{predicted.gpu_seconds:.4g} GPU-seconds a step; solved in {predicted.solve_s:.3g} s by {plan.planner}",
-            highlight=False,
-            soft_wrap=True,
-        )
-    if robust is not None:
-        for line in robust_lines(robust):
-            console.print(line, highlight=False, soft_wrap=True)
-    elif _may_use_more(plan, costs):
-        console.print(
-            f"{plan.num_devices - plan.used_devices} of {plan.num_devices} devices hold no replica: with them the "
-            "expected batch would end no sooner, within the gap; most sampled batches may (--robust mean)",
-            highlight=False,
-            soft_wrap=True,
-        )
-    console.print(f"{out} (explain it: lobra explain {out})", highlight=False, markup=False, soft_wrap=True)
-    return plan
-
-
-def _may_use_more(plan: Plan, costs: CostTable) -> bool:
-    """Whether devices are idle that a replica would fit on, in a plan that is proven for the expected batch."""
-    idle = plan.num_devices - plan.used_devices
-    proven = plan.predicted is not None and plan.predicted.status in ("optimal", "gap limit")
-    return proven and any(cost.config.num_devices <= idle for cost in costs.configs)
-
-
-def bucket_line(row: BucketRow) -> str:
-    """What was chosen and what it costs."""
-    return (
-        f"{row.num_buckets} padded lengths: {row.padding_share:.1%} padding, {row.num_programs} programs; "
-        f"a step of {row.step_s:.4g} s and {row.compile_step_s:.3g} s of compile time spread over the steps"
-    )
-
-
-def bucket_table(rows: Sequence[BucketRow]) -> Table:
-    """The rows of `bucket_report`, the choice marked."""
-    from rich.table import Table
-
-    view = Table(title="padded lengths: padding against programs")
-    for name in ("lengths", "padding", "programs", "step, s", "compile, s a step", "together, s", ""):
-        view.add_column(name, justify="right")
-    best = best_row(rows)
-    for row in rows:
-        view.add_row(
-            str(row.num_buckets),
-            f"{row.padding_share:.1%}",
-            str(row.num_programs),
-            f"{row.step_s:.4g}",
-            f"{row.compile_step_s:.3g}",
-            f"{row.total_s:.4g}",
-            "least" if row is best else "",
-        )
-    return view
-
-
-def robust_lines(robust: Robust) -> tuple[str, ...]:
-    """What choosing over sampled batches gave, a line each."""
-    alone = robust.num_candidates == 1
-    searched = "the only one that the time limit left time for" if alone else f"of {robust.num_candidates} deployments"
-    measure = "mean" if robust.objective == MEAN else f"{robust.objective.removeprefix('p')}th percentile"
-    return (
-        f"chosen by the {measure} of the step over {robust.num_samples} sampled batches, {searched}; "
-        f"on {robust.num_samples} other batches: {times_text(robust.times)}",
-        f"the plan of the expected batch, {robust.mean_plan}: {times_text(robust.mean_plan_times)}; "
-        f"its regret is {robust.regret:.2%} of the {measure}",
-    )
-
-
-def times_text(times: StepTimes) -> str:
-    """Mean, p50, p95 and how near the mean is to the mean of the batches' bounds."""
-    return (
-        f"mean {times.mean_s:.4g} s, p50 {times.p50_s:.4g} s, p95 {times.p95_s:.4g} s "
-        f"(no dispatch on these replicas has a mean under {times.bound_s:.4g} s)"
-    )
-
-
-def _robust_dict(robust: Robust) -> dict[str, Any]:
-    return {
-        "objective": robust.objective,
-        "num_samples": robust.num_samples,
-        "seed": robust.seed,
-        "num_candidates": robust.num_candidates,
-        "plan": str(robust.plan),
-        "times": dataclasses.asdict(robust.times),
-        "mean_plan": str(robust.mean_plan),
-        "mean_plan_times": dataclasses.asdict(robust.mean_plan_times),
-        "regret": robust.regret,
-    }
-
-
-def _how_it_ended(predicted: Prediction) -> str:
-    if predicted.status is None:
-        return ""
-    nodes = "" if predicted.num_nodes is None else f", {predicted.num_nodes} nodes"
-    return f" ({predicted.status}{nodes})"
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write: {error.strerror}", file=out, expected="a path that can be written") from error
 
 
 @click.command(
@@ -315,7 +75,7 @@ def explain(
         )
     console.print(render(explanation), highlight=False)
     if html_out is not None:
-        with _writing(html_out):
+        with writing(html_out):
             html_out.write_text(html(explanation), encoding="utf-8")
         console.print(f"\n{html_out}", highlight=False, markup=False, soft_wrap=True)
 
@@ -387,7 +147,7 @@ def simulate(
     for line in (title, *timeline_lines(timeline, replica_names(chosen), kinds)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if out is not None:
-        with _writing(out):
+        with writing(out):
             out.write_text(json.dumps(_simulation_dict(simulation), indent=1) + "\n", encoding="utf-8")
 
 

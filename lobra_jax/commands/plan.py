@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.cli import bucket_table, plan_and_write, planning_options
 from planner.compare import Compared, compare_tables, comparison_lines, load_compared
 from planner.cost import CostTable
 from planner.errors import UserError
 from planner.inputs import FILE, Inputs, input_options, read_costs, read_lengths
+from planner.plan_output import bucket_table, plan_and_write
 from planner.planning import PlanningFlags, bucket_report
+from planner.planning_options import planning_options
 from planner.problem import DEFAULT_TIME_LIMIT_S
 from planner.workload import TaskLengths, Workload
 
@@ -100,9 +101,9 @@ def plan(
 
 def _check(run: Path, flags: PlanningFlags, console: Any) -> None:
     """Prints whether the run's plan is still good for the lengths in its metrics."""
-    from planner.cli import times_text
     from planner.drift import GOOD_SHARE, check_drift
     from planner.plan import Plan
+    from planner.plan_output import times_text
     from planner.robust import DEFAULT_SAMPLES
 
     present, costs = Plan.load(run / "plan.yaml"), CostTable.load(run / "costs.json")

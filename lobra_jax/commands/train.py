@@ -299,7 +299,7 @@ def _plan(
 
 def _make_plan(config: RunConfig, workload: Workload, costs: CostTable) -> Plan:
     from lobra_jax.commands.plan import config_flags, planned_devices
-    from planner.cli import bucket_line
+    from planner.plan_output import bucket_line
     from planner.planning import choose_plan
 
     chosen = choose_plan(workload, costs, planned_devices(config, costs, None), config_flags(config))

@@ -6,11 +6,14 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from planner.cli import PlanningFlags, explain, plan_and_write, planning_options, simulate
+from planner.cli import explain, simulate
 from planner.cost import ConfigCost, CostTable
 from planner.errors import UserError
 from planner.inputs import beside
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
+from planner.plan_output import plan_and_write
+from planner.planning import PlanningFlags
+from planner.planning_options import planning_options
 from planner.workload import TaskLengths, Workload
 
 NARROW, WIDE = ParallelConfig(tp=1, pp=1, remat="none"), ParallelConfig(tp=2, pp=1, remat="none")

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from planner import drift
-from planner.cli import robust_lines
 from planner.constraints import Constraints
 from planner.cost import ConfigCost, CostTable
 from planner.drift import check_drift
 from planner.errors import UserError
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
+from planner.plan_output import robust_lines
 from planner.planners import solver
 from planner.problem import build_problem
 from planner.robust import percentile, replica_counts, sampled_counts, solve_robust, step_times
