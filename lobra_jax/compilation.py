@@ -14,9 +14,9 @@ import jax
 
 from lobra_jax.devices import host_cores
 
-COMPILE_THREADS = 16
-"""Compilations at a time where there are as many cores. With 64 on as many cores XLA's readings of kernels' variants on
-a GPU were off, and some programs it chose took twice as long."""
+ALL_CORES, MOST_THREADS = 16, 32
+"""Compilations at a time: one for each core up to the first, then for every other core up to the second. With 64 on as
+many cores XLA's readings of kernels' variants on a GPU were off, and some programs it chose took twice as long."""
 
 _COMPILED_OR_READ = "/jax/core/compile/backend_compile_duration"
 _READ = "/jax/compilation_cache/cache_hits"
@@ -49,9 +49,9 @@ class CompilationCount:
 
 
 def compile_threads() -> int:
-    """Compilations at a time: one for each core of this host; of many cores, for every other."""
+    """Compilations at a time on this host."""
     cores = host_cores()
-    return min(cores, max(COMPILE_THREADS, cores // 2))
+    return min(cores, max(ALL_CORES, cores // 2), MOST_THREADS)
 
 
 @contextlib.contextmanager

@@ -18,20 +18,16 @@ if TYPE_CHECKING:
     from lobra_jax.config import DevicesConfig
 
 COUNT_FLAG = "--xla_force_host_platform_device_count"
-HEAP_BYTES = 3 << 28
-"""What a program needs for a while it asks for in pieces of about so many bytes, not in one: states and adapters come
-and go beside it and cut up the room. Programs of 7B and 13B need at most 0.1 GiB more by XLA's analysis; with pieces
-of 512 MiB it is up to 0.4."""
-
-ACCELERATOR_FLAGS = (
-    "--xla_gpu_enable_triton_gemm=false",
-    "--xla_disable_hlo_passes=rematerialization",
-    f"--xla_multiheap_size_constraint_per_heap={HEAP_BYTES}",
-)
+ACCELERATOR_FLAGS = ("--xla_gpu_enable_triton_gemm=false", "--xla_disable_hlo_passes=rematerialization")
 """Set unless XLA_FLAGS has them already. On an H200 the library's matmuls took a step of a 7B model with six adapters
 from 920 to 887 ms against those that XLA generates. Kernels stay in CUDA graphs: launched one by one the step took 870
 ms in place of 855 (profiling/results/h200_step.json). What is made anew is the plan's to choose: XLA, where a program
 is too large, would choose more, after which bytes no longer grow with the micro-batch, and take long over it."""
+
+HEAP_BYTES = 3 << 28
+"""What a program needs on a GPU for a while it asks for in pieces of at most so many bytes, but for arrays that are
+larger, not in one: states and adapters come and go beside it and cut up the room. By XLA's analysis programs of 7B and
+13B need at most 0.1 GiB more, with pieces of 512 MiB up to 0.5 (profiling/results/h200_tries.json)."""
 
 CACHE_FOLDER = "xla"
 MIN_COMPILE_S_TO_CACHE = 0.2
@@ -149,3 +145,8 @@ def peak_bytes(devices: Sequence[Any]) -> int | None:
 def host_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def compiler_options(device: Any) -> dict[str, int]:
+    """XLA's options for the programs of a stage on such devices."""
+    return {"xla_multiheap_size_constraint_per_heap": HEAP_BYTES} if device.platform == "gpu" else {}

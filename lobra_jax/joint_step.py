@@ -18,7 +18,7 @@ from lobra_jax.metrics import PhaseSeconds, StepRecord, TaskRecord, length_count
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.optim import TaskOptimizer, step_inputs
 from lobra_jax.step_times import StepResult
-from lobra_jax.tasks import lora_spec
+from lobra_jax.tasks import keep_last_good, lora_spec
 from planner.cost import CostTable
 from planner.plan import Plan
 
@@ -59,7 +59,7 @@ def make_engine(
         devices=devices,
         optimizers={optimizer.kind for optimizer in optimizers},
         averages=any(optimizer.ema_decay is not None for optimizer in optimizers),
-        last_good=not all(optimizer.goes_back for optimizer in optimizers),
+        last_good=keep_last_good(config.tasks),
         packed=packed,
         memory_bytes=config.devices.memory_bytes,
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -107,30 +108,38 @@ def check_room(replica: Replica, shapes: Collection[Shape]) -> None:
     forever: it has to be known before. Bytes in use do not tell it, as they may lie in pieces.
 
     Raises:
-      OutOfMemoryError: some device of a stage on several does not have that much in pieces as programs take them.
+      OutOfMemoryError: some device of a stage on several does not have that much, in pieces as large as programs'.
     """
     for stage, sharding in enumerate(replica.submesh.stages):
         mesh = sharding.mesh
         if mesh.size == 1 or not shapes or math.inf in map(free_bytes, mesh.devices.flat):
             continue
         largest, shape = max((_temporary_bytes(replica, shape, stage), shape) for shape in shapes)
+        piece = max(HEAP_BYTES, *(_largest_array_bytes(replica, own) for own in shapes))
         with blaming(replica.index, shape):
-            jax.block_until_ready(on_each_device(mesh, largest))
+            jax.block_until_ready(on_each_device(mesh, largest, piece_bytes=piece))
 
 
-def on_each_device(mesh: Mesh, num_bytes: int) -> list[Array]:
-    """At least so many bytes on each device of a mesh, in pieces of HEAP_BYTES.
+def on_each_device(mesh: Mesh, num_bytes: int, *, piece_bytes: int) -> list[Array]:
+    """At least so many bytes on each device of a mesh, in pieces.
 
-    On no other device, not even for a while: `jnp.zeros(device=...)` makes all on the default device first.
+    Each device makes its own: `jnp.zeros(device=...)` makes all on the default device first.
     """
+    sizes = [min(piece_bytes, num_bytes - start) for start in range(0, num_bytes, piece_bytes)]
+    return [_on_each_device(mesh, -(-size // ROW_BYTES))() for size in sizes]
+
+
+@functools.cache
+def _on_each_device(mesh: Mesh, num_rows: int) -> Callable[[], Array]:
     each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return jax.jit(lambda: jnp.zeros((mesh.size * num_rows, ROW_BYTES), jnp.uint8), out_shardings=each)
 
-    def piece(size: int) -> Array:
-        rows = -(-size // ROW_BYTES)
-        return jnp.zeros((mesh.size * rows, ROW_BYTES), jnp.uint8)
 
-    make = jax.jit(piece, static_argnums=0, out_shardings=each)
-    return [make(min(HEAP_BYTES, num_bytes - start)) for start in range(0, num_bytes, HEAP_BYTES)]
+def _largest_array_bytes(replica: Replica, shape: Shape) -> int:
+    """A device's part of what the widest linear makes of a micro-batch."""
+    model, layout = replica.model, replica.layouts[0]
+    widest = max(fan_out for _, fan_out in model.target_shapes.values())
+    return math.prod(shape) * widest * jnp.dtype(layout.dtype).itemsize // replica.parallel.tp
 
 
 def _temporary_bytes(replica: Replica, shape: Shape, stage: int) -> int:

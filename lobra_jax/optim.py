@@ -95,12 +95,6 @@ class TaskOptimizer:
         if self.kind == "adafactor" and self.rank is None:
             raise ValueError("TaskOptimizer.rank is None: adafactor needs it")
 
-    @property
-    def goes_back(self) -> bool:
-        """Whether `BEFORE` tells exactly enough where a step started."""
-        largest = float(self.learning_rates.max(initial=0.0)) * max(self.b_ratio, 1.0)
-        return self.kind in BEFORE and largest <= LARGEST_RATE_BACK
-
 
 def learning_rates(
     kind: str, peak: float, *, steps: int, warmup_steps: int, final_fraction: float, decay_fraction: float = 0.1
@@ -185,7 +179,8 @@ def _kept(rate: Array) -> optax.GradientTransformation:
 def _before_adamw(hyper: HyperInputs, state: Any, parameters: Any) -> Any:
     """The parameters that the last step of `state` started from, to float32 rounding.
 
-    What AdamW adds is told by its state alone, and is never much larger than the rate, so that little cancels.
+    What AdamW adds is told by its state alone, and with usual betas it is no more than a few times the rate, so that
+    little cancels.
     """
     (adam, *_), rate = state
     means, squares = (
@@ -243,14 +238,15 @@ BEFORE: Mapping[str, Callable[[HyperInputs, Any, Any], Any]] = {"adamw": _before
 """By optimiser: the parameters before its last step, of its state and those after it. Of the others one cannot tell, or
 not well: SGD may move far."""
 
-LARGEST_RATE_BACK = 0.1
-"""Up to this rate AdamW's steps are short enough to go back over: what cancels is then below 1e-7."""
+LARGEST_RATE_BACK, LARGEST_DECAY_BACK = 0.1, 0.1
+"""Up to this rate, and this rate times weight decay, AdamW's steps are gone back over: what cancels is then about 1e-7.
+Which runs keep their last good adapters depends on both, so that a change of them is one of `run_state.LAYOUT`."""
 
 
-def keeps_last_good(kinds: Sequence[str]) -> bool:
-    """Whether tasks with these optimisers need the adapters before each step kept, with rates as one would choose them
-    (`TaskOptimizer.goes_back`)."""
-    return any(kind not in BEFORE for kind in kinds)
+def goes_back(kind: str, rate: float, *, b_ratio: float, weight_decay: float) -> bool:
+    """Whether `BEFORE` tells well enough where a step at this rate, or a smaller one, started."""
+    largest = rate * max(b_ratio, 1.0)
+    return kind in BEFORE and largest <= LARGEST_RATE_BACK and largest * weight_decay <= LARGEST_DECAY_BACK
 
 
 def init_state(parameters: Any, num_tasks: int, kinds: tuple[str, ...] = ("adamw",)) -> dict[str, Any]:

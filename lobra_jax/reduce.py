@@ -148,7 +148,7 @@ class GradientSum:
     ) -> None:
         self.replicas = replicas
         self.averages = averages
-        self.last_good = last_good or optim.keeps_last_good(optimizers)
+        self.last_good = last_good or any(kind not in optim.BEFORE for kind in optimizers)
         self.num_tasks = num_tasks
         self.optimizers = optimizers
         self.homes = assign_homes(num_layers, [d for replica in replicas for d in replica.submesh.devices])

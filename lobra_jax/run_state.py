@@ -24,8 +24,8 @@ NOT_COMPARED = (
 
 
 LAYOUT = 3
-"""Of the state: 3 has AdamW's last rate and no last good adapters beside it; 2 has the rank before the feature in both
-of an adapter's factors, 1 had it behind in `a`."""
+"""Of what a checkpoint holds of adapters: 3 has AdamW's last rate, and last good adapters only where
+`optim.goes_back` says; 2 has the rank before the feature in both factors, 1 had it behind in `a`."""
 
 NOT_ALWAYS = ("last_good", "averages")
 """Trees of the state that a run need not have."""

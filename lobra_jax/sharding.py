@@ -24,6 +24,8 @@ import jax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lobra_jax.devices import compiler_options
+
 TENSOR = "tensor"
 
 RULES: dict[str, str | None] = {
@@ -93,6 +95,10 @@ class StageSharding:
     @property
     def num_devices(self) -> int:
         return self.mesh.size
+
+    @property
+    def compiler_options(self) -> dict[str, int]:
+        return compiler_options(self.mesh.devices.flat[0])
 
     def named(self, axes: Sequence[str | None], shape: Sequence[int] | None = None) -> NamedSharding:
         """The sharding of an array with these logical axes.

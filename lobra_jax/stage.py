@@ -297,18 +297,18 @@ def compile_training(layout: StageLayout, rows: int, length: int, *, packed: boo
     x = batch.tokens if f.is_first else hidden
     gradients = jax.tree.map(lambda leaf: leaf.sharding, layout.adapters)
     dx = None if f.is_first else hidden.sharding
-    detail = stage_detail(f.abstract.layers, rows, length)
+    detail, options = stage_detail(f.abstract.layers, rows, length), f.sharding.compiler_options
     if f.is_last:
         shardings = (gradients, dx, f.sharding.replicated)
         fused = jax.jit(named(f.fused, FUSED, detail), donate_argnums=0, out_shardings=shardings)
         with _TRACING:
             lowered = fused.lower(layout.adapters, layout.params, layout.adapters, layout.tasks, x, batch)
-        return StageProgram.of(fused=lowered.compile())
+        return StageProgram.of(fused=lowered.compile(options))
     done = f.sharding.replicated
     jitted = jax.jit(named(f.forward, FORWARD, detail), out_shardings=(hidden.sharding, None, done))
     with _TRACING:
         lowered = jitted.lower(layout.params, layout.adapters, layout.tasks, x, batch)
-    forward = lowered.compile()
+    forward = lowered.compile(options)
     residuals = jax.tree.map(
         lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
         lowered.out_info[1],
@@ -318,7 +318,7 @@ def compile_training(layout: StageLayout, rows: int, length: int, *, packed: boo
     jitted = jax.jit(named(f.backward, BACKWARD, detail), donate_argnums=0, out_shardings=shardings)
     with _TRACING:
         lowered = jitted.lower(layout.adapters, layout.params, layout.adapters, layout.tasks, batch, residuals, hidden)
-    return StageProgram.of(forward=forward, backward=lowered.compile())
+    return StageProgram.of(forward=forward, backward=lowered.compile(options))
 
 
 def compile_evaluation(layout: StageLayout, rows: int, length: int) -> jax.stages.Compiled:
@@ -332,4 +332,4 @@ def compile_evaluation(layout: StageLayout, rows: int, length: int) -> jax.stage
     evaluate = jax.jit(named(f.evaluate, EVALUATION, detail), out_shardings=out)
     with _TRACING:
         lowered = evaluate.lower(layout.params, layout.adapters, layout.tasks, x, batch)
-    return lowered.compile()
+    return lowered.compile(f.sharding.compiler_options)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from lobra_jax.config import RunConfig, TaskConfig
 from lobra_jax.data.batches import task_key
 from lobra_jax.lora import LoraSpec
-from lobra_jax.optim import TaskOptimizer, learning_rates
+from lobra_jax.optim import TaskOptimizer, goes_back, learning_rates
 
 
 def lora_spec(task: TaskConfig) -> LoraSpec:
@@ -47,4 +48,12 @@ def task_optimizer(task: TaskConfig) -> TaskOptimizer:
         b_ratio=task.lora_plus_ratio,
         rank=task.rank,
         ema_decay=task.ema_decay,
+    )
+
+
+def keep_last_good(tasks: Iterable[TaskConfig]) -> bool:
+    """Whether a run of these tasks keeps the adapters before each step, for one that has to go back."""
+    return not all(
+        goes_back(task.optimizer, task.lr, b_ratio=task.lora_plus_ratio, weight_decay=task.weight_decay)
+        for task in tasks
     )

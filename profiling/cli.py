@@ -188,7 +188,7 @@ def make_setup(
     from lobra_jax.devices import host_cores, memory_limit, run_devices
     from lobra_jax.lora import adapted_targets
     from lobra_jax.optim import OPTIMIZERS
-    from lobra_jax.tasks import lora_spec
+    from lobra_jax.tasks import keep_last_good, lora_spec
     from profiling.grid import default_lengths, default_max_tokens, parse_lengths
     from profiling.measure import Setup
 
@@ -207,6 +207,7 @@ def make_setup(
         dora=any(task.dora for task in config.tasks),
         optimizers=tuple(kind for kind in OPTIMIZERS if any(task.optimizer == kind for task in config.tasks)),
         averages=any(task.ema_decay is not None for task in config.tasks),
+        last_good=keep_last_good(config.tasks),
         devices=devices,
         limit_bytes=limit_bytes,
         lengths=measured,

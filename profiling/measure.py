@@ -22,7 +22,7 @@ from lobra_jax.memory import leaf_bytes, memory_bytes, travelling_bytes
 from lobra_jax.mesh import make_submesh
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.weights import EMBEDDING_STD, WeightSource, weight_shapes
-from lobra_jax.optim import init_state, keeps_last_good
+from lobra_jax.optim import init_state
 from lobra_jax.replica import Replica, ReplicaRun
 from planner.plan import ParallelConfig
 from profiling.grid import HostShare, Shape, host_share
@@ -41,7 +41,7 @@ class Setup:
       dtype: of weights and activations.
       num_tasks, rank, targets, dropout, dora: of the stacked adapters.
       optimizers: of the tasks, by name.
-      averages: whether any task keeps a moving average.
+      averages, last_good: whether any task keeps a moving average, and adapters to go back to.
       devices: those of the run.
       limit_bytes: memory that may be used on each.
       lengths: ascending lengths from which shapes are made.
@@ -63,6 +63,7 @@ class Setup:
     dora: bool
     optimizers: tuple[str, ...]
     averages: bool
+    last_good: bool = False
     devices: Sequence[Any]
     limit_bytes: int
     lengths: tuple[int, ...]
@@ -253,5 +254,5 @@ def _state_bytes(setup: Setup, pairs: Any) -> int:
     """What training keeps of one layer."""
     leaves = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), pairs)
     moments = jax.eval_shape(lambda pairs: init_state(pairs, setup.num_tasks, setup.optimizers), leaves)
-    kept = [leaves, moments, *[leaves] * (keeps_last_good(setup.optimizers) + setup.averages)]
+    kept = [leaves, moments, *[leaves] * (setup.last_good + setup.averages)]
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))

@@ -42,7 +42,12 @@ def measure_step_overhead(setup: Setup, config: ParallelConfig) -> float:
         for index in range(len(setup.devices) // g)
     ]
     gradient_sum = GradientSum(
-        replicas, setup.model.num_layers, setup.num_tasks, setup.optimizers, averages=setup.averages
+        replicas,
+        setup.model.num_layers,
+        setup.num_tasks,
+        setup.optimizers,
+        averages=setup.averages,
+        last_good=setup.last_good,
     )
     adapters: Adapters = {}
     for layout in replicas[0].layouts:

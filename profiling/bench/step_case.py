@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lobra_jax.compilation import compile_threads
 from lobra_jax.devices import peak_bytes
 from lobra_jax.engine import Engine, ReplicaBatches
 from lobra_jax.lora_spec import LoraSpec
@@ -173,7 +173,7 @@ class Bench:
             return time.perf_counter() - start
 
         bases = {case.base: (case, engine) for case, engine in self._engines if case.config.pp == 1}
-        with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="case") as executor:
+        with ThreadPoolExecutor(compile_threads(), thread_name_prefix="case") as executor:
             seconds = executor.map(compile_one, self._engines)
             programs = executor.map(self._compile_base, *zip(*bases.values(), strict=True)) if bases else ()
             self._bases = dict(zip(bases, programs, strict=True))
@@ -184,7 +184,8 @@ class Bench:
         replica = engine.replicas[0]
         batch = replica.layouts[0].batch(case.rows, case.length)
         run = jax.jit(functools.partial(_base_loss_and_gradient, replica))
-        return run.lower(replica.layouts[0].params, batch).compile()
+        options = replica.layouts[0].functions.sharding.compiler_options
+        return run.lower(replica.layouts[0].params, batch).compile(options)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The cases' results, the smallest first: a peak is known where it is above those before."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lobra_jax.compilation import compile_threads
 from lobra_jax.lora import Adapters, task_inputs
 from lobra_jax.replica import Replica, ReplicaRun
 from planner.plan import ParallelConfig
@@ -58,7 +58,7 @@ def check(cases: Sequence[Case], devices: Sequence[Any]) -> list[Check]:
         for c in cases
     ]
     exact = dataclasses.replace(small[0], dtype="float32", config=ParallelConfig(tp=1, pp=1, remat="none"))
-    with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="check") as executor:
+    with ThreadPoolExecutor(compile_threads(), thread_name_prefix="check") as executor:
         compiled = list(executor.map(lambda case: _compiled(case, devices), (exact, *small)))
     losses, reference = _one_step(exact, compiled[0])
     return [

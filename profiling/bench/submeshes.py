@@ -15,7 +15,6 @@ import dataclasses
 import gc
 import itertools
 import json
-import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -137,6 +136,7 @@ def _rows(cases: Sequence[Case], devices: Sequence[Any], steps: int) -> Iterator
 
 def _compiled(cases: Sequence[Case], devices: Sequence[Any]) -> list[tuple[Engine, float]]:
     """(engine, seconds to compile it among the others) of each case."""
+    from lobra_jax.compilation import compile_threads
 
     def compile_one(case: Case) -> tuple[Engine, float]:
         engine, start = case.engine(devices[: case.num_devices]), time.perf_counter()
@@ -144,7 +144,7 @@ def _compiled(cases: Sequence[Case], devices: Sequence[Any]) -> list[tuple[Engin
             pass
         return engine, time.perf_counter() - start
 
-    with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="case") as executor:
+    with ThreadPoolExecutor(compile_threads(), thread_name_prefix="case") as executor:
         return list(executor.map(compile_one, cases))
 
 

@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from lobra_jax.checkpoint import CheckpointMetadata, Checkpoints
 from lobra_jax.lora import LoraSpec
+from lobra_jax.optim import TaskState, init_state
+from lobra_jax.reduce import AdapterState
+from lobra_jax.run_state import state_from_tree, state_to_tree
 from planner.errors import UserError
 
 METADATA = CheckpointMetadata(
@@ -182,3 +186,31 @@ def test_a_step_without_a_checkpoint_is_a_user_error(tmp_path: Path) -> None:
         checkpoints.save(5, make_state(5), METADATA)
         with pytest.raises(UserError, match="no readable checkpoint of step 6"):
             checkpoints.restore(6, make_state(5), METADATA)
+
+
+@pytest.mark.parametrize("last_good", [False, True])
+@pytest.mark.parametrize("averages", [False, True])
+def test_a_runs_state_comes_back_from_its_checkpoint_whichever_trees_it_has(tmp_path, last_good, averages):
+    rng = np.random.default_rng(1)
+
+    def pairs():
+        return {"0": {"q": {name: jnp.asarray(rng.normal(size=(2, 3, 4)), jnp.float32) for name in "ab"}}}
+
+    adapters, nothing = pairs(), {"0": {}}
+    state = AdapterState(
+        tasks=TaskState(
+            adapters=adapters,
+            last_good=pairs() if last_good else nothing,
+            moments={"0": init_state(adapters["0"], 2, ("adamw", "lion"))},
+            averages=pairs() if averages else nothing,
+        ),
+        alive=jnp.array([True, False]),
+    )
+    like = AdapterState(tasks=jax.tree.map(jnp.zeros_like, state.tasks), alive=jnp.zeros(2, bool))
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(3, state_to_tree(state), METADATA)
+        tree, _ = checkpoints.restore(3, state_to_tree(like), METADATA)
+    back = state_from_tree(tree, like)
+    assert jax.tree.structure(back.tasks) == jax.tree.structure(state.tasks)
+    for found, expected in zip(*(jax.tree.leaves((one.tasks, one.alive)) for one in (back, state)), strict=True):
+        np.testing.assert_array_equal(found, expected)

@@ -334,7 +334,8 @@ def test_devices_that_would_wait_for_one_without_room_are_asked_first(wide, monk
     wide.warm_up()  # devices that do not tell what they hold are not asked
     monkeypatch.setattr(memory, "free_bytes", lambda *_: 1)
     wide.warm_up()
-    monkeypatch.setattr(memory, "ROW_BYTES", 4 * TOO_MANY)
+    monkeypatch.setattr(memory, "HEAP_BYTES", 4 * TOO_MANY)
+    monkeypatch.setattr(memory, "_temporary_bytes", lambda *_: 4 * TOO_MANY)
     (shape,) = wide.replicas[0].training_shapes
     with pytest.raises(OutOfMemoryError) as raised:
         wide.warm_up()
@@ -344,14 +345,12 @@ def test_devices_that_would_wait_for_one_without_room_are_asked_first(wide, monk
     wide.warm_up()  # what the plan has no capacity for any more is not asked for
 
 
-def test_room_is_asked_for_in_pieces_on_each_device_and_on_no_other(wide, monkeypatch):
-    monkeypatch.setattr(memory, "HEAP_BYTES", 2 * memory.ROW_BYTES)
-    mesh = wide.replicas[0].submesh.stages[0].mesh
-    made = memory.on_each_device(mesh, 4 * memory.ROW_BYTES + 1)
-    each = [2 * memory.ROW_BYTES, 2 * memory.ROW_BYTES, memory.ROW_BYTES]
-    assert [memory.bytes_by_device(piece) for piece in made] == [
-        dict.fromkeys(mesh.devices.flat, size) for size in each
-    ]
+def test_room_is_asked_for_in_pieces_on_each_device_of_a_stage():
+    devices = jax.devices()[2:5]
+    row = memory.ROW_BYTES
+    made = memory.on_each_device(jax.sharding.Mesh(devices, "tensor"), 4 * row + 1, piece_bytes=2 * row)
+    expected = [dict.fromkeys(devices, size) for size in (2 * row, 2 * row, row)]
+    assert [memory.bytes_by_device(piece) for piece in made] == expected
 
 
 def test_what_travels_to_several_devices_of_a_stage_counts_beside_a_second_state(wide):
