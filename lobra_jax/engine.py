@@ -293,8 +293,8 @@ class Engine:
     def _second_state(self) -> dict[Any, int]:
         """Bytes by device; the same after every step.
 
-        Where a stage lies on several devices also what travels: it ends up between two states, and if one device then
-        has no piece large enough for a program, the others hang.
+        Where a stage lies on several devices also what travels: if one of them has no room for a program, the others
+        hang.
         """
         travel = self.gradient_sum.travel_bytes()
         state = bytes_by_device((self.state.tasks, self.state.alive))

@@ -168,10 +168,10 @@ def _adamw(hyper: HyperInputs) -> optax.GradientTransformation:
     adamw = optax.adamw(
         hyper.learning_rate, b1=hyper.beta1, b2=hyper.beta2, eps=hyper.epsilon, weight_decay=hyper.weight_decay
     )
-    return optax.chain(adamw, _kept(hyper.learning_rate))
+    return optax.chain(adamw, _remembering(hyper.learning_rate))
 
 
-def _kept(rate: Array) -> optax.GradientTransformation:
+def _remembering(rate: Array) -> optax.GradientTransformation:
     """Changes nothing; its state is the rate of the step before."""
     return optax.GradientTransformation(lambda _: jnp.zeros_like(rate), lambda updates, *_: (updates, rate))
 

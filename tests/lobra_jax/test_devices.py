@@ -3,12 +3,20 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from lobra_jax.config import DevicesConfig
-from lobra_jax.devices import ACCELERATOR_FLAGS, configure, memory_limit, run_devices
+from lobra_jax.devices import (
+    ACCELERATOR_FLAGS,
+    HEAP_BYTES,
+    compiler_options,
+    configure,
+    memory_limit,
+    run_devices,
+)
 from planner.errors import UserError
 
 FRESH = """
@@ -77,6 +85,12 @@ def test_flags_for_accelerators_give_way_to_the_users_own(monkeypatch, tmp_path,
     configure(DevicesConfig(), cache_dir=tmp_path)
     ours = [flag for flag in ACCELERATOR_FLAGS if given is None or flag.split("=")[0] != given.split("=")[0]]
     assert os.environ["XLA_FLAGS"].split() == [other, *([given] if given else []), *ours]
+
+
+def test_programs_ask_for_room_in_pieces_on_a_gpu_alone():
+    options = {platform: compiler_options(SimpleNamespace(platform=platform)) for platform in ("gpu", "cpu")}
+    assert options == {"gpu": {"xla_multiheap_size_constraint_per_heap": HEAP_BYTES}, "cpu": {}}
+    assert HEAP_BYTES < 2**31  # XLA reads an int32
 
 
 def test_a_process_on_other_devices_refuses_and_is_left_as_it_was(tmp_path):

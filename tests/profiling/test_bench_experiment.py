@@ -1,6 +1,7 @@
 """`lobra bench experiment` on simulated devices: the same work for every system, results that add up, resuming."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -128,6 +129,8 @@ def test_a_second_run_keeps_what_is_finished(finished):
     assert {"task-fused", "task-sequential/short", "task-sequential/long"} == set(begun["parts"])
     assert all(record["parts"][name] == part for name, part in begun["parts"].items())
     assert "task-fused: was run before" in output and "lobra: was run before" not in output
+    assert re.search(r"programs in \d+ s, \d+ of them from the cache", output)
+    assert re.search(r"warm, \d+\.\d\d s a step; \d+ are timed", output)
 
 
 def test_the_last_step_of_each_part_is_kept_beside_its_prediction(finished):
