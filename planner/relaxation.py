@@ -140,7 +140,9 @@ class Relaxation:
         covers = np.flatnonzero(self.fits_longest & (self.devices <= left) & (room > 0)).tolist()
         every = np.arange(len(worth))
         rests = (self._filled(worth, room - (every == cover), left - self.devices[cover])[0] for cover in covers)
-        return pinned + max((worth[cover] + rest for cover, rest in zip(covers, rests, strict=True)), default=0.0)
+        return pinned + max(
+            (float(worth[cover]) + rest for cover, rest in zip(covers, rests, strict=True)), default=0.0
+        )
 
     def _filled(self, worth: np.ndarray, room: np.ndarray, left: int) -> tuple[float, np.ndarray]:
         """(the most that fractional p <= room on `left` devices are worth, p [C])."""

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -146,6 +147,8 @@ def test_no_plan_within_the_horizon_has_a_replica_that_is_left_out(instance, fac
     relaxation = Relaxation(problem)
     _, prices, _ = bracket(relaxation, deadline=math.inf)
     horizon_s = min(found.values()) * factor
+    # A plan file takes no NumPy numbers, and bounds come from here.
+    assert type(relaxation.most_served(np.where(relaxation.fits_longest, 0.1, 1.0))) is float
     possible = relaxation.limit(prices, horizon_s)
     within = [replicas for replicas, seconds in found.items() if seconds <= horizon_s * (1 - 1e-9)]
     assert possible or not within
@@ -171,7 +174,9 @@ def test_exact_equals_brute_force(instance):
 def test_default_gap_brackets_the_optimum(instance):
     workload, table, num_devices, buckets, counts = instance
     best = brute_force_s(table, num_devices, buckets, counts)
-    predicted = make_plan("exact", workload, table, num_devices, buckets=buckets).predicted
+    plan = make_plan("exact", workload, table, num_devices, buckets=buckets)
+    assert yaml.safe_load(yaml.safe_dump(plan.to_dict())) == plan.to_dict()
+    predicted = plan.predicted
     assert predicted.bound_s <= best * (1 + 1e-6)
     assert best <= predicted.step_s * (1 + 1e-9)
     assert predicted.gap <= deployment.TARGET_GAP + 1e-9
