@@ -55,17 +55,18 @@ def tighten(search: Search) -> None:
     prove(search, low_s, prices)
 
 
-def close(search: Search, *, most_settled: int, most_ruled_out: int, patient: bool = False) -> None:
+def close(search: Search, *, most_settled: int, most_ruled_out: int, patient: bool = False, reach: float = 1.0) -> None:
     """Decides about T after T until the gap is closed, or so many replica counts are settled in vain or ruled out.
 
     With `most_settled` 0 they are only ruled out, and the first that cannot be ends it.
     `patient`: replica counts that were settled in too short a time are settled again, in twice that.
+    `reach`: the part of the way from the bound to that T which is decided about: less is ruled out sooner.
     """
     problem, relaxation, settled = search.problem, search.relaxation, search.settled
     num_ruled_out = num_vain = 0
     dived: dict[tuple[int, ...], tuple[Share, float]] = {}
     while not search.is_done():
-        decided_s = search.decided_s()
+        decided_s = search.bound_s + reach * (search.decided_s() - search.bound_s)
         if decided_s > relaxation.horizon_s:
             limit(search, relaxation.prices, decided_s)  # a horizon beyond it, whatever the rounding
             continue
@@ -104,7 +105,7 @@ def close(search: Search, *, most_settled: int, most_ruled_out: int, patient: bo
             if search.best.max_s < before_s and start.loads.size <= balance_model.MAX_SINGLE_CELLS:
                 continue  # less time is to be decided about now, in which these may be ruled out
         start, before_s = dived[chosen.replica_counts]
-        one = Settled(replica_counts=chosen.replica_counts, max_s=start.max_s, bound_s=search.bound_s)
+        one = Settled(replica_counts=chosen.replica_counts, share=start, bound_s=search.bound_s)
         if not search.is_done() and start.loads.size <= balance_model.MAX_SINGLE_CELLS:  # larger models tell little
             one = settle(
                 problem,
@@ -114,7 +115,7 @@ def close(search: Search, *, most_settled: int, most_ruled_out: int, patient: bo
                 deadline=search.deadline,
                 start=start,
             )
-            search.offer(one.replica_counts, one.max_s)
+            search.offer(one.replica_counts, one.share)
         settled[one.replica_counts] = one
         if search.best.max_s >= before_s:
             search.hurries = False
@@ -153,6 +154,6 @@ def _settle_longer(search: Search) -> bool:
         deadline=search.deadline,
         limit_s=2 * lowest.limit_s,
     )
-    search.offer(again.replica_counts, again.max_s)
+    search.offer(again.replica_counts, again.share)
     search.settled[again.replica_counts] = again
     return True

@@ -21,7 +21,7 @@ Solved in four steps.
    over T is moved between replicas, pair by pair (`planner.resplit`).
 3. With few replicas the bound is at fault as much as the plan: cuts of whole slots (`planner.cuts`) and whole replica
    counts, named, priced and ruled out or settled, raise it (`planner.closing`), and plans are looked for anew.
-4. The best plan is polished.
+4. Parts of the best plan are rebuilt (`planner.rebuild`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from planner import choice, closing, config_subsets, rounding
+from planner import choice, closing, config_subsets, rebuild, rounding
 from planner.bracket import bracket
 from planner.config_subsets import Found
 from planner.plan import Plan
@@ -40,6 +40,7 @@ from planner.problem import PlanningProblem
 from planner.relaxation import Level, Relaxation, least_conceivable_s
 from planner.search import (
     LAST_CLOSING_SHARE,
+    LOCAL_SEARCH_LIMIT_S,
     SHORTEST_SOLVE_S,
     STRICTLY,
     TARGET_GAP,
@@ -83,11 +84,17 @@ THOROUGHLY = {"most_settled": 8, "most_ruled_out": 200, "patient": True}
 COARSE = 1.01
 """Where cuts raise the bound by more than this, dives need them too: few slots are all that a replica has time for."""
 
+HALFWAY = 0.5
+"""What cannot be decided near the goal may be decided here: a bound that is higher by half puts the goal higher too."""
+
 NEARLY = 1.6
 """Multiple of the wanted gap within which a better plan may do: what it leaves to decide is tried at once."""
 
 HOPELESS = 0.99
 """Replica counts that serve less than this share of the counts, fractionally, are not dived for."""
+
+MOST_VAIN = 40
+"""Rebuilt parts in a row that end no earlier, after which it is given up."""
 
 RISE = 0.25
 """T is raised by this power of the share: what one replica more would serve, the T needs to rise little for."""
@@ -163,17 +170,17 @@ def _searched(search: Search) -> None:
         _search(search, FIRST_DIVES, deciding=False)
     if search.best is None:
         fallback = settle(search.problem, homogeneous(search.problem), deadline=search.deadline)
-        search.offer(fallback.replica_counts, fallback.max_s)
+        search.offer(fallback.replica_counts, fallback.share)
     fractional_s = search.bound_s
     closing.tighten(search)
     _search(search, FIRST_DIVES, cutting=True)
     closing.close(search, **QUICKLY)
+    closing.close(search, **AT_ONCE, reach=HALFWAY)
     _search(search, DIVES, cutting=search.bound_s > fractional_s * COARSE)
-    closing.close(search, **QUICKLY)  # polishing many replicas is not as quick
-    _polish(search)
     closing.close(search, **QUICKLY)
     search.closing_share = LAST_CLOSING_SHARE
     _search(search, MORE_DIVES, cutting=True)
+    _rebuild(search)
     closing.close(search, **THOROUGHLY)
 
 
@@ -237,9 +244,36 @@ def _choose(search: Search, replica_s: float) -> tuple[tuple[int, ...] | None, f
     return chosen.replica_counts, served.scale
 
 
+def _rebuild(search: Search) -> None:
+    """Step 4: rebuilds parts of the best plan, each with its slowest replica, until no part is any better."""
+    share, num_vain, rng = search.best.rounded(), 0, np.random.default_rng(0)
+    if len(share.replicas) <= rebuild.MOST:
+        return  # no part, but a dive
+    while not search.is_done() and num_vain < MOST_VAIN:
+        better = rebuild.rebuilt(
+            search.problem,
+            share,
+            search.goal_s(),
+            search.relaxation.pool,
+            upper=search.relaxation.upper,
+            rng=rng,
+            deadline=search.deadline,
+            improve_s=LOCAL_SEARCH_LIMIT_S,
+        )
+        if better is None:
+            num_vain += 1
+            continue
+        share, num_vain, before_s = better, 0, search.best.max_s
+        search.offer_share(share)
+        if search.best.max_s < before_s and search.gap() <= NEARLY * search.target_gap:
+            closing.close(search, **AT_ONCE)
+
+
 def _polish(search: Search) -> None:
     """Improves on the best plan's share-out where that could end the search, once."""
-    if search.best_share is None or search.is_done() or search.best.max_s > PROMISING * search.goal_s():
+    if search.is_polished or search.is_done() or search.best.max_s > PROMISING * search.goal_s():
         return
-    share, search.best_share = search.best_share, None
-    search.offer_share(rounding.polished(search.problem, share, search.goal_s(), deadline=search.deadline))
+    search.offer_share(
+        rounding.polished(search.problem, search.best.rounded(), search.goal_s(), deadline=search.deadline)
+    )
+    search.is_polished = True

@@ -50,7 +50,7 @@ class Master:
         upper: Sequence[int],
         lattices: Sequence[Lattice],
         *,
-        needs_longest: bool = True,
+        must_fit: int | None,
         thrift: float = 0.0,
     ) -> None:
         self.patterns: list[Pattern] = []
@@ -66,7 +66,7 @@ class Master:
         num_covers = num_rows + self._num_configs
         lp.addRows([[] for _ in range(num_covers)], lhss=[0.0] * num_covers, rhss=[free] * num_covers)
         lp.addRow([], lhs=-free, rhs=float(problem.num_devices))
-        lp.addRow([], lhs=1.0 if needs_longest else 0.0, rhs=free)
+        lp.addRow([], lhs=0.0 if must_fit is None else 1.0, rhs=free)
         self._first_cut = num_covers + 2
         lp.addCol(
             [(row, -1.0) for row in range(num_rows)],
@@ -74,10 +74,9 @@ class Master:
             lb=0.0,
             ub=1.0 if thrift else free,
         )
-        last = len(problem.counts) - 1
         for index, usable in enumerate(problem.configs):
             entries = [(num_rows + index, 1.0), (num_rows + self._num_configs, float(usable.num_devices))]
-            if usable.fits(last):
+            if must_fit is not None and usable.fits(must_fit):
                 entries.append((num_rows + self._num_configs + 1, 1.0))
             lp.addCol(entries, obj=0.0, lb=float(lower[index]), ub=float(upper[index]))
         self._lp = lp

@@ -207,7 +207,8 @@ class Level:
             num_cells=num_cells,
             proven=proven,
         )
-        self.master = Master(relaxation.problem, relaxation.lower, relaxation.upper, relaxation.lattices)
+        last = len(relaxation.problem.counts) - 1
+        self.master = Master(relaxation.problem, relaxation.lower, relaxation.upper, relaxation.lattices, must_fit=last)
         self._num_cuts = 0
         within_s, upper = replica_s * (1 + SURPLUS), relaxation.upper
         self.master.add([p for p in relaxation.pool if p.seconds <= within_s and upper[p.config] > 0])

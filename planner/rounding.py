@@ -3,7 +3,7 @@
 A dive solves the master for the replicas and counts that are left, finds patterns for those counts, hands out the
 patterns that the master uses whole times (else the one that it uses most), and starts over. What is left at the end
 goes to the replicas that finish it earliest; `planner.balance` and `planner.resplit` improve the share-out. Polishing
-takes the slowest replica and a few others at a time and shares their loads out anew (`planner.balance_model`).
+is a model of its own (`planner.balance_model`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ THRIFT = 0.3
 
 
 POLISH_CELLS = 100
-"""Replicas polished at once times the buckets that they hold, at the most: small models solve quickly."""
+"""Replicas times buckets up to which a share-out is polished: small models solve quickly."""
 
 POLISH_NODES = 40
 POLISH_LIMIT_S = 0.3
@@ -53,9 +53,6 @@ RESPLITS, MOST_RESPLITS = 16, 250
 
 SAFETY = 5
 """Multiple of the seconds for local search at which re-splits are cut: the clock should not tell what they find."""
-
-MAX_FAILURES = 6
-"""Polishing ends when so many groups around the slowest replica did not help."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,6 +75,7 @@ def dive(
     *,
     lower: Sequence[int],
     upper: Sequence[int],
+    must_fit: int | None = None,
     deadline: float = math.inf,
     improve_s: float = math.inf,
     most_resplits: int = MOST_RESPLITS,
@@ -95,7 +93,8 @@ def dive(
       cutting: with cuts of whole slots (`planner.cuts`) in the master: slower, other plans, often better ones.
     """
     devices = np.array([usable.num_devices for usable in problem.configs])
-    fits_longest = np.array([usable.fits(len(problem.counts) - 1) for usable in problem.configs])
+    must_fit = len(problem.counts) - 1 if must_fit is None else must_fit
+    fits_longest = np.array([usable.fits(must_fit) for usable in problem.configs])
     able = np.flatnonzero(fits_longest & (np.asarray(upper) > 0))
     cover = int(able[devices[able].argmin()])
     left, used, num_left = np.array(problem.counts), np.zeros(len(devices), dtype=int), problem.num_devices
@@ -111,7 +110,15 @@ def dive(
         rest = dataclasses.replace(problem, counts=tuple(left.tolist()), num_devices=num_left)
         covered = (fits_longest & ((used > 0) | (low > 0))).any()
         handed_out = _hand_out(
-            rest, low, high, lattices, replica_s, pool, cover=None if covered else cover, cutting=cutting
+            rest,
+            low,
+            high,
+            lattices,
+            replica_s,
+            pool,
+            must_fit=must_fit,
+            cover=None if covered else cover,
+            cutting=cutting,
         )
         if not handed_out:
             break
@@ -139,12 +146,14 @@ def _hand_out(
     replica_s: float,
     pool: list[Pattern],
     *,
+    must_fit: int,
     cover: int | None,
     cutting: bool,
 ) -> list[Pattern]:
     """Patterns for some of a problem's replicas. `pool` is cut to what is left and gains patterns.
 
-    Devices are kept for `lower`, and for one replica of config `cover`, if given, until one fits the longest bucket.
+    Devices are kept for `lower`, and for one replica of config `cover`, if given, until one fits bucket
+    `must_fit`.
     """
     left = np.array(problem.counts)
     distinct = {(p.config, tuple(np.minimum(p.rows, left).tolist())): p.seconds for p in pool if upper[p.config]}
@@ -156,7 +165,7 @@ def _hand_out(
     nothing = (0,) * len(problem.counts)
     slots = [slots_of(u, problem.counts if n else nothing) for u, n in zip(problem.configs, upper, strict=True)]
     pricer = Pricer(problem, slots, lattices, replica_s, num_cells=NUM_CELLS)
-    master = Master(problem, lower, upper, lattices, needs_longest=cover is not None, thrift=THRIFT)
+    master = Master(problem, lower, upper, lattices, must_fit=None if cover is None else must_fit, thrift=THRIFT)
     master.add(pool)
     if not pool:
         found = pricer.price(np.ones(len(left)), np.zeros(len(upper)))[1]
@@ -193,7 +202,7 @@ def _hand_out(
         pattern = master.patterns[index]
         config = pattern.config
         for _ in range(int(whole[index])):
-            fits = problem.configs[config].fits(len(left) - 1)
+            fits = problem.configs[config].fits(must_fit)
             free = num_left - int(needed @ devices) - (0 if fits else reserve)
             if room[config] == 0 or (needed[config] == 0 and free < devices[config]):
                 break
@@ -270,53 +279,26 @@ def _repaired(
     return best
 
 
-def polished(
-    problem: ReplicaProblem, rounded: RoundedShare, goal_s: float, *, deadline: float, seed: int = 0
-) -> RoundedShare:
-    """Improves on a share-out until its slowest replica ends by `goal_s`, the deadline, or MAX_FAILURES in a row."""
-    rng = np.random.default_rng(seed)
+def polished(problem: ReplicaProblem, rounded: RoundedShare, goal_s: float, *, deadline: float) -> RoundedShare:
+    """Improves on a share-out by a model of all its replicas until they end by `goal_s`, the deadline, or in vain."""
     kinds = [problem.configs[config] for config in rounded.replicas]
-    loads, seconds = rounded.share.loads.copy(), rounded.share.replica_s.copy()
-    failures = 0
-    while seconds.max() > goal_s and failures < MAX_FAILURES and len(kinds) > 1:
+    counts = rounded.share.loads.sum(axis=0).tolist()
+    table = balance.tables(kinds, counts)
+    share = rounded.share
+    while share.max_s > goal_s and len(kinds) > 1:
         left_s = deadline - time.perf_counter()
         if left_s <= 0:
             break
-        slowest = int(seconds.argmax())
-        group = _group(problem, loads, seconds, slowest, rng)
-        counts = loads[group].sum(axis=0).tolist()
-        mine = [kinds[replica] for replica in group]
-        start = Share(loads=loads[group], replica_s=seconds[group])
         better, _ = balance_model.refine(
-            mine,
-            balance.tables(mine, counts),
+            kinds,
+            table,
             counts,
-            start,
+            share,
             time_limit_s=min(POLISH_LIMIT_S, left_s),
             gap_limit=POLISH_GAP,
             node_limit=POLISH_NODES,
         )
-        if better.max_s < start.max_s * (1 - balance.IMPROVEMENT):
-            loads[group], seconds[group] = better.loads, better.replica_s
-            failures = 0
-        elif len(group) == len(kinds):
+        if better.max_s >= share.max_s * (1 - balance.IMPROVEMENT):
             break  # it would be the same model again
-        else:
-            failures += 1
-    return RoundedShare(replicas=rounded.replicas, share=Share(loads=loads, replica_s=seconds))
-
-
-def _group(
-    problem: ReplicaProblem, loads: np.ndarray, seconds: np.ndarray, slowest: int, rng: np.random.Generator
-) -> np.ndarray:
-    """The slowest replica and some others, those that end early likelier, within POLISH_CELLS."""
-    others = np.delete(np.arange(len(seconds)), slowest)
-    spare = seconds[slowest] - seconds[others] + POLISH_GAP * seconds[slowest]
-    order = others[np.argsort(-np.log(spare) - rng.gumbel(size=len(others)))]
-    group = [slowest]
-    for replica in order.tolist():
-        wider = [*group, replica]
-        if len(wider) > 2 and len(wider) * int(loads[wider].any(axis=0).sum()) > POLISH_CELLS:
-            break
-        group = wider
-    return np.array(group)
+        share = better
+    return RoundedShare(replicas=rounded.replicas, share=share)

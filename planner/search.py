@@ -43,15 +43,25 @@ SHORTEST_SOLVE_S = 0.02
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settled:
-    """A deployment with its share-out of the planned counts. Seconds are of the slowest replica, without overhead.
+    """A deployment with a share-out of the planned counts over its replicas, configs in order.
 
-    `limit_s` is for how long SCIP was let search where that ended it, else 0.
+    `bound_s` is of the slowest replica, without overhead; `limit_s` is for how long SCIP was let search where that
+    ended it, else 0.
     """
 
     replica_counts: tuple[int, ...]
-    max_s: float
+    share: Share
     bound_s: float
     limit_s: float = 0.0
+
+    @property
+    def max_s(self) -> float:
+        """Seconds of the slowest replica, without overhead."""
+        return self.share.max_s
+
+    def rounded(self) -> RoundedShare:
+        replicas = [config for config, count in enumerate(self.replica_counts) for _ in range(count)]
+        return RoundedShare(replicas=tuple(replicas), share=self.share)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -60,7 +70,7 @@ class Search:
 
     Attributes:
       bound_s: no plan's slowest replica takes less, step overhead excluded.
-      best_share: how the best plan shares out, where that may be polished.
+      is_polished: whether the best plan's share-out was polished.
       level: the last proven level of `planner.closing`.
       settled: replica counts that may attain what was asked for, with what is known of them.
       hurries: whether to decide at once about what would end the search.
@@ -74,7 +84,7 @@ class Search:
     deadline: float
     bound_s: float
     best: Settled | None = None
-    best_share: RoundedShare | None = None
+    is_polished: bool = False
     level: Level | None = None
     settled: dict[tuple[int, ...], Settled] = dataclasses.field(default_factory=dict)
     hurries: bool = False
@@ -123,15 +133,15 @@ class Search:
         goal_s = (self.bound_s + step * overhead_s) / (1 - step)
         return self.trial_s() if self.hurries else min(self.trial_s(), goal_s)
 
-    def offer(self, replica_counts: Sequence[int], max_s: float, share: RoundedShare | None = None) -> None:
-        """Takes a plan that is better than the best so far; `share` where it is known how it shares out."""
-        if self.best is None or max_s < self.best.max_s:
-            self.best = Settled(replica_counts=tuple(replica_counts), max_s=max_s, bound_s=0.0)
-            self.best_share = share
+    def offer(self, replica_counts: Sequence[int], share: Share) -> None:
+        """Takes a plan, with its share-out over replicas in the order of their configs, if it is the best so far."""
+        if self.best is None or share.max_s < self.best.max_s:
+            self.best = Settled(replica_counts=tuple(replica_counts), share=share, bound_s=0.0)
+            self.is_polished = False
 
     def offer_share(self, rounded: RoundedShare) -> None:
         counts = np.bincount(rounded.replicas, minlength=len(self.problem.configs)).tolist()
-        self.offer(counts, rounded.share.max_s, rounded)
+        self.offer(counts, rounded.in_order())
 
 
 def status_of(gap: float, target_gap: float, *, late: bool) -> str:
@@ -173,7 +183,7 @@ def settle(
         cut_at_s = left_s if time.perf_counter() - started >= NEARLY_ALL * left_s else 0.0
     return Settled(
         replica_counts=tuple(replica_counts),
-        max_s=share.max_s,
+        share=share,
         bound_s=min(own_bound_s, share.max_s),
         limit_s=cut_at_s,
     )
