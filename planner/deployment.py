@@ -21,7 +21,7 @@ Solved in four steps.
    over T is moved between replicas, pair by pair (`planner.resplit`).
 3. With few replicas the bound is at fault as much as the plan: cuts of whole slots (`planner.cuts`) and whole replica
    counts, named, priced and ruled out or settled, raise it (`planner.closing`), and plans are looked for anew.
-4. Parts of the best plan are rebuilt (`planner.rebuild`).
+4. Plans are looked for between that T and the best one's, and parts of the best are rebuilt (`planner.rebuild`).
 """
 
 from __future__ import annotations
@@ -56,19 +56,16 @@ __all__ = ["TARGET_GAP", "homogeneous", "least_conceivable_s", "solve"]
 FREE, SETTLED, CHOSEN = "free", "settled", "chosen"
 """How a dive comes by its replica counts: while diving; those settled that took least; or as a whole, before."""
 
-FIRST_DIVES = ((1.0, FREE),)
-"""Where plans are looked for first: the T as a multiple of that which would be near enough to the bound."""
+FIRST_DIVES = (FREE,)
+"""Where plans are looked for first: at the T that would be near enough to the bound."""
 
-DIVES = ((1.0, SETTLED), (0.998, FREE), (1.0, CHOSEN), (1.004, FREE), (1.005, SETTLED), (1.005, CHOSEN),
-         (1.01, SETTLED), (1.01, CHOSEN), (1.015, FREE))  # fmt: skip
+DIVES = (SETTLED, CHOSEN)
 """Where they are looked for next."""
 
-MORE_DIVES = tuple(
-    (factor, origin)
-    for factor in (0.999, 1.003, 0.997, 1.001, 0.996, 1.002, 0.995, 1.006, 1.008, 1.012)
-    for origin in (FREE, SETTLED)
-)
-"""Where they are looked for when all else leaves a gap, with cuts."""
+NEARER = (0.0, 0.5, 0.25, 0.75, 0.125, 0.625, 0.375, 0.875)
+"""Where they are looked for when all else leaves a gap: parts of the way from that T back to the best plan's."""
+
+FIRST_NEARER = NEARER[:4]
 
 FIRST_RATIO = 1.012
 """How near the T that the relaxation lets through is found before replicas are left out (`closing.limit`)."""
@@ -93,8 +90,8 @@ NEARLY = 1.6
 HOPELESS = 0.99
 """Replica counts that serve less than this share of the counts, fractionally, are not dived for."""
 
-MOST_VAIN = 40
-"""Rebuilt parts in a row that end no earlier, after which it is given up."""
+MOST_VAIN, LAST_MOST_VAIN = 12, 20
+"""Rebuilt parts in a row that end no earlier, after which it is given up for now, and for good."""
 
 RISE = 0.25
 """T is raised by this power of the share: what one replica more would serve, the T needs to rise little for."""
@@ -176,11 +173,16 @@ def _searched(search: Search) -> None:
     _search(search, FIRST_DIVES, cutting=True)
     closing.close(search, **QUICKLY)
     closing.close(search, **AT_ONCE, reach=HALFWAY)
-    _search(search, DIVES, cutting=search.bound_s > fractional_s * COARSE)
+    is_coarse = search.bound_s > fractional_s * COARSE
+    _search(search, DIVES, cutting=is_coarse)
+    _nearer(search, FIRST_NEARER, cutting=is_coarse)
     closing.close(search, **QUICKLY)
     search.closing_share = LAST_CLOSING_SHARE
-    _search(search, MORE_DIVES, cutting=True)
-    _rebuild(search)
+    _nearer(search, NEARER, cutting=True)
+    _rebuild(search, most_vain=MOST_VAIN)
+    _nearer(search, NEARER, cutting=False)
+    _nearer(search, NEARER, cutting=True)
+    _rebuild(search, most_vain=LAST_MOST_VAIN)
     closing.close(search, **THOROUGHLY)
 
 
@@ -193,14 +195,11 @@ def homogeneous(problem: PlanningProblem) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def _search(
-    search: Search, dives: Sequence[tuple[float, str]], *, cutting: bool = False, deciding: bool = True
-) -> None:
+def _search(search: Search, origins: Sequence[str], *, cutting: bool = False, deciding: bool = True) -> None:
     """Step 2: dives at about the T that would do; with `deciding`, what a better plan leaves to decide is tried."""
     relaxation, tried = search.relaxation, []
-    goal_s = search.goal_s()
-    for factor, origin in dives:
-        replica_s = goal_s * factor
+    replica_s = search.goal_s()
+    for origin in origins:
         if search.is_done():
             return
         if search.best is not None and search.best.max_s <= replica_s:
@@ -212,10 +211,10 @@ def _search(
             lower = upper = min(search.settled, key=lambda counts: search.settled[counts].max_s)
         elif origin == CHOSEN or search.problem.max_configs is not None:
             counts, served = _choose(search, replica_s)
-            if counts is None or counts in tried:
-                continue
-            if served < HOPELESS:  # whole replicas need more time than fractional ones
-                goal_s = replica_s / max(served, STRICTLY) ** RISE
+            if counts is not None and served < HOPELESS:  # whole replicas need more time than fractional ones
+                replica_s /= max(served, STRICTLY) ** RISE
+                counts, served = _choose(search, replica_s)
+            if counts is None or counts in tried or served < HOPELESS:
                 continue
             tried.append(counts)
             lower, upper = (counts, counts) if origin == CHOSEN else (lower, np.where(np.array(counts) > 0, upper, 0))
@@ -223,7 +222,7 @@ def _search(
         found = dive(search, lower, upper, replica_s, cutting=cutting)
         if deciding and search.best.max_s < before_s and search.gap() <= NEARLY * search.target_gap:
             closing.close(search, **AT_ONCE)
-            goal_s = max(goal_s, search.goal_s())
+            replica_s = max(replica_s, search.goal_s())
         if found.loads.size <= rounding.POLISH_CELLS:  # one small model
             _polish(search)
 
@@ -244,18 +243,39 @@ def _choose(search: Search, replica_s: float) -> tuple[tuple[int, ...] | None, f
     return chosen.replica_counts, served.scale
 
 
-def _rebuild(search: Search) -> None:
-    """Step 4: rebuilds parts of the best plan, each with its slowest replica, until no part is any better."""
+def _nearer(search: Search, fractions: Sequence[float], *, cutting: bool) -> None:
+    """Step 4: dives between the T that would do and the best plan's, with its replica counts too, until none helps.
+
+    Near the best plan's T a dive finds another, little better plan: again and again, until that one does. `fractions`
+    are parts of the way from the T that would do.
+    """
+    num_vain = 0
+    while not search.is_done() and num_vain < 2 * len(fractions):
+        before_s, goal_s = search.best.max_s, search.goal_s()
+        replica_s = goal_s + fractions[num_vain // 2] * (before_s - goal_s)
+        lower, upper = search.relaxation.lower, _allowed(search)
+        if num_vain % 2:
+            lower = upper = np.array(search.best.replica_counts)
+        dived = (replica_s, cutting, tuple(lower.tolist()), tuple(upper.tolist()))
+        if dived not in search.dived:
+            search.dived.add(dived)
+            dive(search, lower, upper, replica_s, cutting=cutting)
+        num_vain = num_vain + 1 if search.best.max_s >= before_s else 0
+        _decide_at_once(search, before_s)
+
+
+def _rebuild(search: Search, *, most_vain: int) -> None:
+    """Step 4: rebuilds parts of the best plan, each with its slowest replica, until none of so many ends earlier."""
     share, num_vain, rng = search.best.rounded(), 0, np.random.default_rng(0)
     if len(share.replicas) <= rebuild.MOST:
         return  # no part, but a dive
-    while not search.is_done() and num_vain < MOST_VAIN:
+    while not search.is_done() and num_vain < most_vain:
         better = rebuild.rebuilt(
             search.problem,
             share,
             search.goal_s(),
             search.relaxation.pool,
-            upper=search.relaxation.upper,
+            upper=_allowed(search),
             rng=rng,
             deadline=search.deadline,
             improve_s=LOCAL_SEARCH_LIMIT_S,
@@ -265,8 +285,20 @@ def _rebuild(search: Search) -> None:
             continue
         share, num_vain, before_s = better, 0, search.best.max_s
         search.offer_share(share)
-        if search.best.max_s < before_s and search.gap() <= NEARLY * search.target_gap:
-            closing.close(search, **AT_ONCE)
+        _decide_at_once(search, before_s)
+
+
+def _allowed(search: Search) -> np.ndarray:
+    """[C] the most replicas of each config; where distinct configs are limited, of those that the best plan has."""
+    if search.problem.max_configs is None:
+        return search.relaxation.upper
+    return np.where(np.array(search.best.replica_counts) > 0, search.relaxation.upper, 0)
+
+
+def _decide_at_once(search: Search, before_s: float) -> None:
+    """Tries what a plan better than `before_s` leaves to decide."""
+    if search.best.max_s < before_s and search.gap() <= NEARLY * search.target_gap:
+        closing.close(search, **AT_ONCE)
 
 
 def _polish(search: Search) -> None:

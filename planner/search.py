@@ -70,6 +70,7 @@ class Search:
 
     Attributes:
       bound_s: no plan's slowest replica takes less, step overhead excluded.
+      dived: T, whether with cuts, and bounds on replica counts of dives that need no second time.
       is_polished: whether the best plan's share-out was polished.
       level: the last proven level of `planner.closing`.
       settled: replica counts that may attain what was asked for, with what is known of them.
@@ -84,6 +85,7 @@ class Search:
     deadline: float
     bound_s: float
     best: Settled | None = None
+    dived: set[tuple[float, bool, tuple[int, ...], tuple[int, ...]]] = dataclasses.field(default_factory=set)
     is_polished: bool = False
     level: Level | None = None
     settled: dict[tuple[int, ...], Settled] = dataclasses.field(default_factory=dict)

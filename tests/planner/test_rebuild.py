@@ -104,7 +104,7 @@ def test_the_exact_planner_rebuilds_what_dives_leave(monkeypatch):
     problem = problem_of((500, 130, 31), 16, capacities=(64, 64, 64))
     monkeypatch.setattr(deployment.closing, "close", lambda *args, **options: None)
     monkeypatch.setattr(deployment, "DIVES", ())
-    monkeypatch.setattr(deployment, "MORE_DIVES", ())
+    monkeypatch.setattr(deployment, "_nearer", lambda *args, **options: None)
     asked, rebuilt = [], rebuild.rebuilt
 
     def noted(problem, rounded, *args, **options):
@@ -113,4 +113,4 @@ def test_the_exact_planner_rebuilds_what_dives_leave(monkeypatch):
 
     monkeypatch.setattr(rebuild, "rebuilt", noted)
     plan = deployment.solve(problem, target_gap=1e-5)
-    assert len(asked) >= deployment.MOST_VAIN and plan.predicted.step_s <= min(asked)
+    assert len(asked) >= deployment.MOST_VAIN + deployment.LAST_MOST_VAIN and plan.predicted.step_s <= min(asked)
