@@ -56,16 +56,10 @@ __all__ = ["TARGET_GAP", "homogeneous", "least_conceivable_s", "solve"]
 FREE, SETTLED, CHOSEN = "free", "settled", "chosen"
 """How a dive comes by its replica counts: while diving; those settled that took least; or as a whole, before."""
 
-FIRST_DIVES = (FREE,)
-"""Where plans are looked for first: at the T that would be near enough to the bound."""
-
-DIVES = (SETTLED, CHOSEN)
-"""Where they are looked for next."""
-
 NEARER = (0.0, 0.5, 0.25, 0.75, 0.125, 0.625, 0.375, 0.875)
-"""Where they are looked for when all else leaves a gap: parts of the way from that T back to the best plan's."""
+"""Where plans are looked for after that, too: parts of the way from the T that would do back to the best plan's."""
 
-FIRST_NEARER = NEARER[:4]
+AT_THE_GOAL, FIRST_NEARER = NEARER[:1], NEARER[:4]
 
 FIRST_RATIO = 1.012
 """How near the T that the relaxation lets through is found before replicas are left out (`closing.limit`)."""
@@ -164,18 +158,20 @@ def _relaxed(problem: PlanningProblem, target_gap: float, deadline: float) -> Se
 def _searched(search: Search) -> None:
     """Steps 2 to 4; there is a best plan then."""
     if search.is_bracketed:
-        _search(search, FIRST_DIVES, deciding=False)
+        _search(search, FREE, deciding=False)
     if search.best is None:
         fallback = settle(search.problem, homogeneous(search.problem), deadline=search.deadline)
         search.offer(fallback.replica_counts, fallback.share)
     fractional_s = search.bound_s
     closing.tighten(search)
-    _search(search, FIRST_DIVES, cutting=True)
+    _search(search, FREE, cutting=True)
     closing.close(search, **QUICKLY)
+    _nearer(search, AT_THE_GOAL, cutting=search.bound_s > fractional_s * COARSE)
     closing.close(search, **AT_ONCE, reach=HALFWAY)
     is_coarse = search.bound_s > fractional_s * COARSE
-    _search(search, DIVES, cutting=is_coarse)
+    _search(search, SETTLED, cutting=is_coarse)
     _nearer(search, FIRST_NEARER, cutting=is_coarse)
+    _search(search, CHOSEN, cutting=is_coarse)
     closing.close(search, **QUICKLY)
     search.closing_share = LAST_CLOSING_SHARE
     _nearer(search, NEARER, cutting=True)
@@ -195,36 +191,30 @@ def homogeneous(problem: PlanningProblem) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def _search(search: Search, origins: Sequence[str], *, cutting: bool = False, deciding: bool = True) -> None:
-    """Step 2: dives at about the T that would do; with `deciding`, what a better plan leaves to decide is tried."""
-    relaxation, tried = search.relaxation, []
-    replica_s = search.goal_s()
-    for origin in origins:
-        if search.is_done():
+def _search(search: Search, origin: str, *, cutting: bool = False, deciding: bool = True) -> None:
+    """Step 2: a dive at about the T that would do; with `deciding`, what a better plan leaves to decide is tried."""
+    relaxation, replica_s = search.relaxation, search.goal_s()
+    if search.is_done() or (search.best is not None and search.best.max_s <= replica_s):
+        return
+    lower, upper = relaxation.lower, relaxation.upper
+    if origin == SETTLED:
+        if not search.settled:
             return
-        if search.best is not None and search.best.max_s <= replica_s:
-            continue
-        lower, upper = relaxation.lower, relaxation.upper
-        if origin == SETTLED:
-            if not search.settled:
-                continue
-            lower = upper = min(search.settled, key=lambda counts: search.settled[counts].max_s)
-        elif origin == CHOSEN or search.problem.max_configs is not None:
+        lower = upper = min(search.settled, key=lambda counts: search.settled[counts].max_s)
+    elif origin == CHOSEN or search.problem.max_configs is not None:
+        counts, served = _choose(search, replica_s)
+        if counts is not None and served < HOPELESS:  # whole replicas need more time than fractional ones
+            replica_s /= max(served, STRICTLY) ** RISE
             counts, served = _choose(search, replica_s)
-            if counts is not None and served < HOPELESS:  # whole replicas need more time than fractional ones
-                replica_s /= max(served, STRICTLY) ** RISE
-                counts, served = _choose(search, replica_s)
-            if counts is None or counts in tried or served < HOPELESS:
-                continue
-            tried.append(counts)
-            lower, upper = (counts, counts) if origin == CHOSEN else (lower, np.where(np.array(counts) > 0, upper, 0))
-        before_s = np.inf if search.best is None else search.best.max_s
-        found = dive(search, lower, upper, replica_s, cutting=cutting)
-        if deciding and search.best.max_s < before_s and search.gap() <= NEARLY * search.target_gap:
-            closing.close(search, **AT_ONCE)
-            replica_s = max(replica_s, search.goal_s())
-        if found.loads.size <= rounding.POLISH_CELLS:  # one small model
-            _polish(search)
+        if counts is None or served < HOPELESS:
+            return
+        lower, upper = (counts, counts) if origin == CHOSEN else (lower, np.where(np.array(counts) > 0, upper, 0))
+    before_s = np.inf if search.best is None else search.best.max_s
+    found = dive(search, lower, upper, replica_s, cutting=cutting)
+    if deciding:
+        _decide_at_once(search, before_s)
+    if found.loads.size <= rounding.POLISH_CELLS:  # one small model
+        _polish(search)
 
 
 def _choose(search: Search, replica_s: float) -> tuple[tuple[int, ...] | None, float]:
