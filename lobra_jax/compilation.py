@@ -1,10 +1,11 @@
 """Making programs ready: counts XLA's compilations, so that a run can show that none happens after warm-up and how many
-a cache saved, and keeps Python's collector out of the way meanwhile."""
+a cache saved, and keeps Python itself out of the way meanwhile."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,9 @@ from lobra_jax.devices import host_cores
 ALL_CORES, MOST_THREADS = 16, 32
 """Compilations at a time: one for each core up to the first, then for every other core up to the second. With 64 on as
 many cores XLA's readings of kernels' variants on a GPU were off, and some programs it chose took twice as long."""
+
+SWITCH_S = 5e-4
+"""For how long a thread keeps the interpreter at a start while others wait for it; Python's default is ten times that."""
 
 _COMPILED_OR_READ = "/jax/core/compile/backend_compile_duration"
 _READ = "/jax/compilation_cache/cache_hits"
@@ -55,16 +59,21 @@ def compile_threads() -> int:
 
 
 @contextlib.contextmanager
-def collector_at_rest() -> Iterator[None]:
-    """Python does not look for garbage in cycles meanwhile.
+def at_start() -> Iterator[None]:
+    """Makes room for a start, where one thread traces programs while others draw or read weights.
 
-    Tracing makes so many objects that it would again and again, for a sixth of the time that tracing takes.
+    Python does not look for garbage in cycles meanwhile: tracing makes so many objects that it would again and again,
+    for a sixth of the time that tracing takes. And a thread that waits for the interpreter gets it sooner: threads that
+    come back from NumPy for a moment were kept waiting longer than they work (on two cores beside tracing they drew a
+    tenth quicker so, and tracing took as long).
     """
-    was_enabled = gc.isenabled()
+    was_enabled, interval_s = gc.isenabled(), sys.getswitchinterval()
     gc.disable()
+    sys.setswitchinterval(SWITCH_S)
     try:
         yield
     finally:
+        sys.setswitchinterval(interval_s)
         if was_enabled:
             gc.enable()
 

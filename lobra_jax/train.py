@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from lobra_jax.checkpoint import CheckpointMetadata, Checkpoints
-from lobra_jax.compilation import CompilationCount, collector_at_rest
+from lobra_jax.compilation import CompilationCount, at_start
 from lobra_jax.config import RunConfig, TaskConfig
 from lobra_jax.data.batches import TaskData
 from lobra_jax.export import base_model_name
@@ -126,7 +126,7 @@ class Trainer:
         """
         started = time.perf_counter()
         before, before_from_cache = self.compilations.total, self.compilations.from_cache
-        with collector_at_rest(), ThreadPoolExecutor(1, thread_name_prefix="programs") as executor:
+        with at_start(), ThreadPoolExecutor(1, thread_name_prefix="programs") as executor:
             programs = executor.submit(self.room.compile)
             try:
                 self._place()

@@ -1,11 +1,12 @@
-"""How programs are made ready: how many at a time, and Python's collector meanwhile."""
+"""How programs are made ready: how many at a time, and what Python leaves for later meanwhile."""
 
 import gc
+import sys
 
 import pytest
 
 from lobra_jax import compilation
-from lobra_jax.compilation import collector_at_rest, compile_threads
+from lobra_jax.compilation import at_start, compile_threads
 
 
 @pytest.mark.parametrize(
@@ -16,16 +17,17 @@ def test_every_core_compiles_of_few_and_every_other_of_many(monkeypatch, cores, 
     assert compile_threads() == threads
 
 
-def test_the_collector_rests_and_then_does_as_before():
-    with collector_at_rest():
-        assert not gc.isenabled()
-    assert gc.isenabled()
-    with pytest.raises(ValueError, match="failed"), collector_at_rest():
+def test_python_makes_room_at_a_start_and_then_does_as_before():
+    before_s = sys.getswitchinterval()
+    with at_start():
+        assert not gc.isenabled() and sys.getswitchinterval() < before_s / 2
+    assert gc.isenabled() and sys.getswitchinterval() == before_s
+    with pytest.raises(ValueError, match="failed"), at_start():
         raise ValueError("failed")
-    assert gc.isenabled()
+    assert gc.isenabled() and sys.getswitchinterval() == before_s
     gc.disable()
     try:
-        with collector_at_rest():
+        with at_start():
             pass
         assert not gc.isenabled()
     finally:
