@@ -20,7 +20,7 @@ ALL_CORES, MOST_THREADS = 16, 32
 many cores XLA's readings of kernels' variants on a GPU were off, and some programs it chose took twice as long."""
 
 SWITCH_S = 5e-4
-"""For how long a thread keeps the interpreter at a start while others wait for it; Python's default is ten times that."""
+"""For how long a thread keeps the interpreter at a start while others wait for it: a tenth of Python's default."""
 
 _COMPILED_OR_READ = "/jax/core/compile/backend_compile_duration"
 _READ = "/jax/compilation_cache/cache_hits"
