@@ -152,6 +152,7 @@ def _settle_longer(search: Search) -> bool:
         bound_s=lowest.bound_s,
         target_gap=search.better() / 2,
         deadline=search.deadline,
+        start=lowest.share,
         limit_s=2 * lowest.limit_s,
     )
     search.offer(again.replica_counts, again.share)

@@ -32,7 +32,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from planner import choice, closing, config_subsets, rebuild, rounding
+from planner import balance, choice, closing, config_subsets, rebuild, rounding
 from planner.bracket import bracket
 from planner.config_subsets import Found
 from planner.plan import Plan
@@ -46,6 +46,7 @@ from planner.search import (
     TARGET_GAP,
     Search,
     dive,
+    dive_key,
     gap_of,
     settle,
     status_of,
@@ -57,7 +58,7 @@ FREE, SETTLED, CHOSEN = "free", "settled", "chosen"
 """How a dive comes by its replica counts: while diving; those settled that took least; or as a whole, before."""
 
 NEARER = (0.0, 0.5, 0.25, 0.75, 0.125, 0.625, 0.375, 0.875)
-"""Where plans are looked for after that, too: parts of the way from the T that would do back to the best plan's."""
+"""Where dives look: parts of the way from the T that would be near enough to the bound back to the best plan's."""
 
 AT_THE_GOAL, FIRST_NEARER = NEARER[:1], NEARER[:4]
 
@@ -175,11 +176,14 @@ def _searched(search: Search) -> None:
     closing.close(search, **QUICKLY)
     search.closing_share = LAST_CLOSING_SHARE
     _nearer(search, NEARER, cutting=True)
+    closing.close(search, **THOROUGHLY)
+    before_s = search.best.max_s
     _rebuild(search, most_vain=MOST_VAIN)
     _nearer(search, NEARER, cutting=False)
     _nearer(search, NEARER, cutting=True)
     _rebuild(search, most_vain=LAST_MOST_VAIN)
-    closing.close(search, **THOROUGHLY)
+    if search.best.max_s < before_s:
+        closing.close(search, **THOROUGHLY)
 
 
 def homogeneous(problem: PlanningProblem) -> tuple[int, ...]:
@@ -205,16 +209,17 @@ def _search(search: Search, origin: str, *, cutting: bool = False, deciding: boo
         counts, served = _choose(search, replica_s)
         if counts is not None and served < HOPELESS:  # whole replicas need more time than fractional ones
             replica_s /= max(served, STRICTLY) ** RISE
+            if search.best is not None and search.best.max_s <= replica_s:
+                return
             counts, served = _choose(search, replica_s)
         if counts is None or served < HOPELESS:
             return
         lower, upper = (counts, counts) if origin == CHOSEN else (lower, np.where(np.array(counts) > 0, upper, 0))
     before_s = np.inf if search.best is None else search.best.max_s
-    found = dive(search, lower, upper, replica_s, cutting=cutting)
+    dive(search, lower, upper, replica_s, cutting=cutting)
     if deciding:
         _decide_at_once(search, before_s)
-    if found.loads.size <= rounding.POLISH_CELLS:  # one small model
-        _polish(search)
+    _polish(search)
 
 
 def _choose(search: Search, replica_s: float) -> tuple[tuple[int, ...] | None, float]:
@@ -239,24 +244,28 @@ def _nearer(search: Search, fractions: Sequence[float], *, cutting: bool) -> Non
     Near the best plan's T a dive finds another, little better plan: again and again, until that one does. `fractions`
     are parts of the way from the T that would do.
     """
-    num_vain = 0
-    while not search.is_done() and num_vain < 2 * len(fractions):
+    turns = [(fraction, again) for fraction in fractions for again in (False, True)]
+    turn = num_vain = 0
+    while not search.is_done() and num_vain < len(turns):
+        fraction, again = turns[turn % len(turns)]
         before_s, goal_s = search.best.max_s, search.goal_s()
-        replica_s = goal_s + fractions[num_vain // 2] * (before_s - goal_s)
+        replica_s = goal_s + fraction * (min(before_s, search.cutoff_s) - goal_s)
         lower, upper = search.relaxation.lower, _allowed(search)
-        if num_vain % 2:
-            lower = upper = np.array(search.best.replica_counts)
-        dived = (replica_s, cutting, tuple(lower.tolist()), tuple(upper.tolist()))
-        if dived not in search.dived:
-            search.dived.add(dived)
+        if again:
+            lower = upper = search.best.replica_counts
+        if dive_key(search, lower, upper, replica_s, cutting=cutting) not in search.dived:
             dive(search, lower, upper, replica_s, cutting=cutting)
-        num_vain = num_vain + 1 if search.best.max_s >= before_s else 0
+            _polish(search)
+        if search.best.max_s < before_s * (1 - balance.IMPROVEMENT):
+            num_vain = 0  # the same part of what is left may be gained again
+        else:
+            turn, num_vain = turn + 1, num_vain + 1
         _decide_at_once(search, before_s)
 
 
 def _rebuild(search: Search, *, most_vain: int) -> None:
     """Step 4: rebuilds parts of the best plan, each with its slowest replica, until none of so many ends earlier."""
-    share, num_vain, rng = search.best.rounded(), 0, np.random.default_rng(0)
+    share, num_vain = search.best.rounded(), 0
     if len(share.replicas) <= rebuild.MOST:
         return  # no part, but a dive
     while not search.is_done() and num_vain < most_vain:
@@ -266,7 +275,7 @@ def _rebuild(search: Search, *, most_vain: int) -> None:
             search.goal_s(),
             search.relaxation.pool,
             upper=_allowed(search),
-            rng=rng,
+            rng=search.rng,
             deadline=search.deadline,
             improve_s=LOCAL_SEARCH_LIMIT_S,
         )
@@ -292,10 +301,10 @@ def _decide_at_once(search: Search, before_s: float) -> None:
 
 
 def _polish(search: Search) -> None:
-    """Improves on the best plan's share-out where that could end the search, once."""
-    if search.is_polished or search.is_done() or search.best.max_s > PROMISING * search.goal_s():
+    """Improves on the best plan's share-out where that is one small model and could end the search, once."""
+    best = search.best
+    if best.share.loads.size > rounding.POLISH_CELLS or search.is_polished or search.is_done():
         return
-    search.offer_share(
-        rounding.polished(search.problem, search.best.rounded(), search.goal_s(), deadline=search.deadline)
-    )
-    search.is_polished = True
+    if best.max_s <= PROMISING * search.goal_s():
+        search.offer_share(rounding.polished(search.problem, best.rounded(), search.goal_s(), deadline=search.deadline))
+        search.is_polished = True

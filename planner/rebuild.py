@@ -38,7 +38,7 @@ def rebuilt(
 ) -> RoundedShare | None:
     """The deployment with a part of it rebuilt to end by `goal_s`, or None if the part that was drawn ends no earlier.
 
-    `upper` [C] is the most replicas of each config, and those pinned stay.
+    `upper` [C] is the most replicas of each config, though the deployment may have more; those pinned stay.
     """
     kinds, loads, seconds = np.array(rounded.replicas), rounded.share.loads, rounded.share.replica_s
     num_configs = len(problem.configs)
@@ -60,7 +60,7 @@ def rebuilt(
         goal_s,
         pool,
         lower=np.maximum(np.array(problem.pinned_counts) - elsewhere, 0),
-        upper=np.maximum(upper - elsewhere, 0),
+        upper=np.maximum(upper, np.bincount(kinds, minlength=num_configs)) - elsewhere,
         must_fit=must_fit,
         deadline=deadline,
         improve_s=improve_s,

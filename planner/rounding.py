@@ -95,7 +95,7 @@ def dive(
     devices = np.array([usable.num_devices for usable in problem.configs])
     must_fit = len(problem.counts) - 1 if must_fit is None else must_fit
     fits_longest = np.array([usable.fits(must_fit) for usable in problem.configs])
-    able = np.flatnonzero(fits_longest & (np.asarray(upper) > 0))
+    able = np.flatnonzero(fits_longest & (np.asarray(upper) > 0) & (devices <= problem.num_devices))
     cover = int(able[devices[able].argmin()])
     left, used, num_left = np.array(problem.counts), np.zeros(len(devices), dtype=int), problem.num_devices
     pool = [p for p in patterns if upper[p.config] and p.seconds <= replica_s * (1 + SURPLUS)]
@@ -237,6 +237,8 @@ def _finished(
     every = np.arange(len(kinds))
     for bucket in reversed(range(len(left))):
         full = np.array([u.full_rows(bucket) if u.fits(bucket) else 0 for u in kinds])
+        if left[bucket] and not full.any():
+            raise ValueError(f"no replica fits bucket {bucket}, which has {left[bucket]} sequences left")
         while left[bucket] > 0:
             piece = np.minimum(full, left[bucket])
             trial = loads.copy()

@@ -41,6 +41,10 @@ LOCAL_SEARCH_LIMIT_S = 0.2
 SHORTEST_SOLVE_S = 0.02
 
 
+DiveKey = tuple[float, bool, tuple[int, ...], tuple[int, ...], int]
+"""T, whether with cuts, the least and most replicas of each config, and how many patterns are known."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settled:
     """A deployment with a share-out of the planned counts over its replicas, configs in order.
@@ -70,7 +74,8 @@ class Search:
 
     Attributes:
       bound_s: no plan's slowest replica takes less, step overhead excluded.
-      dived: T, whether with cuts, and bounds on replica counts of dives that need no second time.
+      dived: dives that were made, and are not made again.
+      rng: what is drawn in the search is drawn from here.
       is_polished: whether the best plan's share-out was polished.
       level: the last proven level of `planner.closing`.
       settled: replica counts that may attain what was asked for, with what is known of them.
@@ -85,7 +90,8 @@ class Search:
     deadline: float
     bound_s: float
     best: Settled | None = None
-    dived: set[tuple[float, bool, tuple[int, ...], tuple[int, ...]]] = dataclasses.field(default_factory=set)
+    dived: set[DiveKey] = dataclasses.field(default_factory=set)
+    rng: np.random.Generator = dataclasses.field(default_factory=lambda: np.random.default_rng(0))
     is_polished: bool = False
     level: Level | None = None
     settled: dict[tuple[int, ...], Settled] = dataclasses.field(default_factory=dict)
@@ -136,14 +142,21 @@ class Search:
         return self.trial_s() if self.hurries else min(self.trial_s(), goal_s)
 
     def offer(self, replica_counts: Sequence[int], share: Share) -> None:
-        """Takes a plan, with its share-out over replicas in the order of their configs, if it is the best so far."""
-        if self.best is None or share.max_s < self.best.max_s:
+        """Takes a plan, with its share-out over replicas in the order of their configs, if it is the best so far.
+
+        Of plans that end together that whose other replicas end earlier, from the slowest on.
+        """
+        if self.best is None or _slowest_first(share) < _slowest_first(self.best.share):
             self.best = Settled(replica_counts=tuple(replica_counts), share=share, bound_s=0.0)
             self.is_polished = False
 
     def offer_share(self, rounded: RoundedShare) -> None:
         counts = np.bincount(rounded.replicas, minlength=len(self.problem.configs)).tolist()
         self.offer(counts, rounded.in_order())
+
+
+def _slowest_first(share: Share) -> list[float]:
+    return sorted(share.replica_s.tolist(), reverse=True)
 
 
 def status_of(gap: float, target_gap: float, *, late: bool) -> str:
@@ -195,6 +208,7 @@ def dive(
     search: Search, lower: Sequence[int], upper: Sequence[int], replica_s: float, *, cutting: bool = False
 ) -> Share:
     """Looks for a plan within `replica_s` and these bounds on replica counts."""
+    search.dived.add(dive_key(search, lower, upper, replica_s, cutting=cutting))
     rounded = rounding.dive(
         search.problem,
         replica_s,
@@ -207,6 +221,12 @@ def dive(
     )
     search.offer_share(rounded)
     return rounded.in_order()
+
+
+def dive_key(search: Search, lower: Sequence[int], upper: Sequence[int], replica_s: float, *, cutting: bool) -> DiveKey:
+    """What a dive depends on: another that has the same finds the same."""
+    bounds = (tuple(np.asarray(bound).tolist()) for bound in (lower, upper))
+    return replica_s, cutting, *bounds, len(search.relaxation.pool)
 
 
 def gap_of(problem: PlanningProblem, max_s: float, bound_s: float) -> float:

@@ -1,5 +1,8 @@
 """Rebuilding a part of a deployment: what comes back is a deployment of the same problem, and its part ends earlier."""
 
+import dataclasses
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -70,14 +73,27 @@ def test_a_rebuilt_deployment_serves_the_same_and_no_replica_of_the_part_ends_la
         )
 
 
-def test_a_part_without_the_longest_sequences_gets_a_replica_for_what_it_has(monkeypatch):
-    """The middle bucket fits two kinds, the longest one, whose replica is no part of what is rebuilt."""
-    problem = problem_of((70, 12, 1), 16)
+@pytest.mark.parametrize("upper", [(20, 20, 20), (20, 0, 20), (20, 1, 2), (20, 0, 0)])
+def test_a_part_keeps_to_its_devices_and_to_what_can_hold_its_longest(monkeypatch, upper):
+    """The longest bucket fits the widest kind alone, which is no part of this; the middle one fits the second, too.
+
+    Other plans may be limited to fewer replicas of a kind than this one has.
+    """
+    problem = problem_of((70, 12, 1), 16, capacities=(16, 48, 128))
     start = listed(problem, (8, 2, 1))
-    holds_middle = int(np.flatnonzero((np.array(start.replicas) == 1) & (start.share.loads[:, 1] > 0))[0])
-    monkeypatch.setattr(rebuild, "_drawn", lambda seconds, size, rng: np.array([holds_middle, 0, 1, 2]))
-    better = tries(problem, start, 0.9 * start.share.max_s, number=1)
-    assert better[0] is None or better[0].share.loads.sum(axis=0).tolist() == list(problem.counts)
+    slow = int(np.flatnonzero((np.array(start.replicas) == 1) & (start.share.loads[:, 1] > 0))[0])
+    loads, table = start.share.loads, balance.tables([problem.configs[c] for c in start.replicas], problem.counts)
+    loads[slow] += loads[1]  # the second of the short kind idles, and one of the middle kind does its work
+    loads[1] = 0
+    start = RoundedShare(replicas=start.replicas, share=Share(loads=loads, replica_s=table.replica_s(loads)))
+    monkeypatch.setattr(rebuild, "_drawn", lambda seconds, size, rng: np.array([slow, 0, 1, 2]))
+    goal_s, rng = 0.97 * start.share.replica_s[slow], np.random.default_rng(0)
+    found = rebuild.rebuilt(problem, start, goal_s, [], upper=np.array(upper), rng=rng)
+    assert found is not None
+    kinds = [problem.configs[config] for config in found.replicas]
+    assert sum(usable.num_devices for usable in kinds) <= problem.num_devices
+    assert found.share.loads.sum(axis=0).tolist() == list(problem.counts)
+    assert all(u.fits(b) for u, row in zip(kinds, found.share.loads, strict=True) for b in np.flatnonzero(row))
 
 
 def test_pinned_replicas_stay():
@@ -100,17 +116,36 @@ def test_rebuilding_betters_what_a_list_schedule_leaves_over():
     assert share.share.max_s < 0.97 * start.share.max_s
 
 
-def test_the_exact_planner_rebuilds_what_dives_leave(monkeypatch):
+def test_the_exact_planner_takes_what_is_rebuilt(monkeypatch):
+    monkeypatch.setattr(deployment.closing, "close", lambda *args, **options: None)
+    search = deployment._relaxed(problem_of((400, 60, 5), 24), 1e-5, time.perf_counter() + 60)
+    search.offer_share(listed(search.problem, (14, 3, 1)))
+    before = search.best
+    deployment._rebuild(search, most_vain=deployment.MOST_VAIN)
+    assert search.best.max_s < 0.99 * before.max_s
+    assert search.best.share.loads.sum(axis=0).tolist() == list(search.problem.counts)
+
+
+def test_of_plans_that_end_together_the_one_with_more_room_is_kept():
+    problem = problem_of((9, 0, 1), 8)
+    search = deployment._relaxed(problem, 1e-5, time.perf_counter() + 60)
+    start = listed(problem, (4, 0, 1))
+    slower = dataclasses.replace(start.share, replica_s=np.full(5, start.share.max_s))
+    search.offer((4, 0, 1), slower)
+    search.offer((4, 0, 1), start.share)
+    assert search.best.share is start.share
+    search.offer((4, 0, 1), slower)
+    assert search.best.share is start.share
+
+
+def test_the_exact_planner_rebuilds_where_dives_leave_a_gap(monkeypatch):
     problem = problem_of((500, 130, 31), 16, capacities=(64, 64, 64))
     monkeypatch.setattr(deployment.closing, "close", lambda *args, **options: None)
-    monkeypatch.setattr(deployment, "_search", lambda *args, **options: None)
-    monkeypatch.setattr(deployment, "_nearer", lambda *args, **options: None)
-    asked, rebuilt = [], rebuild.rebuilt
-
-    def noted(problem, rounded, *args, **options):
-        asked.append(rounded.share.max_s)
-        return rebuilt(problem, rounded, *args, **options)
-
-    monkeypatch.setattr(rebuild, "rebuilt", noted)
-    plan = deployment.solve(problem, target_gap=1e-5)
-    assert len(asked) >= deployment.MOST_VAIN + deployment.LAST_MOST_VAIN and plan.predicted.step_s <= min(asked)
+    for name in ("_search", "_nearer"):
+        monkeypatch.setattr(deployment, name, lambda *args, **options: None)
+    monkeypatch.setattr(deployment, "homogeneous", lambda problem: (16, 0, 0))
+    tried, rebuilt = [], rebuild.rebuilt
+    monkeypatch.setattr(rebuild, "rebuilt", lambda *args, **options: tried.append(rebuilt(*args, **options)))
+    plan = deployment.solve(problem, target_gap=1e-9)
+    assert plan.predicted.status == "gap left"
+    assert len(tried) == deployment.MOST_VAIN + deployment.LAST_MOST_VAIN
