@@ -176,12 +176,16 @@ def by_range(replica: ReplicaTime, ends: Sequence[int]) -> list[float]:
 def alternatives_table(explanation: Explanation) -> Table:
     """What other plans cost on the same batch."""
     table = Table(title="Other plans on the same batch", box=SIMPLE_HEAD)
-    for name in ("what", "plan"):
-        table.add_column(name)
+    rows = [(other.change, *alternative_cells(explanation, other)) for other in explanation.alternatives]
+    table.add_column("what", overflow="fold")
+    # Plans are broken between replicas.
+    table.add_column(
+        "plan", overflow="fold", min_width=max((len(w) for row in rows for w in row[1].split()), default=1)
+    )
     table.add_column("step (s)", justify="right")
     table.add_column("against this plan", justify="right")
-    for other in explanation.alternatives:
-        table.add_row(other.change, *alternative_cells(explanation, other))
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

@@ -10,9 +10,9 @@ from rich.console import Console
 
 from planner.cost import ConfigCost, CostTable
 from planner.errors import UserError
-from planner.explain import BEST, ONE_CONFIG, explain
+from planner.explain import BEST, ONE_CONFIG, Alternative, explain
 from planner.explain_html import html as page
-from planner.explain_text import DOUBTS, POLICIES, length_ranges, render, verdict
+from planner.explain_text import DOUBTS, POLICIES, alternatives_table, length_ranges, render, verdict
 from planner.plan import REMATS, ParallelConfig, Plan, Prediction, ReplicaGroup
 from planner.workload import TaskLengths, Workload
 
@@ -186,6 +186,20 @@ def test_seconds_have_alike_decimals_and_fit_eighty_columns():
     assert "…" not in shown and "start up: what a step costs" in shown
     (row,) = [line for line in shown.splitlines() if line.strip().startswith("replica 0 (tp1,pp2")]
     assert {len(cell.split(".")[1]) for cell in row.split() if cell.replace(".", "").isdigit() and "." in cell} == {2}
+
+
+def test_other_plans_are_broken_between_replicas_on_eighty_columns():
+    mixed = ParallelConfig(tp=16, pp=1, remat="none+dots+attention")
+    wide = ReplicaGroup(count=128, config=mixed, capacity_tokens=256, smaller_capacities=(64, 128))
+    other = dataclasses.replace(UNBALANCED, num_devices=4096, replicas=(wide, *UNBALANCED.replicas))
+    change = "planned without (tp16,pp1,none+dots+attention)"
+    explanation = explain(UNBALANCED, COSTS, WORKLOAD, compare=False)
+    explanation = dataclasses.replace(explanation, alternatives=(Alternative(change=change, plan=other, step_s=1.0),))
+    console = Console(file=io.StringIO(), width=80)
+    console.print(alternatives_table(explanation))
+    shown = console.file.getvalue()
+    assert "…" not in shown and "128x(tp16,pp1,none+dots+attention)" in shown
+    assert change.replace(" ", "") in "".join(line[2:25].strip() for line in shown.splitlines()[2:]).replace(" ", "")
 
 
 def test_every_policy_has_its_meaning():
