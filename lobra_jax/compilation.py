@@ -63,9 +63,8 @@ def at_start() -> Iterator[None]:
     """Makes room for a start, where one thread traces programs while others draw or read weights.
 
     Python does not look for garbage in cycles meanwhile: tracing makes so many objects that it would again and again,
-    for a sixth of the time that tracing takes. And a thread that waits for the interpreter gets it sooner: threads that
-    come back from NumPy for a moment were kept waiting longer than they work (on two cores beside tracing they drew a
-    tenth quicker so, and tracing took as long).
+    for a sixth of the time that tracing takes. And a thread that waits for the interpreter gets it sooner: on two
+    cores, beside tracing, weights were drawn a tenth quicker so, and tracing took as long.
     """
     was_enabled, interval_s = gc.isenabled(), sys.getswitchinterval()
     gc.disable()

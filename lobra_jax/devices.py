@@ -27,7 +27,8 @@ is too large, would choose more, after which bytes no longer grow with the micro
 HEAP_BYTES = 3 << 28
 """What a program needs on a GPU for a while it asks for in pieces of at most so many bytes, but for arrays that are
 larger, not in one: states and adapters come and go beside it and cut up the room. By XLA's analysis programs of 7B and
-13B need at most 0.1 GiB more, with pieces of 512 MiB up to 0.5 (profiling/results/h200_tries.json)."""
+13B at 40 GiB need at most 0.1 GiB more, with pieces of 512 MiB up to 0.5; one of 66 GiB took 0.4 GiB more on an H200,
+and as long (profiling/results/h200_tries.json)."""
 
 CACHE_FOLDER = "xla"
 MIN_COMPILE_S_TO_CACHE = 0.2

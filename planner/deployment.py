@@ -157,7 +157,7 @@ def _relaxed(problem: PlanningProblem, target_gap: float, deadline: float) -> Se
 
 
 def _searched(search: Search) -> None:
-    """Steps 2 to 4; there is a best plan then."""
+    """Steps 2 to 4, what is quick and often enough first; there is a best plan then."""
     if search.is_bracketed:
         _search(search, FREE, deciding=False)
     if search.best is None:

@@ -6,7 +6,7 @@ With patterns a of known worth (`planner.pricing`) at a fixed T:
     (1)  sum over patterns a of n_aj x_a >= N_j s          every bucket j; dual pi_j, with sum_j N_j pi_j = 1
     (2)  sum over patterns a of config c of x_a <= p_c     every config c; dual mu_c
     (3)  sum_c g_c p_c <= D
-    (4)  sum over c that fit bucket J of p_c >= 1          where asked for
+    (4)  sum over c that fit bucket `must_fit` of p_c >= 1 where asked for: J but for parts (`planner.rebuild`)
     (5)  lower_c <= p_c <= upper_c
     (6)  sum over patterns a of h_ai x_a >= L_i s          every cut i of `planner.cuts` that was added; dual sigma_i
 

@@ -87,6 +87,8 @@ def dive(
       patterns: of the problem at about this T, to start from.
       lower, upper: [C] the least and most replicas of each config; equal where these are given. Within them replicas
         are chosen one pattern after the other, so that the last ones suit what the first ones left.
+      must_fit: the bucket that some replica has to fit, used or not, by default the longest; no shorter than any with
+        counts.
       deadline: (of `time.perf_counter`) after which the rest is handed out greedily.
       improve_s: seconds of local search at the end, before re-splits. Without both no clock is looked at.
       most_resplits: pairs of replicas whose loads are shared out anew at the very end.
@@ -94,8 +96,8 @@ def dive(
     """
     devices = np.array([usable.num_devices for usable in problem.configs])
     must_fit = len(problem.counts) - 1 if must_fit is None else must_fit
-    fits_longest = np.array([usable.fits(must_fit) for usable in problem.configs])
-    able = np.flatnonzero(fits_longest & (np.asarray(upper) > 0) & (devices <= problem.num_devices))
+    covers = np.array([usable.fits(must_fit) for usable in problem.configs])
+    able = np.flatnonzero(covers & (np.asarray(upper) > 0) & (devices <= problem.num_devices))
     cover = int(able[devices[able].argmin()])
     left, used, num_left = np.array(problem.counts), np.zeros(len(devices), dtype=int), problem.num_devices
     pool = [p for p in patterns if upper[p.config] and p.seconds <= replica_s * (1 + SURPLUS)]
@@ -108,7 +110,7 @@ def dive(
         if not high.any():
             break
         rest = dataclasses.replace(problem, counts=tuple(left.tolist()), num_devices=num_left)
-        covered = (fits_longest & ((used > 0) | (low > 0))).any()
+        covered = (covers & ((used > 0) | (low > 0))).any()
         handed_out = _hand_out(
             rest,
             low,
@@ -130,7 +132,7 @@ def dive(
             used[pattern.config] += 1
             num_left -= int(devices[pattern.config])
     idle = np.maximum(np.asarray(lower) - used, 0)
-    if not (fits_longest & (used + idle > 0)).any():
+    if not (covers & (used + idle > 0)).any():
         idle[cover] += 1
     for config, count in enumerate(idle.tolist()):
         replicas += [config] * count
