@@ -18,7 +18,9 @@ import math
 from collections.abc import Collection, Sequence
 
 import numpy as np
+from numba import float64, int64
 
+from planner.compiled import FLOATS, INT_TABLE, compiled
 from planner.patterns import Lattice, Pattern, Slots
 
 VIOLATED = 1e-3
@@ -48,15 +50,7 @@ class Cut:
 
     def of_slots(self, bucket: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """What slots of so many rows of these buckets add."""
-        return np.where(bucket == self.bucket, self._up(rows), 0)
-
-    def of_patterns(self, rows: np.ndarray, full: np.ndarray) -> np.ndarray:
-        """What patterns add that serve `rows` [..., J] in slots of at most `full` [..., J] each."""
-        num_full, rest = np.divmod(rows[..., self.bucket], full[..., self.bucket])
-        return num_full * self._up(full[..., self.bucket]) + self._up(rest)
-
-    def _up(self, sequences: np.ndarray) -> np.ndarray:
-        return -(-sequences * self.times // self.size)
+        return np.where(bucket == self.bucket, -(-rows * self.times // self.size), 0)
 
 
 class SlotWorths:
@@ -109,6 +103,12 @@ class SlotWorths:
         return ratio, np.where(ratio > 0, all_of_it / np.where(ratio > 0, ratio, 1.0), 0.0)
 
 
+def of_patterns(cuts: Sequence[Cut], rows: np.ndarray, full: np.ndarray) -> np.ndarray:
+    """[P, K] what patterns add to cuts that serve `rows` [P, J] in slots of at most `full` [P, J] each."""
+    table = np.array([(cut.bucket, cut.times, cut.size) for cut in cuts], dtype=np.int64)
+    return _of_patterns(table.reshape(-1, 3), rows, full)
+
+
 def violated(
     counts: Sequence[int],
     lattices: Sequence[Lattice],
@@ -123,16 +123,13 @@ def violated(
         return []
     rows = np.stack([patterns[index].rows for index in used])
     full = np.stack([lattices[patterns[index].config].full for index in used])
-    num_full, rest = np.divmod(rows, full)
     out = []
     for bucket, count in enumerate(counts):
         largest = min(int(count), int(full[rows[:, bucket] > 0, bucket].max(initial=0)))
         shares = _shares(largest)
         if not len(shares):
             continue
-        times, sizes = shares[:, :1], shares[:, 1:]
-        slots = num_full[:, bucket] * -(-full[:, bucket] * times // sizes) + -(-rest[:, bucket] * times // sizes)
-        short = 1 - slots @ uses[used] / (scale * -(-count * times[:, 0] // sizes[:, 0]))
+        short = _shortfalls(shares, rows[:, bucket], full[:, bucket], uses[used], count, scale)
         worst = [at for at in np.argsort(-short)[: MOST_A_BUCKET + len(known)].tolist() if short[at] > VIOLATED]
         cuts = (Cut(bucket=bucket, times=int(shares[at, 0]), size=int(shares[at, 1])) for at in worst)
         out += [cut for cut in cuts if cut not in known][:MOST_A_BUCKET]
@@ -147,3 +144,35 @@ def _shares(largest: int) -> np.ndarray:
         (a, k) for k in range(3, LARGEST_FRACTION + 1) for a in range(2, k) if math.gcd(a, k) == 1 and k <= a * largest
     ]
     return np.array(simple + fractions if largest > 1 else [], dtype=np.int64).reshape(-1, 2)
+
+
+@compiled(FLOATS, INT_TABLE, int64[:], int64[:], FLOATS, int64, float64)
+def _shortfalls(
+    shares: np.ndarray, rows: np.ndarray, full: np.ndarray, uses: np.ndarray, count: int, scale: float
+) -> np.ndarray:
+    """[n] the share of a cut's right side that its left side lacks, for each a and k of `shares` [n, 2].
+
+    Of patterns used `uses` [P] times, with rows [P] of the bucket in slots of `full` [P]; together they serve `scale`
+    times its `count`.
+    """
+    out = np.empty(len(shares))
+    for index in range(len(shares)):
+        times, size = shares[index]
+        left = 0.0
+        for pattern in range(len(rows)):
+            num_full, rest = divmod(rows[pattern], full[pattern])
+            left += uses[pattern] * (num_full * -(-full[pattern] * times // size) + -(-rest * times // size))
+        out[index] = 1 - left / (scale * -(-count * times // size))
+    return out
+
+
+@compiled(INT_TABLE, INT_TABLE, INT_TABLE, INT_TABLE)
+def _of_patterns(cuts: np.ndarray, rows: np.ndarray, full: np.ndarray) -> np.ndarray:
+    """`of_patterns` for cuts (bucket, a, k) [K, 3]."""
+    out = np.empty((len(rows), len(cuts)), dtype=np.int64)
+    for index in range(len(cuts)):
+        bucket, times, size = cuts[index]
+        for pattern in range(len(rows)):
+            num_full, rest = divmod(rows[pattern, bucket], full[pattern, bucket])
+            out[pattern, index] = num_full * -(-full[pattern, bucket] * times // size) + -(-rest * times // size)
+    return out

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import numpy as np
 from pyscipopt import LP
 
-from planner.cuts import Cut
+from planner.cuts import Cut, of_patterns
 from planner.patterns import Lattice, Pattern
 from planner.problem import ReplicaProblem
 
@@ -57,7 +57,6 @@ class Master:
         self._cuts: list[Cut] = []
         self._full = np.array([lattice.full for lattice in lattices])
         self._served = [bucket for bucket, count in enumerate(problem.counts) if count > 0]
-        self._row = {bucket: row for row, bucket in enumerate(self._served)}
         self._num_buckets, self._num_configs = len(problem.counts), len(problem.configs)
         self._counts, self._num_devices = np.array(problem.counts), problem.num_devices
         lp = LP("master", sense="minimize")
@@ -86,11 +85,14 @@ class Master:
     def add(self, patterns: Sequence[Pattern]) -> None:
         if not patterns:
             return
-        columns = []
-        for pattern, adds in zip(patterns, self._of_cuts(patterns, self._cuts).tolist(), strict=True):
-            entries = [(self._row[b], float(n / self._counts[b])) for b, n in enumerate(pattern.rows.tolist()) if n]
-            entries.append((len(self._served) + pattern.config, -1.0))
-            columns.append(entries + [(self._first_cut + at, share) for at, share in enumerate(adds) if share])
+        num_served = len(self._served)
+        of_counts = np.array([pattern.rows for pattern in patterns])[:, self._served] / self._counts[self._served]
+        shares = np.concatenate([of_counts, self._of_cuts(patterns, self._cuts)], axis=1)
+        row = [*range(num_served), *range(self._first_cut, self._first_cut + len(self._cuts))]
+        columns = [
+            [*((at, share) for at, share in zip(row, own, strict=True) if share), (num_served + pattern.config, -1.0)]
+            for pattern, own in zip(patterns, shares.tolist(), strict=True)
+        ]
         free = self._lp.infinity()
         self._lp.addCols(
             columns,
@@ -110,10 +112,9 @@ class Master:
 
     def _of_cuts(self, patterns: Sequence[Pattern], cuts: Sequence[Cut]) -> np.ndarray:
         """[P, K] what patterns add to cuts, as shares of what the cuts ask for."""
-        rows = np.array([pattern.rows for pattern in patterns]).reshape(len(patterns), self._num_buckets)
+        rows = np.array([pattern.rows for pattern in patterns], dtype=np.int64).reshape(-1, self._num_buckets)
         full = self._full[[pattern.config for pattern in patterns]]
-        shares = [cut.of_patterns(rows, full) / cut.least(self._counts) for cut in cuts]
-        return np.array(shares).reshape(len(cuts), len(patterns)).T
+        return of_patterns(cuts, rows, full) / np.array([cut.least(self._counts) for cut in cuts])
 
     def fix(self, lower: Sequence[float], upper: Sequence[float]) -> None:
         """Sets (5)."""

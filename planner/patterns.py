@@ -97,4 +97,4 @@ def lattice_of(usable: UsableConfig) -> Lattice:
     padded = [(options or (1,), times or (0.0,)) for options, times in zip(usable.rows, usable.slot_s, strict=True)]
     rows = np.array([(options[0],) * (width - len(options)) + options for options, _ in padded])
     slot_s = np.array([(times[0],) * (width - len(times)) + times for _, times in padded])
-    return Lattice(full=rows[:, -1], options=rows, slot_s=slot_s)
+    return Lattice(full=rows[:, -1].copy(), options=rows, slot_s=slot_s)

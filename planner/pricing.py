@@ -26,6 +26,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from planner.cuts import Cut, SlotWorths
+from planner.knapsack import best_rows, by_largest_slot, chunks_of, fractional_worth, replica_seconds
 from planner.patterns import Lattice, Pattern, Slots
 from planner.problem import ReplicaProblem
 
@@ -61,6 +62,17 @@ class _Chunks:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Steps:
+    """Chunks by bucket, arrays [I]: each serves `rows` of `bucket`. `group` is the bucket of remainders, of which one
+    is taken at the most, and -1 for others."""
+
+    chunks: _Chunks
+    group: np.ndarray
+    bucket: np.ndarray
+    rows: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Programme:
     """The steps for one config at one T, by increasing seconds of their slots.
 
@@ -70,18 +82,21 @@ class _Programme:
     chunks: _Chunks
     ends_at: np.ndarray
     ends_cells: np.ndarray
-    _sorted: dict[int, tuple[_Chunks, np.ndarray]] = dataclasses.field(default_factory=dict)
+    _sorted: dict[int, _Steps] = dataclasses.field(default_factory=dict)
 
-    def by_bucket(self, slots: Slots, end: int) -> tuple[_Chunks, np.ndarray]:
-        """(the steps up to one largest slot by bucket, remainders last; [I] a remainder's bucket, -1 for others).
-
-        Of the remainders of a bucket one is taken at the most.
-        """
+    def by_bucket(self, slots: Slots, end: int) -> _Steps:
+        """The steps up to one largest slot by bucket, remainders last."""
         if end not in self._sorted:
             slot = self.chunks.slot[: self.ends_at[end]]
-            is_rest, bucket = slots.is_remainder[slot], slots.bucket[slot]
-            order = np.lexsort((is_rest, bucket))
-            self._sorted[end] = self.chunks[order], np.where(is_rest, bucket, -1)[order]
+            order = np.lexsort((slots.is_remainder[slot], slots.bucket[slot]))
+            chunks = self.chunks[order]
+            bucket = slots.bucket[chunks.slot]
+            self._sorted[end] = _Steps(
+                chunks=chunks,
+                group=np.where(slots.is_remainder[chunks.slot], bucket, -1),
+                bucket=bucket,
+                rows=chunks.times * slots.rows[chunks.slot],
+            )
         return self._sorted[end]
 
 
@@ -156,20 +171,6 @@ class Pricer:
         """[J] whether some replica can serve a sequence of each bucket within the time."""
         return (self._rate > 0).any(axis=0)
 
-    def _fractional(self, ratio: np.ndarray, all_s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """([Q] bound of each class without whole slots, [Q] worth of its last second).
-
-        `ratio` [Q, J] is the most that a second on each bucket is worth, `all_s` [Q, J] for how many seconds.
-        """
-        order = np.argsort(-ratio, axis=1)
-        ratio = np.take_along_axis(ratio, order, axis=1)
-        seconds = np.take_along_axis(all_s, order, axis=1)
-        used = np.minimum(np.cumsum(seconds, axis=1), self._room[:, None])
-        taken = np.diff(used, axis=1, prepend=0.0)
-        full = used[:, -1] >= self._room * (1 - EDGE)
-        last = np.argmax(used >= self._room[:, None] * (1 - EDGE), axis=1)
-        return (taken * ratio).sum(axis=1), np.where(full, ratio[np.arange(len(ratio)), last], 0.0)
-
     def price(
         self, prices: np.ndarray, enough: np.ndarray, *, most: int | None = None
     ) -> tuple[np.ndarray, list[Pattern]]:
@@ -187,9 +188,10 @@ class Pricer:
                 self._slot_worths = SlotWorths(self._slots, num_buckets)
                 self._slot_worths.add(self._cuts)
             worths = self._slot_worths.at(prices)
-            bound, last = self._fractional(*self._slot_worths.seconds(worths, self._class_config, self._class_end))
+            ratio, all_s = self._slot_worths.seconds(worths, self._class_config, self._class_end)
         else:
-            bound, last = self._fractional(prices[:num_buckets] * self._rate, self._all_s)
+            ratio, all_s = prices[:num_buckets] * self._rate, self._all_s
+        bound, last = fractional_worth(ratio, all_s, self._room, EDGE)
         z = np.zeros(len(self.problem.configs))
         np.maximum.at(z, self._class_config, bound)
         found = []
@@ -212,9 +214,9 @@ class Pricer:
     ) -> tuple[float, Pattern | None]:
         """(a bound on every pattern's worth, or `enough`; the best pattern found if it is worth more than `enough`).
 
-        `slot_worth` [S] is what each of the config's slots is worth; `bound` [E] and `last` [E] are what `_fractional`
-        says of its classes. One pass over all classes lets a bucket have several remainders; those that it leaves
-        above `enough` are looked at alone, best first, until the best is known.
+        `slot_worth` [S] is what each of the config's slots is worth; `bound` [E] and `last` [E] are what
+        `fractional_worth` says of its classes. One pass over all classes lets a bucket have several remainders; those
+        that it leaves above `enough` are looked at alone, best first, until the best is known.
         """
         programme = self._programmes.get(config)
         if programme is None:
@@ -222,10 +224,16 @@ class Pricer:
         relaxed = bound
         if np.count_nonzero(bound > enough) > 1:
             chunks = programme.chunks
-            worth = chunks.times * slot_worth[chunks.slot]
-            kept = np.flatnonzero((_loss(chunks, worth, bound - enough, last) < 0).any(axis=0))
-            table = _table(chunks[kept], worth[kept], np.zeros(len(kept), dtype=bool), self._num_cells)
-            served = table[np.searchsorted(kept, programme.ends_at), programme.ends_cells]
+            served = by_largest_slot(
+                chunks.cells,
+                chunks.times * slot_worth[chunks.slot],
+                chunks.seconds,
+                bound - enough,
+                last,
+                programme.ends_at,
+                programme.ends_cells,
+                self._num_cells + 1,
+            )
             relaxed = np.minimum(served, bound)
         best, pattern = enough, None
         for end in np.argsort(-relaxed).tolist():
@@ -247,31 +255,27 @@ class Pricer:
         enough: float,
     ) -> tuple[float, Pattern | None]:
         """The best pattern of one class: buckets one after the other, of the remainders of each at most one."""
-        slots = self._slots[config]
-        chunks, group = programme.by_bucket(slots, end)
-        worth = chunks.times * slot_worth[chunks.slot]
-        kept = np.flatnonzero(_loss(chunks, worth, bound[end : end + 1] - enough, last[end : end + 1])[0] < 0)
-        chunks, worth, group = chunks[kept], worth[kept], group[kept]
-        follows = np.zeros(len(kept), dtype=bool)
-        follows[1:] = (group[1:] == group[:-1]) & (group[1:] >= 0)
-        cells = int(programme.ends_cells[end])
-        table = _table(chunks, worth, follows, cells)
-        best = float(table[-1, cells])
+        steps = programme.by_bucket(self._slots[config], end)
+        best, rows = best_rows(
+            steps.chunks.cells,
+            steps.chunks.times * slot_worth[steps.chunks.slot],
+            steps.chunks.seconds,
+            steps.group,
+            steps.bucket,
+            steps.rows,
+            bound[end] - enough,
+            last[end],
+            len(self.problem.counts),
+            programme.ends_cells[end],
+            enough,
+        )
         if best <= enough:
             return enough, None
-        rows = self._traced(slots, chunks, table, follows, cells)
-        return best, Pattern(config=config, rows=rows, seconds=self._seconds(config, rows))
-
-    def _seconds(self, config: int, rows: np.ndarray) -> float:
-        """`UsableConfig.replica_s` of rows [J], some of them."""
-        lattice = self._lattices[config]
-        num_full, rest = np.divmod(rows, lattice.full)
-        option = np.minimum((lattice.options < rest[:, None]).sum(axis=1), lattice.slot_s.shape[1] - 1)
-        rest_s = np.where(rest > 0, lattice.slot_s[np.arange(len(rows)), option], 0.0)
-        largest = max(float(lattice.slot_s[num_full > 0, -1].max(initial=0.0)), float(rest_s.max(initial=0.0)))
-        usable = self.problem.configs[config]
-        slots_s = float(num_full @ lattice.slot_s[:, -1] + rest_s.sum())
-        return usable.cost.fixed_s + slots_s + (usable.config.pp - 1) * largest
+        lattice, usable = self._lattices[config], self.problem.configs[config]
+        seconds = replica_seconds(
+            rows, lattice.options, lattice.slot_s, usable.cost.fixed_s, float(usable.config.pp - 1)
+        )
+        return best, Pattern(config=config, rows=rows, seconds=seconds)
 
     def _programme(self, config: int) -> _Programme:
         bubbles = self.problem.configs[config].config.pp - 1
@@ -279,9 +283,8 @@ class Pricer:
         order = slots.order[: int(self._class_end[self._class_config == config].max()) + 1]
         cell_s = (left_s - bubbles * float(slots.seconds[order[0]])) / self._num_cells
         rooms = left_s - bubbles * slots.seconds[order]
-        fitting = np.minimum(slots.most[order], (rooms / slots.seconds[order]).astype(np.int64)).tolist()
-        chunks = [(slot, n) for slot, most in zip(order.tolist(), fitting, strict=True) for n in _chunk_sizes(most)]
-        slot, times = (np.array(c) for c in zip(*chunks, strict=True))
+        fitting = np.minimum(slots.most[order], (rooms / slots.seconds[order]).astype(np.int64))
+        slot, times = chunks_of(order, fitting)
         ends = self._class_end[self._class_config == config]
         seconds = times * slots.seconds[slot]
         position = np.empty(len(slots), dtype=np.int64)
@@ -296,60 +299,3 @@ class Pricer:
             ends_at=np.searchsorted(position[slot], ends, side="right"),
             ends_cells=((rooms[ends] if bubbles else np.array([left_s])) / cell_s).astype(np.int64),
         )
-
-    def _traced(self, slots: Slots, chunks: _Chunks, table: np.ndarray, follows: np.ndarray, cells: int) -> np.ndarray:
-        """Rows [J] of the slots behind table[-1, cells]."""
-        rows = np.zeros(len(self.problem.counts), dtype=np.int64)
-        step = len(table) - 1
-        while step > 0:
-            if table[step, cells] == table[step - 1, cells]:
-                step -= 1
-                continue
-            slot = chunks.slot[step - 1]
-            rows[slots.bucket[slot]] += chunks.times[step - 1] * slots.rows[slot]
-            cells -= int(chunks.cells[step - 1])
-            step -= 1
-            while step > 0 and follows[step]:
-                step -= 1
-        return rows
-
-
-def _table(chunks: _Chunks, worth: np.ndarray, follows: np.ndarray, num_cells: int) -> np.ndarray:
-    """[I + 1, num_cells + 1] most that the first i steps are worth in so many cells.
-
-    A step that `follows` is taken instead of the one before it, not with it.
-    """
-    size = num_cells + 1
-    table = np.empty((len(worth) + 1, size))
-    table[0] = 0.0
-    before = base = table[0]
-    steps = zip(table[1:], chunks.cells.tolist(), worth.tolist(), follows.tolist(), strict=True)
-    for row, width, gain, after_other in steps:
-        base = base if after_other else before
-        if width < size:
-            row[:width] = before[:width]
-            tail = row[width:]
-            np.add(base[: size - width], gain, out=tail)
-            np.maximum(tail, before[width:], out=tail)
-        else:
-            row[:] = before
-        before = row
-    return table
-
-
-def _loss(chunks: _Chunks, worth: np.ndarray, excess: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """[E, I] by how much a pattern with chunk i is worth less than enough, at the least; below 0: perhaps not.
-
-    A chunk of worth v and t seconds in a class whose last second is worth r loses r t - v against the fractional bound,
-    which is `excess` [E] above what is enough.
-    """
-    return last[:, None] * chunks.seconds - worth - excess[:, None]
-
-
-def _chunk_sizes(most: int) -> list[int]:
-    """1, 2, 4, ... and a rest that add up to `most`."""
-    out = []
-    while most > 0:
-        out.append(min(2 ** len(out), most))
-        most -= out[-1]
-    return out

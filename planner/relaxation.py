@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from planner import balance
-from planner.cuts import Cut, violated
+from planner.cuts import Cut, of_patterns, violated
 from planner.master import Master, MasterSolution
 from planner.patterns import Pattern, lattice_of, slots_of
 from planner.pricing import Pricer
@@ -179,9 +179,8 @@ class Relaxation:
     def worth(self, pattern: Pattern, prices: np.ndarray) -> float:
         """What a pattern is worth at prices [J + K] of sequences and the first K cuts."""
         num_buckets, full = len(pattern.rows), self.lattices[pattern.config].full
-        of_cuts = zip(self.cuts, prices[num_buckets:].tolist(), strict=False)
-        adds = sum(price * int(cut.of_patterns(pattern.rows, full)) for cut, price in of_cuts if price > 0)
-        return float(pattern.rows @ prices[:num_buckets]) + adds
+        adds = of_patterns(self.cuts[: len(prices) - num_buckets], pattern.rows[None], full[None])[0]
+        return float(pattern.rows @ prices[:num_buckets] + adds @ prices[num_buckets:])
 
 
 class Level:

@@ -17,8 +17,11 @@ import math
 import time
 
 import numpy as np
+from numba import float64, int64
+from numba.types import Tuple
 
 from planner.balance import Share, Tables
+from planner.compiled import FLOAT_TABLE, FLOATS, INT_TABLE, INTS, compiled
 
 NUM_CELLS = 1024
 
@@ -124,7 +127,7 @@ class _Pairs:
         self._prices, self._worth = prices, worth / float(devices @ worth)
         self._every = np.arange(loads.shape[1])
         self._full = [np.array([rows[-1] if rows else 0 for rows in options]) for options in table.options]
-        self._steps: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._most: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def over(self) -> float:
         """By how much replicas end after the target, as a share of all replicas' time, by worth."""
@@ -191,50 +194,120 @@ class _Pairs:
             room_s -= table.bubbles[kind] * top_s
         if room_s <= 0:
             return None
-        steps, costs = [], np.zeros(NUM_CELLS + 1)
-        before = np.full(2 * (NUM_CELLS + 1), math.inf)
-        windows = np.lib.stride_tricks.sliding_window_view(before, NUM_CELLS + 1)  # those shorter by so many cells
-        for bucket in np.flatnonzero(pool).tolist():
-            present = int(self.loads[replica, bucket])
-            number, cells = self._options(kind, bucket, present, int(pool[bucket]), room_s, top_s)
-            left_s = table.sums[other, bucket, pool[bucket] - number]
-            cost = np.where(np.isfinite(left_s), slot_worth * np.where(np.isfinite(left_s), left_s, 0.0), math.inf)
-            cost -= prices[bucket] * number
-            steps.append((bucket, number, cells, cost, costs))
-            before[NUM_CELLS + 1 :] = costs
-            every = windows[NUM_CELLS + 1 - cells]
-            every += cost[:, None]
-            costs = every.min(axis=0)
+        number, starts = self._numbers(kind)
+        programme = _cost_of_rest(
+            pool,
+            self.loads[replica],
+            number,
+            starts,
+            table.sums[kind],
+            table.tops[kind],
+            table.sums[other],
+            room_s,
+            top_s,
+            slot_worth,
+            prices,
+        )
         for end in range(NUM_CELLS, NUM_CELLS - MAX_RETREAT, -2):
-            if not math.isfinite(costs[end]):
+            kept = _kept_in(end, *programme)
+            if not len(kept):
                 return None
-            kept, cell = np.zeros_like(pool), end
-            for bucket, number, cells, cost, without in reversed(steps):
-                fits = cells <= cell
-                option = int((without[cell - cells[fits]] + cost[fits]).argmin())
-                kept[bucket] = number[fits][option]
-                cell -= int(cells[fits][option])
             if self._seconds(replica, kept) <= self.target_s * (1 + EDGE):
                 return kept
         return None
 
-    def _options(
-        self, kind: int, bucket: int, present: int, most: int, room_s: float, top_s: float
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(numbers of sequences, cells that they take): the most in each time, up to `most`, about those `present`."""
-        if (kind, bucket) not in self._steps:
-            sums, tops = self.table.sums[kind, bucket], self.table.tops[kind, bucket]
-            last = np.append(sums[1:] > sums[:-1], True) & np.isfinite(sums)
-            last[0] = True
-            number = np.flatnonzero(last)
-            self._steps[kind, bucket] = number, sums[number], tops[number]
-        number, seconds, tops = self._steps[kind, bucket]
-        fits = (number <= most) & (seconds <= room_s) & (tops <= top_s)
-        number, seconds = number[fits], seconds[fits]
-        at_most_s, top_most_s = self.table.sums[kind, bucket, most], self.table.tops[kind, bucket, most]
-        if number[-1] < most and at_most_s <= room_s and top_most_s <= top_s:
-            number, seconds = np.append(number, most), np.append(seconds, at_most_s)
-        first = int(np.searchsorted(number, present)) - MOST_OPTIONS // 2
-        first = max(min(first, len(number) - MOST_OPTIONS), 0)
-        number, seconds = number[first : first + MOST_OPTIONS], seconds[first : first + MOST_OPTIONS]
-        return number, np.rint(seconds * (NUM_CELLS / room_s)).astype(np.int64)
+    def _numbers(self, kind: int) -> tuple[np.ndarray, np.ndarray]:
+        """(numbers of sequences that are the most of a bucket in some time, one bucket after the other; [J + 1] where
+        each bucket's start)."""
+        if kind not in self._most:
+            sums = self.table.sums[kind]
+            is_most = np.isfinite(sums)
+            is_most[:, :-1] &= sums[:, 1:] > sums[:, :-1]
+            is_most[:, 0] = True
+            self._most[kind] = np.flatnonzero(is_most) % is_most.shape[1], np.append(0, np.cumsum(is_most.sum(axis=1)))
+        return self._most[kind]
+
+
+@compiled(
+    Tuple((FLOAT_TABLE, INT_TABLE, INT_TABLE, FLOAT_TABLE)),
+    *(INTS, INTS, INTS, INTS, FLOAT_TABLE, FLOAT_TABLE, FLOAT_TABLE, float64, float64, float64, FLOATS),
+)
+def _cost_of_rest(
+    pool: np.ndarray,
+    present: np.ndarray,
+    number: np.ndarray,
+    starts: np.ndarray,
+    sums: np.ndarray,
+    tops: np.ndarray,
+    other_sums: np.ndarray,
+    room_s: float,
+    top_s: float,
+    slot_worth: float,
+    prices: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What the holder's part of a pool [J] costs when the other replica of the pair uses so many cells of its time.
+
+    Args:
+      present: [J] what that replica has now: it may keep the `MOST_OPTIONS` numbers of each bucket nearest to it.
+      number, starts: as `_Pairs._numbers` has them, of the replica.
+      sums, tops: [J, N + 1] of the replica, as in `Tables`; other_sums: of the holder.
+      room_s, top_s: the replica's time for slots, and its largest slot at the most.
+      slot_worth, prices: lambda v and (1 - lambda) pi [J].
+
+    Returns:
+      (least costs [J + 1, NUM_CELLS + 1] of the buckets before each, numbers that may be kept [J, MOST_OPTIONS], -1
+      where there are fewer, their cells, their costs); a replica that keeps n sequences spares the holder as many.
+    """
+    num_buckets, size = len(pool), NUM_CELLS + 1
+    costs = np.zeros((num_buckets + 1, size))
+    options = np.full((num_buckets, MOST_OPTIONS), -1)
+    cells = np.zeros((num_buckets, MOST_OPTIONS), dtype=np.int64)
+    option_costs = np.zeros((num_buckets, MOST_OPTIONS))
+    for bucket in range(num_buckets):
+        most, first, end = pool[bucket], starts[bucket], starts[bucket]
+        while end < starts[bucket + 1] and number[end] <= most:
+            if sums[bucket, number[end]] > room_s or tops[bucket, number[end]] > top_s:
+                break
+            end += 1
+        ends_early = number[end - 1] < most and sums[bucket, most] <= room_s and tops[bucket, most] <= top_s
+        num_all = end - first + (1 if ends_early else 0)
+        at = first
+        while at < end and number[at] < present[bucket]:
+            at += 1
+        skipped = max(min(at - first - MOST_OPTIONS // 2, num_all - MOST_OPTIONS), 0)
+        before, row = costs[bucket], costs[bucket + 1]
+        for cell in range(size):
+            row[cell] = np.inf
+        for option in range(min(num_all - skipped, MOST_OPTIONS)):
+            index = first + skipped + option
+            kept = number[index] if index < end else most
+            width = int(np.rint(sums[bucket, kept] * NUM_CELLS / room_s))
+            cost = slot_worth * other_sums[bucket, most - kept] - prices[bucket] * kept
+            options[bucket, option], cells[bucket, option], option_costs[bucket, option] = kept, width, cost
+            for cell in range(width, size):
+                value = before[cell - width] + cost
+                row[cell] = value if value < row[cell] else row[cell]
+    return costs, options, cells, option_costs
+
+
+@compiled(INTS, int64, FLOAT_TABLE, INT_TABLE, INT_TABLE, FLOAT_TABLE)
+def _kept_in(
+    cell: int, costs: np.ndarray, options: np.ndarray, cells: np.ndarray, option_costs: np.ndarray
+) -> np.ndarray:
+    """[J] the numbers behind the last of `costs` in so many cells, of what `_cost_of_rest` says; empty for none."""
+    num_buckets, num_options = options.shape
+    if not np.isfinite(costs[num_buckets, cell]):
+        return np.zeros(0, dtype=np.int64)
+    kept = np.zeros(num_buckets, dtype=np.int64)
+    for bucket in range(num_buckets - 1, -1, -1):
+        least, chosen = np.inf, 0
+        for option in range(num_options):
+            width = cells[bucket, option]
+            if options[bucket, option] < 0 or width > cell:
+                continue
+            cost = costs[bucket, cell - width] + option_costs[bucket, option]
+            if cost < least:
+                least, chosen = cost, option
+        kept[bucket] = options[bucket, chosen]
+        cell -= cells[bucket, chosen]
+    return kept
