@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -15,6 +16,10 @@ import click
 
 from lobra_jax import __version__
 from planner.errors import UserError
+
+XLA_LOG_LEVEL = ("TF_CPP_MIN_LOG_LEVEL", "2")
+"""Errors only, unless the variable is set: XLA warns of what is no concern of a user, such as that a program compiles
+for long or has an array larger than others, in up to thousands of lines. JAX's own choice is 1, warnings too."""
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -95,6 +100,7 @@ class LazyGroup(click.Group):
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         """As click's, but every user's mistake ends as one line on stderr and exit status 2."""
+        os.environ.setdefault(*XLA_LOG_LEVEL)  # before a command's module imports JAX
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **kwargs)
         try:

@@ -13,7 +13,7 @@ from planner.cost import ConfigCost, CostPoint
 from planner.fit import fitted_cost
 from planner.plan import ParallelConfig
 from profiling.grid import Shape, held_out_shape
-from profiling.measure import Bench, Setup, fixed_bytes, reserve_bytes
+from profiling.measure import Bench, Setup, fixed_bytes, program_limit_bytes
 from profiling.memory import Capacity, DoesNotFitError, find_capacity
 from profiling.timing import slots, time_steps
 
@@ -47,13 +47,13 @@ def search_capacity(setup: Setup, config: ParallelConfig, *, first_device: int =
     """
     bench = Bench(setup, config, copies=setup.share(config).copies, first_device=first_device)
     replica = bench.replicas[0]
-    reserve = reserve_bytes(setup, replica)
-    if fixed_bytes(replica) + reserve > setup.limit_bytes:
-        needed = fixed_bytes(replica) + reserve
+    limit_bytes = program_limit_bytes(setup, replica, platform=setup.devices[0].platform)
+    if fixed_bytes(replica) > limit_bytes:
+        needed = fixed_bytes(replica) + setup.limit_bytes - limit_bytes
         raise DoesNotFitError(f"weights, adapters and their state need {needed:,} bytes of {setup.limit_bytes:,}")
     search = functools.partial(
         find_capacity,
-        limit_bytes=setup.limit_bytes - reserve,
+        limit_bytes=limit_bytes,
         fixed_bytes=fixed_bytes(replica),
         lengths=setup.lengths,
         max_tokens=setup.max_tokens,
@@ -62,7 +62,7 @@ def search_capacity(setup: Setup, config: ParallelConfig, *, first_device: int =
     sizes = {
         shape: size
         for shape, size in capacity.bytes.items()
-        if size <= setup.limit_bytes - reserve and shape[0] * shape[1] <= capacity.tokens
+        if size <= limit_bytes and shape[0] * shape[1] <= capacity.tokens
     }
     return Searched(bench=bench, config=config, capacity_tokens=capacity.tokens, sizes=sizes)
 

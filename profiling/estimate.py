@@ -32,7 +32,7 @@ from planner.fit import fitted_cost
 from planner.plan import ParallelConfig
 from profiling.device_specs import DeviceSpec, Efficiency
 from profiling.grid import Shape
-from profiling.measure import Setup, make_replica, reserve_bytes
+from profiling.measure import Setup, make_replica, program_limit_bytes
 from profiling.memory import find_capacity
 from profiling.work import Product, Work, attention_flops, kept_bytes, traced_work
 
@@ -46,6 +46,9 @@ KERNELS_OF_PRODUCT = 3
 """Kernels that run for each product of the program: its own and what is fused around it."""
 KERNEL_S = 3e-6
 """Between one kernel's end and the next one's start."""
+ISSUE_S, ISSUE_WIDE_S = 0.9e-3, 1.25e-3
+"""The host needs so long to issue a layer's kernels, forward and backward, to one device, to several: medians of 1 x 256
+tokens in the tables of H200 hosts, whatever the width and the model. Short micro-batches wait for that."""
 COLLECTIVES = {"none": 8, "dots": 10, "attention": 11, "full": 11}
 """Gathers and scatters of hidden activations for a layer: two of each forward and backward, and those done again."""
 TEMPORARY_HIDDEN, TEMPORARY_MLP = 12, 6
@@ -87,7 +90,7 @@ class Estimator:
         setup = self.setup
         replica = make_replica(setup, config, 0, setup.devices[: config.num_devices])
         fixed = [leaf_bytes(layout.params) + 2 * leaf_bytes(layout.adapters) for layout in replica.layouts]
-        limit = setup.limit_bytes - reserve_bytes(setup, replica)
+        limit = program_limit_bytes(setup, replica, platform="gpu")
 
         def measure(shapes: Sequence[Shape]) -> list[int]:
             return [self.peak_bytes(config, shape, fixed) for shape in shapes]
@@ -108,6 +111,7 @@ class Estimator:
         layer_s = self._products_s(work.layer, shape, config.tp) + self._attention_s(config, shape)
         layer_s += self._collectives_s(config, shape)
         layer_s += 2 * shape[0] * shape[1] * self.kept(config.remat) / (self._memory_bytes_per_s * config.tp)
+        layer_s = max(layer_s, ISSUE_S if config.tp == 1 else ISSUE_WIDE_S)
         head_s = self._products_s(work.head, shape, config.tp)
         stages = split_layers(self.setup.model, config.pp)
         return max(len(layers) * layer_s + (head_s if layers is stages[-1] else 0.0) for layers in stages)

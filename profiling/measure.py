@@ -17,6 +17,7 @@ import numpy as np
 
 from lobra_jax.at_once import at_once
 from lobra_jax.data.batches import MicroBatchArrays
+from lobra_jax.devices import cut_up_bytes
 from lobra_jax.lora import Adapters, TaskInputs
 from lobra_jax.memory import leaf_bytes, memory_bytes, travelling_bytes
 from lobra_jax.mesh import make_submesh
@@ -241,6 +242,15 @@ def reserve_bytes(setup: Setup, replica: Replica) -> int:
     if len(setup.devices) == 1:
         return kept - of_stage
     return kept + (max(map(travelling_bytes, adapters)) if replica.parallel.tp > 1 else 2 * of_stage)
+
+
+def program_limit_bytes(setup: Setup, replica: Replica, *, platform: str) -> int:
+    """Bytes on a device of that platform for a replica's programs, its weights and adapters among them.
+
+    All but what a step needs beside them and, of several devices, what may lie in gaps too small for use.
+    """
+    left_free = cut_up_bytes(platform) if len(setup.devices) > 1 else 0
+    return setup.limit_bytes - reserve_bytes(setup, replica) - left_free
 
 
 def kept_bytes(setup: Setup, replica: Replica) -> int:

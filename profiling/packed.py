@@ -15,7 +15,7 @@ from planner.packing import max_segments, max_tasks, packed_shapes
 from planner.plan import ParallelConfig
 from profiling.config_cost import Searched, together
 from profiling.grid import Shape, align_capacity
-from profiling.measure import Bench, Setup, made_up_batch, reserve_bytes
+from profiling.measure import Bench, Setup, made_up_batch, program_limit_bytes
 from profiling.timing import slots, time_steps
 
 SHRINK = 0.9
@@ -47,7 +47,7 @@ def search_packed(
     """Compiles what there is to time, for the devices from `first_device` on; None where nothing fits."""
     share = setup.share(config)
     bench = Bench(setup, config, copies=share.copies, packed=True, first_device=first_device)
-    limit_bytes = setup.limit_bytes - reserve_bytes(setup, bench.replicas[0])
+    limit_bytes = program_limit_bytes(setup, bench.replicas[0], platform=setup.devices[0].platform)
     found = _shapes_that_fit(setup, bench, capacity_tokens, limit_bytes)
     if found is None:
         return None

@@ -1,5 +1,6 @@
 import importlib
 import json
+import os
 import subprocess
 import sys
 
@@ -87,6 +88,17 @@ def test_version_is_printed() -> None:
 def test_python_dash_m_is_the_same_command() -> None:
     done = subprocess.run([sys.executable, "-m", "lobra_jax", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"lobra {__version__}\n"
+
+
+@pytest.mark.parametrize(("given", "level"), [(None, "2"), ("0", "0")])
+def test_xla_says_only_what_went_wrong_unless_it_is_asked_for_more(group, monkeypatch, given, level) -> None:
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "1")
+    if given is None:
+        monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL")
+    else:
+        monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", given)
+    assert CliRunner().invoke(group, ["good"]).exit_code == 0
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == level
 
 
 def test_a_users_mistake_is_one_line_on_stderr_and_status_2(group: LazyGroup) -> None:

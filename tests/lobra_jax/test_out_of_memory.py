@@ -319,6 +319,13 @@ def test_there_is_room_where_a_step_fits_beside_what_devices_hold_and_shall_hold
             with monkeypatch.context() as patch:
                 patch.setattr(memory, "free_bytes", lambda device, limit, by_device=by_device: by_device[device])
                 assert memory.has_room(replica_, shapes, beside=dict.fromkeys(by_device, beside)) == expected
+    # Of a GPU a piece of a program is left free beside: one that has just what is needed has no room.
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "cut_up_bytes", lambda platform: 1)
+        patch.setattr(memory, "free_bytes", lambda device, limit: enough)
+        assert memory.has_room(replica_, shapes, beside={}) == (enough - 1 >= max(needed))
+        patch.setattr(memory, "free_bytes", lambda device, limit: max(needed))
+        assert not memory.has_room(replica_, shapes, beside={})
     held = memory.bytes_by_device(engine.state.tasks)
     assert sum(held.values()) == sum(leaf.nbytes for leaf in jax.tree.leaves(engine.state.tasks))
 

@@ -13,13 +13,14 @@ from click.testing import CliRunner
 
 from lobra_jax.cli import main
 from lobra_jax.config import load_config, model_config
+from lobra_jax.devices import HEAP_BYTES
 from lobra_jax.memory import leaf_bytes, memory_bytes
 from planner.cost import CostTable
 from planner.plan import ParallelConfig
 from profiling import config_cost
 from profiling.ahead import Searches
 from profiling.config_cost import search_capacity, time_configs
-from profiling.measure import Bench, Setup, reserve_bytes
+from profiling.measure import Bench, Setup, program_limit_bytes, reserve_bytes
 from profiling.memory import DoesNotFitError
 from profiling.packed import measure_packed
 from profiling.rounds import measure_round, rounds_of
@@ -257,6 +258,16 @@ def test_what_travels_is_reserved_whole_however_wide_the_replica(config_file):
     alone, wide = (Bench(setup, config, copies=1).replicas[0] for config in (WHOLE, WIDE))
     parts = leaf_bytes(wide.layouts[0].adapters)
     assert 0 < reserve_bytes(setup, alone) == reserve_bytes(setup, wide) - parts
+
+
+def test_on_several_gpus_a_piece_of_a_program_is_left_free(config_file):
+    setup = setup_of(config_file)
+    replica = Bench(setup, WHOLE, copies=1).replicas[0]
+    alone = dataclasses.replace(setup, devices=setup.devices[:1])
+    for which in (setup, alone):
+        limits = [program_limit_bytes(which, replica, platform=platform) for platform in ("cpu", "gpu")]
+        assert limits[0] == which.limit_bytes - reserve_bytes(which, replica)
+        assert limits[0] - limits[1] == (HEAP_BYTES if which is setup else 0)
 
 
 def test_capacity_grows_with_width_and_shrinks_with_memory(profiled, config_file, tmp_path):
