@@ -153,11 +153,11 @@ def compiler_options(device: Any) -> dict[str, int]:
     return {"xla_multiheap_size_constraint_per_heap": HEAP_BYTES} if device.platform == "gpu" else {}
 
 
-def cut_up_bytes(platform: str) -> int:
-    """What is left free of a device of several, so that programs find their pieces.
+def cut_up_bytes(platform: str, num_devices: int) -> int:
+    """What is left free of a device, of several, so that programs find their pieces.
 
     Gradients, adapters and states that come and go beside programs leave gaps smaller than a piece. On four H100 held
     to 40 GiB a program for which 1.1 GiB more than it needs were there ran out of memory after some steps
     (profiling/results/h100_tries.json); one piece more is left now.
     """
-    return HEAP_BYTES if platform == "gpu" else 0
+    return HEAP_BYTES if platform == "gpu" and num_devices > 1 else 0

@@ -22,6 +22,7 @@ from jax import Array
 from lobra_jax.at_once import at_once
 from lobra_jax.compilation import in_rounds
 from lobra_jax.data.batches import MicroBatchArrays
+from lobra_jax.devices import cut_up_bytes
 from lobra_jax.lora import (
     Adapters,
     LoraSpec,
@@ -294,11 +295,15 @@ class Engine:
         """Bytes by device; the same after every step.
 
         Where a stage lies on several devices also what travels: if one of them has no room for a program, the others
-        hang.
+        hang. And what may lie in gaps too small for a program's pieces: a second state makes more of them.
         """
         travel = self.gradient_sum.travel_bytes()
         state = bytes_by_device((self.state.tasks, self.state.alive))
-        return {device: state.get(device, 0) + travel.get(device, 0) for device in state | travel}
+        devices = state | travel
+        return {
+            device: state.get(device, 0) + travel.get(device, 0) + cut_up_bytes(device.platform, len(devices))
+            for device in devices
+        }
 
     def _update(self, runs: Sequence[ReplicaRun], hyper: HyperInputs, *, in_place: bool) -> tuple[AdapterState, Array]:
         """Issues gradient sum, update and new adapters; the new state, and gradient norms [T]."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lobra_jax.devices import HEAP_BYTES, cut_up_bytes
+from lobra_jax.devices import HEAP_BYTES
 from lobra_jax.out_of_memory import blaming
 from lobra_jax.replica import Replica, Shape
 from lobra_jax.schedule import BACKWARD, FORWARD, FUSED
@@ -93,10 +93,7 @@ def has_room(
       True also where devices do not tell what they hold, as CPUs do not.
     """
     stages = [list(stage.mesh.devices.flat) for stage in replica.submesh.stages]
-    free = [
-        min(free_bytes(d, limit_bytes) - beside.get(d, 0) - cut_up_bytes(d.platform) for d in devices)
-        for devices in stages
-    ]
+    free = [min(free_bytes(d, limit_bytes) - beside.get(d, 0) for d in devices) for devices in stages]
     if math.inf in free or not shapes:
         return True
     peaks = zip(*(stage_bytes(replica, shape) for shape in shapes), strict=True)

@@ -16,7 +16,7 @@ import numpy as np
 from planner.balance import Share, Tables
 from planner.problem import ReplicaProblem, UsableConfig
 
-BUCKET_S, REPLICA_S = 0.008, 0.0005
+BUCKET_S, REPLICA_S = 0.004, 0.0004
 """About what it takes, in CPU seconds, for each bucket and each replica: up to three times that where pipelines are
 few and long."""
 

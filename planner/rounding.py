@@ -49,7 +49,7 @@ POLISH_GAP = 1e-3
 """Limits of one model."""
 
 RESPLITS, MOST_RESPLITS = 16, 250
-"""Pairs for each replica, and in all, whose loads a dive shares out anew at the end: up to a fifth of a second."""
+"""Pairs for each replica, and in all, whose loads a dive shares out anew at the end: more end no search sooner."""
 
 SAFETY = 5
 """Multiple of the seconds for local search at which re-splits are cut: the clock should not tell what they find."""

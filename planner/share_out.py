@@ -62,7 +62,8 @@ that is enough for them, and the rest at `PAIR_S` a re-split."""
 AHEAD_GAP = 0.5
 """Share of the gap limit within which a share-out made ahead need not get any nearer."""
 
-PAIR_S = 1e-3
+PAIR_S = 1e-4
+"""About what a re-split takes."""
 
 AHEAD_PAIRS = 32
 """Re-splits a replica at the most: what they have not found then, more of them seldom find."""

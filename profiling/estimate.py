@@ -48,7 +48,7 @@ KERNEL_S = 3e-6
 """Between one kernel's end and the next one's start."""
 ISSUE_S, ISSUE_WIDE_S = 0.9e-3, 1.25e-3
 """The host needs so long to issue a layer's kernels, forward and backward, to one device, to several: medians of 1 x
-256 tokens in the tables of H200 hosts, whatever the width and the model. Short micro-batches wait for that."""
+256 tokens without a pipeline in the tables of H200 hosts. Short micro-batches wait for that."""
 COLLECTIVES = {"none": 8, "dots": 10, "attention": 11, "full": 11}
 """Gathers and scatters of hidden activations for a layer: two of each forward and backward, and those done again."""
 TEMPORARY_HIDDEN, TEMPORARY_MLP = 12, 6

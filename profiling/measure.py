@@ -249,8 +249,7 @@ def program_limit_bytes(setup: Setup, replica: Replica, *, platform: str) -> int
 
     All but what a step needs beside them and, of several devices, what may lie in gaps too small for use.
     """
-    left_free = cut_up_bytes(platform) if len(setup.devices) > 1 else 0
-    return setup.limit_bytes - reserve_bytes(setup, replica) - left_free
+    return setup.limit_bytes - reserve_bytes(setup, replica) - cut_up_bytes(platform, len(setup.devices))
 
 
 def kept_bytes(setup: Setup, replica: Replica) -> int:

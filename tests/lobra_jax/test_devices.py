@@ -14,6 +14,7 @@ from lobra_jax.devices import (
     HEAP_BYTES,
     compiler_options,
     configure,
+    cut_up_bytes,
     memory_limit,
     run_devices,
 )
@@ -91,6 +92,11 @@ def test_programs_ask_for_room_in_pieces_on_a_gpu_alone():
     options = {platform: compiler_options(SimpleNamespace(platform=platform)) for platform in ("gpu", "cpu")}
     assert options == {"gpu": {"xla_multiheap_size_constraint_per_heap": HEAP_BYTES}, "cpu": {}}
     assert HEAP_BYTES < 2**31  # XLA reads an int32
+
+
+def test_a_piece_is_left_free_where_several_gpus_exchange_adapters():
+    assert cut_up_bytes("gpu", 2) == HEAP_BYTES
+    assert cut_up_bytes("gpu", 1) == cut_up_bytes("cpu", 8) == 0
 
 
 def test_a_process_on_other_devices_refuses_and_is_left_as_it_was(tmp_path):

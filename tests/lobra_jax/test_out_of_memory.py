@@ -319,15 +319,21 @@ def test_there_is_room_where_a_step_fits_beside_what_devices_hold_and_shall_hold
             with monkeypatch.context() as patch:
                 patch.setattr(memory, "free_bytes", lambda device, limit, by_device=by_device: by_device[device])
                 assert memory.has_room(replica_, shapes, beside=dict.fromkeys(by_device, beside)) == expected
-    # Of a GPU a piece of a program is left free beside: one that has just what is needed has no room.
-    with monkeypatch.context() as patch:
-        patch.setattr(memory, "cut_up_bytes", lambda platform: 1)
-        patch.setattr(memory, "free_bytes", lambda device, limit: enough)
-        assert memory.has_room(replica_, shapes, beside={}) == (enough - 1 >= max(needed))
-        patch.setattr(memory, "free_bytes", lambda device, limit: max(needed))
-        assert not memory.has_room(replica_, shapes, beside={})
     held = memory.bytes_by_device(engine.state.tasks)
     assert sum(held.values()) == sum(leaf.nbytes for leaf in jax.tree.leaves(engine.state.tasks))
+
+
+def test_a_second_state_leaves_room_for_gaps(ready, monkeypatch):
+    engine = ready[0]
+    before = dict(engine._second_state)
+    asked = []
+    monkeypatch.setattr(engine_module, "cut_up_bytes", lambda platform, number: asked.append((platform, number)) or 7)
+    monkeypatch.delitem(engine.__dict__, "_second_state")
+    try:
+        assert engine._second_state == {device: size + 7 for device, size in before.items()}
+    finally:
+        engine.__dict__["_second_state"] = before
+    assert set(asked) == {("cpu", len(before))}
 
 
 @pytest.fixture(scope="module")
