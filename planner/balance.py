@@ -18,7 +18,9 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
+from numba import void
 
+from planner.compiled import FLOAT_CUBE, FLOATS, INT_TABLE, INTS, compiled
 from planner.problem import UsableConfig
 
 ROUNDING = 1e-9
@@ -135,49 +137,72 @@ def heuristic(table: Tables, counts: Sequence[int], *, time_limit_s: float = mat
 
 def list_schedule(table: Tables, counts: Sequence[int], loads: np.ndarray | None = None) -> np.ndarray:
     """Loads [R, J], added to `loads` if given: longest bucket first, each micro-batch to where it ends earliest."""
-    num_replicas, every = len(table.kind), np.arange(len(counts))[None, :]
-    loads = np.zeros((num_replicas, len(counts)), dtype=np.int64) if loads is None else loads.copy()
-    bubbles = table.bubbles[table.kind]
-    work = table.fixed_s[table.kind] + table.sums[table.kind[:, None], every, loads].sum(axis=1)
-    top = table.tops[table.kind[:, None], every, loads].max(axis=1, initial=0.0)
-    largest = np.array([[rows[-1] if rows else 0 for rows in options] for options in table.options])[table.kind]
-    for bucket in reversed(range(len(counts))):
-        rest = int(counts[bucket])
-        if rest == 0:
-            continue
-        full = np.where(largest[:, bucket] <= rest, largest[:, bucket], 0)
-        slot_s = table.sums[table.kind, bucket, full]
-        if full.any():
-            start_s = work + bubbles * np.maximum(top, slot_s)
-            number = _earliest(start_s, slot_s, full, rest)
-            loads[:, bucket] += number * full
-            work += number * slot_s
-            top = np.where(number > 0, np.maximum(top, slot_s), top)
-            rest -= int(number @ full)
-        while rest > 0:
-            piece = np.minimum(largest[:, bucket], rest)
-            piece_s = np.where(piece > 0, table.sums[table.kind, bucket, piece], np.inf)
-            chosen = int((work + piece_s + bubbles * np.maximum(top, np.where(piece > 0, piece_s, 0.0))).argmin())
-            loads[chosen, bucket] += piece[chosen]
-            work[chosen] += piece_s[chosen]
-            top[chosen] = max(top[chosen], piece_s[chosen])
-            rest -= int(piece[chosen])
+    shape = len(table.kind), len(counts)
+    loads = np.zeros(shape, dtype=np.int64) if loads is None else loads.astype(np.int64)
+    largest = np.array([[rows[-1] if rows else 0 for rows in options] for options in table.options])
+    _list_schedule(loads, np.array(counts), table.kind, table.fixed_s, table.bubbles, table.sums, table.tops, largest)
     return loads
 
 
-def _earliest(start_s: np.ndarray, slot_s: np.ndarray, rows: np.ndarray, rest: int) -> np.ndarray:
-    """[R] slots of `rows` [R] sequences each (0: none), given out one by one to where they end first, up to `rest`."""
-    able = np.flatnonzero(rows)
-    deep = 2 + 2 * rest // int(rows.sum())
-    while True:
-        ends = start_s[able, None] + slot_s[able, None] * np.arange(1, deep + 1)
-        order = np.argsort(ends, axis=None, kind="stable")
-        who = able[order // deep]
-        taken = who[np.cumsum(rows[who]) <= rest]
-        number = np.bincount(taken, minlength=len(rows))
-        if number.max() < deep:
-            return number
-        deep *= 2
+@compiled(void, INT_TABLE, INTS, INTS, FLOATS, FLOATS, FLOAT_CUBE, FLOAT_CUBE, INT_TABLE)
+def _list_schedule(
+    loads: np.ndarray,
+    counts: np.ndarray,
+    kind: np.ndarray,
+    fixed_s: np.ndarray,
+    bubbles: np.ndarray,
+    sums: np.ndarray,
+    tops: np.ndarray,
+    largest: np.ndarray,
+) -> None:
+    """Adds counts [J] to loads [R, J]; `largest` [K, J] are the full rows of each kind, 0 where a bucket does not fit.
+
+    Where a slot would end is told without what it adds to the bubbles of others, but that the largest grows.
+    """
+    num_replicas, num_buckets = loads.shape
+    work, top = np.zeros(num_replicas), np.zeros(num_replicas)
+    for r in range(num_replicas):
+        work[r] = fixed_s[kind[r]]
+        for bucket in range(num_buckets):
+            work[r] += sums[kind[r], bucket, loads[r, bucket]]
+            top[r] = max(top[r], tops[kind[r], bucket, loads[r, bucket]])
+    start_s, slot_s, number = np.zeros(num_replicas), np.zeros(num_replicas), np.zeros(num_replicas, dtype=np.int64)
+    for bucket in range(num_buckets - 1, -1, -1):
+        rest = counts[bucket]
+        for r in range(num_replicas):
+            full = largest[kind[r], bucket]
+            number[r] = 0 if 0 < full <= rest else -1
+            if number[r] == 0:
+                slot_s[r] = sums[kind[r], bucket, full]
+                start_s[r] = work[r] + bubbles[kind[r]] * max(top[r], slot_s[r])
+        while rest > 0:  # full slots
+            chosen, least_s = -1, np.inf
+            for r in range(num_replicas):
+                if number[r] >= 0 and start_s[r] + slot_s[r] * (number[r] + 1) < least_s:
+                    chosen, least_s = r, start_s[r] + slot_s[r] * (number[r] + 1)
+            if chosen < 0 or largest[kind[chosen], bucket] > rest:
+                break
+            number[chosen] += 1
+            rest -= largest[kind[chosen], bucket]
+        for r in range(num_replicas):
+            if number[r] > 0:
+                loads[r, bucket] += number[r] * largest[kind[r], bucket]
+                work[r] += number[r] * slot_s[r]
+                top[r] = max(top[r], slot_s[r])
+        while rest > 0:  # what is less than the next full one
+            chosen, least_s, rows = -1, np.inf, 0
+            for r in range(num_replicas):
+                piece = min(largest[kind[r], bucket], rest)
+                if piece == 0:
+                    continue
+                piece_s = sums[kind[r], bucket, piece]
+                ends_s = work[r] + piece_s + bubbles[kind[r]] * max(top[r], piece_s)
+                if chosen < 0 or ends_s < least_s:
+                    chosen, least_s, rows = r, ends_s, piece
+            loads[chosen, bucket] += rows
+            work[chosen] += sums[kind[chosen], bucket, rows]
+            top[chosen] = max(top[chosen], sums[kind[chosen], bucket, rows])
+            rest -= rows
 
 
 def improve(

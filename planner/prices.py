@@ -30,7 +30,7 @@ import numpy as np
 
 from planner.balance import ROUNDING
 from planner.problem import UsableConfig
-from planner.whole_slots import MAX_BLOCKS, least_covers, num_blocks
+from planner.whole_slots import MOST_SLOTS, least_covers, num_slots
 
 MAX_SOLVES = 6
 """Linear programmes solved while T settles: each raises the bound, the third hardly."""
@@ -180,7 +180,7 @@ def _covers(
     """([J] least worth of whole slots that hold number [J] sequences, the same with fractions of slots).
 
     A slot is worth its `fraction` [K, J, options] of paid[k]; inf, or rows of 0, where there is none. Whole slots are
-    counted where that takes MAX_BLOCKS steps at the most; elsewhere fractions.
+    counted where these are MOST_SLOTS at the most; elsewhere fractions.
     """
     num_buckets = len(number)
     costs = np.where(
@@ -189,7 +189,7 @@ def _covers(
     costs, rows = (np.moveaxis(x, 1, 0).reshape(num_buckets, -1) for x in (costs, rows))
     costs, rows = np.where(rows > 0, costs, np.inf), np.maximum(rows, 1).astype(np.int64)
     fractional = number * (costs / rows).min(axis=1)
-    few = np.flatnonzero(num_blocks(rows, costs, number) <= MAX_BLOCKS)
+    few = np.flatnonzero(num_slots(rows, costs, number) <= MOST_SLOTS)
     whole = fractional.copy()
     if len(few):
         counted = number[few].astype(np.int64)

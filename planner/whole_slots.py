@@ -28,12 +28,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from planner.balance import ROUNDING
+from planner.compiled import FLOAT_TABLE, INT_TABLE, INTS, compiled
 
-MAX_BLOCKS = 96
-"""Steps of the recursion over numbers of sequences; a bucket that needs more is counted in fractions."""
+MOST_SLOTS = 96
+"""Slots up to which a bucket is counted in whole ones; more come near to fractions."""
 
-BLOCK = 8
-"""Most numbers of sequences that one step settles at once: as many as the smallest slot holds."""
+MOST_ROWS = 8
+"""Sequences in one of those slots, at the most."""
 
 GRID = 4096
 """Cells that the time of a kind is divided into."""
@@ -43,54 +44,39 @@ HALVINGS = 14
 
 
 def least_covers(rows: np.ndarray, cost: np.ndarray, number: np.ndarray) -> np.ndarray:
-    """[P, >= max number + 1] least cost of whole slots that hold 0, 1, ... sequences, up to number[p] at least.
+    """[P, max number + 1] least cost of whole slots that hold 0, 1, ... number[p] sequences; inf beyond.
 
     Args:
       rows: [P, I] sequences that a slot holds, >= 1 where there is one.
       cost: [P, I] of each slot; inf where there is none.
       number: [P] integers.
     """
-    if not len(number):
-        return np.zeros((0, 1))
-    held, cost = _undominated(np.minimum(rows, np.maximum(number, 1)[:, None]), cost, int(number.max(initial=1)))
-    step = np.minimum(held.min(axis=0), BLOCK)
-    steps = -(-number // step)
-    order = np.argsort(-steps, kind="stable")
-    active = np.searchsorted(-steps[order], -np.arange(1, int(steps.max(initial=0)) + 1), side="right").tolist()
-    # Numbers 1 + i step ... step + i step of a row lie in block i: what a slot less holds is as many blocks before.
-    size = int(step.max(initial=1))
-    blocks_back, at = np.divmod(np.arange(size) - held[:, order, None], step[order, None])
-    pad, ahead = 1 + int(-blocks_back.min(initial=0)), int(blocks_back.max(initial=0))  # ahead: columns never asked for
-    found = np.zeros((len(number), (pad + len(active) + ahead) * size))
-    before = np.arange(len(number))[:, None] * found.shape[1] + (pad + blocks_back) * size + at
-    before, added, flat = np.ascontiguousarray(before), np.ascontiguousarray(cost[:, order, None]), found.reshape(-1)
-    for block, going in enumerate(active):
-        values = flat[block * size :].take(before[:, :going])
-        values += added[:, :going]
-        start = (pad + block) * size
-        np.minimum.reduce(values, axis=0, out=found[:going, start : start + size])
-    block, at = np.divmod(np.arange(int(number.max(initial=0)) + 1) - 1, step[:, None])
-    row = np.empty_like(order)
-    row[order] = np.arange(len(order))
-    return found[row[:, None], np.minimum((pad + block) * size + at, found.shape[1] - 1)]
+    kinds = (np.int64, np.float64, np.int64)
+    return _least_covers(
+        *(np.ascontiguousarray(x, dtype) for x, dtype in zip((rows, cost, number), kinds, strict=True))
+    )
 
 
-def _undominated(rows: np.ndarray, cost: np.ndarray, none: int) -> tuple[np.ndarray, np.ndarray]:
-    """([I, P] rows, [I, P] cost) of slots that hold more than any slot that costs no more; `none` and inf elsewhere."""
-    order = np.lexsort((-rows, cost))
-    rows, cost = np.take_along_axis(rows, order, axis=1), np.take_along_axis(cost, order, axis=1)
-    most = np.maximum.accumulate(np.where(np.isfinite(cost), rows, 0), axis=1)
-    kept = np.isfinite(cost) & (rows > np.pad(most, ((0, 0), (1, 0)))[:, :-1])
-    first = np.argsort(~kept, axis=1, kind="stable")[:, : max(int(kept.sum(axis=1).max(initial=0)), 1)]
-    kept = np.take_along_axis(kept, first, axis=1)
-    rows = np.where(kept, np.take_along_axis(rows, first, axis=1), none)
-    return rows.T, np.where(kept, np.take_along_axis(cost, first, axis=1), np.inf).T
+@compiled(FLOAT_TABLE, INT_TABLE, FLOAT_TABLE, INTS)
+def _least_covers(rows: np.ndarray, cost: np.ndarray, number: np.ndarray) -> np.ndarray:
+    most = 0
+    for own in number:
+        most = max(most, own)
+    least = np.full((len(number), most + 1), np.inf)
+    for p in range(len(number)):
+        least[p, 0] = 0.0
+        for n in range(1, number[p] + 1):
+            for slot in range(rows.shape[1]):
+                total = cost[p, slot] + least[p, max(n - rows[p, slot], 0)]
+                if total < least[p, n]:
+                    least[p, n] = total
+    return least
 
 
-def num_blocks(rows: np.ndarray, cost: np.ndarray, number: np.ndarray) -> np.ndarray:
-    """[..., P] steps that `least_covers` takes for each, from rows and cost [..., P, I]."""
+def num_slots(rows: np.ndarray, cost: np.ndarray, number: np.ndarray) -> np.ndarray:
+    """[..., P] how many of the smallest slots `number` [P] sequences fill, from rows and cost [..., P, I] of each."""
     smallest = np.where(np.isfinite(cost), rows, np.inf).min(axis=-1, initial=np.inf)
-    return np.ceil(number / np.minimum(smallest, BLOCK))
+    return np.ceil(number / np.minimum(smallest, MOST_ROWS))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,7 +161,7 @@ def _split(
     own_able, other_able = np.isfinite(fractional)
     if not (own_able | other_able).all():
         return None
-    few = (num_blocks(slot_rows, slot_cost, number) <= MAX_BLOCKS).all(axis=0)
+    few = (num_slots(slot_rows, slot_cost, number) <= MOST_SLOTS).all(axis=0)
     line = ~few & own_able & other_able
     least_s = float(fractional[0, ~few & ~other_able].sum())
     least_cost = float(fractional[1, ~few & ~own_able].sum())
