@@ -12,8 +12,10 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from numba import float64
 
 from planner.balance import Tables, list_schedule
+from planner.compiled import FLOATS, INTS, compiled
 from planner.prices import Relaxed
 
 MAX_CLOSING_SLOTS = 4
@@ -112,9 +114,9 @@ def own_worth(table: Tables, kind: int, offered: Sequence[int]) -> np.ndarray:
     """[J] share that a sequence takes of the time in which one replica of a kind would serve all `offered`."""
     worth = np.zeros(len(offered))
     for bucket in np.flatnonzero(offered).tolist():
-        if table.options[kind][bucket]:
-            rows = np.minimum(np.array(table.options[kind][bucket]), offered[bucket])
-            worth[bucket] = (table.sums[kind, bucket, rows] / rows).min()
+        most, seconds = int(offered[bucket]), table.sums[kind, bucket]
+        rows = [min(option, most) for option in table.options[kind][bucket]]
+        worth[bucket] = min((float(seconds[n]) / n for n in rows), default=0.0)
     return worth / max(float(worth @ offered), np.finfo(float).tiny)
 
 
@@ -242,25 +244,51 @@ def _slots(table: Tables, kind: int, offered: np.ndarray, prices: np.ndarray, ta
 
 def _closing(slots: _Slots, left: np.ndarray, room_s: float, number: int) -> np.ndarray:
     """[J] sequences of the at most four slots that are worth most in `room_s` seconds and that `left` [J] allows."""
-    chosen = np.zeros_like(left)
-    inside = int(np.searchsorted(slots.pair_s, room_s, side="right"))
-    if inside == 0:
-        return chosen
     plenty = np.minimum(left / np.maximum(slots.full * number, 1), MAX_CLOSING_SLOTS)
     worth = slots.worth * (1 + PLENTY * plenty[slots.bucket])
-    worth = np.where(slots.rows <= left[slots.bucket], worth, -np.inf)
-    value = worth[slots.first[:inside]] + worth[slots.second[:inside]]
-    both = slots.rows[slots.first[:inside]] + slots.rows[slots.second[:inside]]
-    same = slots.bucket[slots.first[:inside]] == slots.bucket[slots.second[:inside]]
-    value[same & (both > left[slots.bucket[slots.first[:inside]]])] = -np.inf
-    best = np.maximum.accumulate(value)
-    where = np.maximum.accumulate(np.where(value >= best, np.arange(inside), 0))
-    partner = where[np.searchsorted(slots.pair_s[:inside], room_s - slots.pair_s[:inside], side="right") - 1]
-    total = value + value[partner]
-    for at in np.argsort(-total, kind="stable")[:MAX_TRIES].tolist():
+    worth[slots.rows > left[slots.bucket]] = -np.inf
+    return _best_of_pairs(slots.bucket, slots.rows, worth, slots.first, slots.second, slots.pair_s, left, room_s)
+
+
+@compiled(INTS, INTS, INTS, FLOATS, INTS, INTS, FLOATS, INTS, float64)
+def _best_of_pairs(
+    bucket: np.ndarray,
+    rows: np.ndarray,
+    worth: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    pair_s: np.ndarray,
+    left: np.ndarray,
+    room_s: float,
+) -> np.ndarray:
+    """[J] sequences of the two pairs of slots, of `pair_s` seconds each, ascending, that are worth most together.
+
+    A pair's best partner is the one worth most of those that end in time beside it; the best of MAX_TRIES pairs is
+    taken that with its partner holds no more than is `left`; none if none does.
+    """
+    inside = np.searchsorted(pair_s, room_s, side="right")
+    value, best = np.empty(inside), np.empty(inside, dtype=np.int64)  # best: worth most of the pairs up to each
+    for at in range(inside):
+        a, b = first[at], second[at]
+        value[at] = worth[a] + worth[b]
+        if bucket[a] == bucket[b] and rows[a] + rows[b] > left[bucket[a]]:
+            value[at] = -np.inf
+        best[at] = at if at == 0 or value[at] >= value[best[at - 1]] else best[at - 1]
+    total, partner = np.empty(inside), np.empty(inside, dtype=np.int64)
+    last = inside - 1
+    for at in range(inside):
+        while last > 0 and pair_s[last] > room_s - pair_s[at]:
+            last -= 1
+        partner[at] = best[last]
+        total[at] = value[at] + value[partner[at]]
+    chosen = np.zeros(len(left), dtype=np.int64)
+    for _ in range(min(MAX_TRIES, inside)):
+        at = np.argmax(total)
+        total[at] = -np.inf
         chosen[:] = 0
-        four = [index[pair] for pair in (at, int(partner[at])) for index in (slots.first, slots.second)]
-        np.add.at(chosen, slots.bucket[four], slots.rows[four])
+        for pair in (at, partner[at]):
+            chosen[bucket[first[pair]]] += rows[first[pair]]
+            chosen[bucket[second[pair]]] += rows[second[pair]]
         if (chosen <= left).all():
             return chosen
     chosen[:] = 0

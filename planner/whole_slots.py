@@ -26,9 +26,10 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from numba import float64
 
 from planner.balance import ROUNDING
-from planner.compiled import FLOAT_TABLE, INT_TABLE, INTS, compiled
+from planner.compiled import FLOAT_TABLE, FLOATS, INT_TABLE, INTS, compiled
 
 MOST_SLOTS = 96
 """Slots up to which a bucket is counted in whole ones; more come near to fractions."""
@@ -218,12 +219,19 @@ def _least_worth(choices: Sequence[tuple[np.ndarray, np.ndarray]], room: float) 
     least = np.zeros(GRID + 1)
     for own_s, left in sorted(choices, key=lambda choice: len(choice[0])):
         cells = np.floor(own_s / room * GRID * (1 - ROUNDING)) if room > 0 else np.where(own_s > 0, GRID + 1, 0)
-        longer = np.full(GRID + 1, np.inf)
-        for cell, worth in zip(cells.tolist(), left.tolist(), strict=True):
-            if cell <= GRID:
-                np.minimum(longer[int(cell) :], least[: GRID + 1 - int(cell)] + worth, out=longer[int(cell) :])
-        least = longer
+        least = _with_choice(least, np.minimum(cells, GRID + 1).astype(np.int64), left)
     return least
+
+
+@compiled(FLOATS, FLOATS, INTS, float64[:])
+def _with_choice(least: np.ndarray, cells: np.ndarray, left: np.ndarray) -> np.ndarray:
+    """`least` with one more choice to make, each of `cells` [n] cells and worth `left` [n] to the others."""
+    longer = np.full(len(least), np.inf)
+    for choice in range(len(cells)):
+        for cell in range(cells[choice], len(least)):
+            worth = least[cell - cells[choice]] + left[choice]
+            longer[cell] = worth if worth < longer[cell] else longer[cell]
+    return longer
 
 
 def replica_bound_s(
