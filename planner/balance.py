@@ -136,7 +136,11 @@ def heuristic(table: Tables, counts: Sequence[int], *, time_limit_s: float = mat
 
 
 def list_schedule(table: Tables, counts: Sequence[int], loads: np.ndarray | None = None) -> np.ndarray:
-    """Loads [R, J], added to `loads` if given: longest bucket first, each micro-batch to where it ends earliest."""
+    """Loads [R, J], added to `loads` if given: longest bucket first, each micro-batch to where it ends earliest.
+
+    Raises:
+      ValueError: a bucket with counts[j] > 0 fits no replica.
+    """
     shape = len(table.kind), len(counts)
     loads = np.zeros(shape, dtype=np.int64) if loads is None else loads.astype(np.int64)
     largest = np.array([[rows[-1] if rows else 0 for rows in options] for options in table.options])
@@ -199,6 +203,8 @@ def _list_schedule(
                 ends_s = work[r] + piece_s + bubbles[kind[r]] * max(top[r], piece_s)
                 if chosen < 0 or ends_s < least_s:
                     chosen, least_s, rows = r, ends_s, piece
+            if chosen < 0:
+                raise ValueError("list_schedule: a bucket with sequences fits no replica")
             loads[chosen, bucket] += rows
             work[chosen] += sums[kind[chosen], bucket, rows]
             top[chosen] = max(top[chosen], sums[kind[chosen], bucket, rows])

@@ -108,6 +108,14 @@ def test_balance_finds_the_least_slowest_replica(chosen, counts):
     assert bound_s == pytest.approx(best, rel=1e-6)
 
 
+def test_a_bucket_that_fits_no_replica_is_said_at_once():
+    narrow = usable_config(make_costs().configs[0], (16, 10**6))
+    table = balance.tables([narrow], [3, 1])
+    assert balance.list_schedule(table, [3, 0]).tolist() == [[3, 0]]
+    with pytest.raises(ValueError, match="fits no replica"):
+        balance.list_schedule(table, [3, 1])
+
+
 @settings(max_examples=60, deadline=None)
 @given(steps())
 def test_local_search_keeps_its_times_right_and_never_worsens(step):
