@@ -158,6 +158,6 @@ def cut_up_bytes(platform: str, num_devices: int) -> int:
 
     Gradients, adapters and states that come and go beside programs leave gaps smaller than a piece. On four H100 held
     to 40 GiB a program for which 1.1 GiB more than it needs were there ran out of memory after some steps
-    (profiling/results/h100_tries.json); one piece more is left now.
+    (profiling/results/h100_tries.json); one piece more is left now, which has not been tried on GPUs yet.
     """
     return HEAP_BYTES if platform == "gpu" and num_devices > 1 else 0

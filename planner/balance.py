@@ -161,7 +161,8 @@ def _list_schedule(
 ) -> None:
     """Adds counts [J] to loads [R, J]; `largest` [K, J] are the full rows of each kind, 0 where a bucket does not fit.
 
-    Where a slot would end is told without what it adds to the bubbles of others, but that the largest grows.
+    Full slots of a bucket are given out by when each would end after those of its kind before it; only then is the
+    largest slot of a replica, which its bubbles are of, looked at anew.
     """
     num_replicas, num_buckets = loads.shape
     work, top = np.zeros(num_replicas), np.zeros(num_replicas)

@@ -10,12 +10,13 @@ import pytest
 from click.testing import CliRunner
 
 from lobra_jax.cli import main
+from lobra_jax.memory import leaf_bytes
 from lobra_jax.models.config import PRESETS
 from planner.cost import CostTable
 from planner.plan import ParallelConfig
 from profiling.device_specs import SPECS, Efficiency
 from profiling.estimate import ISSUE_S, ISSUE_WIDE_S, Estimator
-from profiling.measure import Setup, program_limit_bytes
+from profiling.measure import Setup, make_replica, program_limit_bytes
 
 CONFIG = Path(__file__).parents[2] / "configs" / "runs" / "cost_tables.yaml"
 ALONE, WIDE = ParallelConfig(tp=1, pp=1, remat="dots"), ParallelConfig(tp=2, pp=1, remat="dots")
@@ -67,9 +68,6 @@ def test_slower_memory_and_matmuls_take_longer(of_h200):
 
 
 def test_a_capacity_is_the_most_that_fits_beside_what_a_step_keeps(of_h200):
-    from lobra_jax.memory import leaf_bytes
-    from profiling.measure import make_replica
-
     for config in (ALONE, WIDE):
         cost = of_h200.estimate(config)
         replica = make_replica(of_h200.setup, config, 0, of_h200.setup.devices[: config.num_devices])
