@@ -88,10 +88,13 @@ class Master:
         num_served = len(self._served)
         of_counts = np.array([pattern.rows for pattern in patterns])[:, self._served] / self._counts[self._served]
         shares = np.concatenate([of_counts, self._of_cuts(patterns, self._cuts)], axis=1)
-        row = [*range(num_served), *range(self._first_cut, self._first_cut + len(self._cuts))]
+        row = np.array([*range(num_served), *range(self._first_cut, self._first_cut + len(self._cuts))])
+        own, at = np.nonzero(shares)
+        entries = list(zip(row[at].tolist(), shares[own, at].tolist(), strict=True))
+        ends = np.searchsorted(own, np.arange(len(patterns) + 1)).tolist()
         columns = [
-            [*((at, share) for at, share in zip(row, own, strict=True) if share), (num_served + pattern.config, -1.0)]
-            for pattern, own in zip(patterns, shares.tolist(), strict=True)
+            [*entries[start:end], (num_served + pattern.config, -1.0)]
+            for pattern, start, end in zip(patterns, ends[:-1], ends[1:], strict=True)
         ]
         free = self._lp.infinity()
         self._lp.addCols(

@@ -158,12 +158,7 @@ def _hand_out(
     `must_fit`.
     """
     left = np.array(problem.counts)
-    distinct = {(p.config, tuple(np.minimum(p.rows, left).tolist())): p.seconds for p in pool if upper[p.config]}
-    pool[:] = [
-        Pattern(config=config, rows=np.array(rows), seconds=seconds)
-        for (config, rows), seconds in distinct.items()
-        if any(rows)
-    ]
+    pool[:] = _cut_to([pattern for pattern in pool if upper[pattern.config]], left)
     nothing = (0,) * len(problem.counts)
     slots = [slots_of(u, problem.counts if n else nothing) for u, n in zip(problem.configs, upper, strict=True)]
     pricer = Pricer(problem, slots, lattices, replica_s, num_cells=NUM_CELLS)
@@ -214,6 +209,19 @@ def _hand_out(
             num_left -= int(devices[config])
             reserve = 0 if fits else reserve
     return out
+
+
+def _cut_to(patterns: Sequence[Pattern], left: np.ndarray) -> list[Pattern]:
+    """The patterns that serve any of what is left, with no more of it than there is, each once."""
+    if not patterns:
+        return []
+    configs = np.array([[pattern.config] for pattern in patterns])
+    rows = np.minimum(np.array([pattern.rows for pattern in patterns]), left)
+    _, first = np.unique(np.concatenate([configs, rows], axis=1), axis=0, return_index=True)
+    return [
+        dataclasses.replace(patterns[index], rows=rows[index])
+        for index in np.sort(first[rows[first].any(axis=1)]).tolist()
+    ]
 
 
 def _next(uses: np.ndarray, patterns: Sequence[Pattern]) -> int:

@@ -239,6 +239,7 @@ def _run(case: Case, tasks: Sequence[TaskData], plan: Plan, costs: CostTable, st
         for _ in engine.compile(shapes, [()] * plan.num_replicas, num_threads=compile_threads()):
             pass
         engine.warm_up(None if on_host else shapes)
+        click.echo(f"{batching}: {sum(map(len, shapes))} shapes ready")
         settings = PlannerConfig(max_dispatch_buckets=NUM_BUCKETS)
         with Feeder(tasks, plan, costs, settings, batching=batching) as feeder:
             names = [task.name for task in tasks]
