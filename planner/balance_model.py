@@ -24,8 +24,9 @@ from collections.abc import Sequence
 import numpy as np
 from pyscipopt import Model, quicksum
 
-from planner import balance, scip
+from planner import scip
 from planner.balance import Share, Tables
+from planner.local_search import improve
 from planner.problem import UsableConfig
 
 MAX_SINGLE_CELLS = 160
@@ -88,7 +89,7 @@ def refine(
     best = start
     if outcome.has_solution:
         loads = _trim(_deal(model, units, counts, len(replicas)), counts)
-        found = balance.improve(table, loads, time_limit_s=deadline - time.perf_counter())
+        found = improve(table, loads, time_limit_s=deadline - time.perf_counter())
         best = min(start, found, key=lambda share: share.max_s)
     return best, min(bound_s, best.max_s)
 

@@ -15,7 +15,7 @@ from numba import boolean, float64, int64
 
 BOOLS, INTS, FLOATS = boolean[::1], int64[::1], float64[::1]
 INT_TABLE, FLOAT_TABLE = int64[:, ::1], float64[:, ::1]
-FLOAT_CUBE = float64[:, :, ::1]
+INT_CUBE, FLOAT_CUBE = int64[:, :, ::1], float64[:, :, ::1]
 """Arrays as they come: rows one after the other, nothing between."""
 
 

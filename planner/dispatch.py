@@ -207,22 +207,21 @@ def _share(
 def _smallest_only(table: Tables, replicas: Sequence[UsableConfig]) -> Tables:
     """The tables with each bucket closed to all replicas but those of the smallest capacity that fits it."""
     kinds = {int(kind): replicas[index] for index, kind in enumerate(table.kind)}
-    sums = table.sums.copy()
-    options = [list(rows) for rows in table.options]
+    sums, rows = table.sums.copy(), table.rows.copy()
     for bucket in range(sums.shape[1]):
         smallest = min(usable.capacity_tokens for usable in kinds.values() if usable.fits(bucket))
         for kind, usable in kinds.items():
             if usable.capacity_tokens != smallest:
                 sums[kind, bucket, 1:] = np.inf
-                options[kind][bucket] = ()
-    return dataclasses.replace(table, sums=sums, options=tuple(tuple(rows) for rows in options))
+                rows[kind, bucket] = 0
+    return table._replace(sums=sums, rows=rows)
 
 
 def _uniform(table: Tables, counts: Sequence[int]) -> np.ndarray:
     loads = np.zeros((len(table.kind), len(counts)), dtype=np.int64)
     turn = 0
     for bucket, count in enumerate(counts):
-        fitting = np.flatnonzero([bool(table.options[kind][bucket]) for kind in table.kind])
+        fitting = np.flatnonzero(table.full[table.kind, bucket])
         share, extra = divmod(count, len(fitting))
         loads[fitting, bucket] = share
         loads[np.roll(fitting, -turn)[:extra], bucket] += 1  # the odd ones out go on where the last bucket's ended

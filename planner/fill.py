@@ -79,17 +79,17 @@ def fill(
     loads = np.zeros((len(table.kind), len(counts)), dtype=np.int64)
     left = np.asarray(counts, dtype=np.int64).copy()
     quotas = _quotas(table, counts, relaxed.shares)
-    fitting = np.array([[bool(rows) for rows in options] for options in table.options])
+    fitting = table.full > 0
     order = np.argsort(fitting.sum(axis=1) * (-1 if widest_first else 1), kind="stable")
     for position, kind in enumerate(order.tolist()):
         members = np.flatnonzero(table.kind == kind)
         later = order[position + 1 :]
         must = fitting[kind] & ~fitting[later].any(axis=0)
-        full = np.array([rows[-1] if rows else 0 for rows in table.options[kind]])
+        full = table.full[kind]
         spare = -(-len(members) // 4) * full
         offered = np.clip(left - quotas[later].sum(axis=0) + spare, 0, np.where(fitting[kind], left, 0))
         offered = np.where(must, left, offered)
-        own = dataclasses.replace(table, kind=table.kind[members])
+        own = table._replace(kind=table.kind[members])
         if relaxed.kind_prices[kind] <= FREE:
             share = np.minimum(np.where(must, left, quotas[kind]), np.where(fitting[kind], left, 0))
             loads[members] = _listed(own, share)
@@ -112,11 +112,9 @@ def _listed(table: Tables, share: np.ndarray) -> np.ndarray:
 
 def own_worth(table: Tables, kind: int, offered: Sequence[int]) -> np.ndarray:
     """[J] share that a sequence takes of the time in which one replica of a kind would serve all `offered`."""
-    worth = np.zeros(len(offered))
-    for bucket in np.flatnonzero(offered).tolist():
-        most, seconds = int(offered[bucket]), table.sums[kind, bucket]
-        rows = [min(option, most) for option in table.options[kind][bucket]]
-        worth[bucket] = min((float(seconds[n]) / n for n in rows), default=0.0)
+    rows = np.minimum(table.rows[kind], np.asarray(offered)[:, None])
+    seconds = np.take_along_axis(table.sums[kind], rows, axis=1)
+    worth = np.where(rows > 0, seconds / np.maximum(rows, 1), 0.0).min(axis=1)
     return worth / max(float(worth @ offered), np.finfo(float).tiny)
 
 
@@ -127,7 +125,7 @@ def _quotas(table: Tables, counts: Sequence[int], shares: np.ndarray) -> np.ndar
         left = int(count)
         for kind in np.argsort(shares[:, bucket], kind="stable").tolist():
             if shares[kind, bucket] > 0:
-                options = table.options[kind][bucket]
+                options = table.rows[kind, bucket].tolist()
                 slots, rest = divmod(float(shares[kind, bucket]), options[-1])
                 nearest = min((0, *options), key=lambda rows, rest=rest: abs(rows - rest))
                 quotas[kind, bucket] = min(left, round(slots) * options[-1] + nearest)
@@ -208,11 +206,11 @@ def _added_s(table: Tables, kind: int, sequences: np.ndarray) -> float:
 
 def _slots(table: Tables, kind: int, offered: np.ndarray, prices: np.ndarray, target_s: float) -> _Slots | None:
     """The slots worth using on replicas of a kind."""
-    pairs = [(j, rows) for j in np.flatnonzero(offered).tolist() for rows in table.options[kind][j]]
-    if not pairs:
+    options = table.rows[kind]
+    bucket, option = np.nonzero((np.diff(options, axis=1, prepend=0) > 0) & (offered > 0)[:, None])
+    if not len(bucket):
         return None
-    bucket, rows = np.array(pairs).T
-    rows = np.minimum(rows, offered[bucket])
+    rows = np.minimum(options[bucket, option], offered[bucket])
     seconds = table.sums[kind, bucket, rows]
     rate = prices[bucket] * rows / seconds
     # A pipeline's replica pays for its largest slot once more a bubble: which slots to allow at all is chosen first.
@@ -236,7 +234,7 @@ def _slots(table: Tables, kind: int, offered: np.ndarray, prices: np.ndarray, ta
         first=first[order],
         second=second[order],
         pair_s=pair_s[order],
-        full=np.array([options[-1] if options else 0 for options in table.options[kind]]),
+        full=table.full[kind],
         room_s=room_s,
         shortest_s=float(seconds[1:].min()),
     )

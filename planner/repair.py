@@ -6,12 +6,21 @@ placed in the same way. Shorter buckets fit more replicas, so a chain ends where
 
 from __future__ import annotations
 
-import numpy as np
+from typing import NamedTuple
 
-from planner.balance import ROUNDING, Tables, list_schedule
+import numpy as np
+from numba import boolean, float64, int64
+from numba.types import NamedTuple as NamedTupleType
+from numba.types import UniTuple, void
+
+from planner.balance import ROUNDING, TABLES, Tables, list_schedule
+from planner.compiled import FLOAT_TABLE, FLOATS, INT_TABLE, INTS, compiled
 
 MAX_PLACEMENTS = 400
 """Rounds of placing before the rest goes wherever it ends earliest: a limit that does not depend on the machine."""
+
+CHOICES = 4
+"""What could leave a replica of a bucket: its remainder, a slot, both, two slots."""
 
 
 def repair(
@@ -31,112 +40,178 @@ def repair(
       kind_worth: [K] worth of a second on a replica of each kind; what is placed goes where it costs little.
     """
     loads, left = loads.copy(), left.copy()
-    state = _State(table, loads)
-    for replica in np.flatnonzero(state.seconds > target_s).tolist():
-        while state.seconds[replica] > target_s and _eject(state, replica, left, prices, target_s):
-            pass
-    unplaced = np.zeros_like(left)
-    for _ in range(max_placements):
-        waiting = np.flatnonzero(left)
-        if not len(waiting):
-            break
-        bucket = int(waiting[-1])
-        if not (_place(state, bucket, left, kind_worth, target_s) or _exchange(state, bucket, left, prices, target_s)):
-            unplaced[bucket] += left[bucket]
-            left[bucket] = 0
-    return list_schedule(table, (left + unplaced).tolist(), loads)
+    _repair(table, loads, left, prices, kind_worth, target_s, max_placements)
+    return list_schedule(table, left.tolist(), loads)
 
 
-class _State:
-    """Loads [R, J] with what they take: `sums` [R, J], `top` [R] and `seconds` [R], an idle replica's fixed_s too."""
+class _State(NamedTuple):
+    """Loads [R, J] and what they take: `sums` [R, J], `top_s` [R] and `seconds` [R], an idle replica's fixed_s too."""
 
-    def __init__(self, table: Tables, loads: np.ndarray) -> None:
-        self.table, self.loads = table, loads
-        self.kind = table.kind[:, None]
-        self.every = np.arange(loads.shape[1])[None, :]
-        self.bubbles = table.bubbles[table.kind]
-        self.full = np.array([[rows[-1] if rows else 0 for rows in options] for options in table.options])[table.kind]
-        self.sums = table.sums[self.kind, self.every, loads]
-        self.top = table.tops[self.kind, self.every, loads].max(axis=1, initial=0.0)
-        self.seconds = table.fixed_s[table.kind] + self.sums.sum(axis=1) + self.bubbles * self.top
-
-    def add(self, which: np.ndarray, bucket: int, number: np.ndarray) -> None:
-        """Adds number [n] of a bucket to replicas which [n], each listed once."""
-        kind, table = self.table.kind[which], self.table
-        self.loads[which, bucket] += number
-        rows = self.loads[which]
-        sums = table.sums[kind[:, None], self.every, rows]
-        self.sums[which] = sums
-        top = table.tops[kind[:, None], self.every, rows].max(axis=1)
-        self.top[which] = top
-        self.seconds[which] = table.fixed_s[kind] + sums.sum(axis=1) + self.bubbles[which] * top
-
-    def added_s(self, bucket: int, number: np.ndarray) -> np.ndarray:
-        """[R] more seconds of each replica with number [R] more of a bucket; inf for none."""
-        after = self.loads[:, bucket] + number
-        slot_s = self.table.sums[self.table.kind, bucket, after] - self.sums[:, bucket]
-        top = np.maximum(self.table.tops[self.table.kind, bucket, after], self.top)
-        return np.where(number > 0, slot_s + np.where(self.bubbles > 0, self.bubbles * (top - self.top), 0.0), np.inf)
-
-    def removed_s(self, which: np.ndarray, buckets: int) -> tuple[np.ndarray, np.ndarray]:
-        """(sequences, seconds saved at the least) [4, len(which), buckets] of what could leave: remainder, slots."""
-        loads, full = self.loads[which, :buckets], np.maximum(self.full[which, :buckets], 1)
-        rest = loads % full
-        number = np.stack([rest, full, rest + full, 2 * full])
-        number = np.where(number <= loads, number, 0)
-        kind, every = self.kind[which], self.every[:, :buckets]
-        after = self.table.sums[kind, every, loads - number]
-        return number, self.sums[which, :buckets] - after
+    loads: np.ndarray
+    sums: np.ndarray
+    top_s: np.ndarray
+    seconds: np.ndarray
 
 
-def _eject(state: _State, replica: int, left: np.ndarray, prices: np.ndarray, target_s: float) -> bool:
+_STATE = NamedTupleType((INT_TABLE, FLOAT_TABLE, FLOATS, FLOATS), _State)
+
+
+@compiled(void, TABLES, _STATE, int64, int64, int64)
+def _add(table: Tables, state: _State, r: int, bucket: int, number: int) -> None:
+    """Adds so many of a bucket to a replica."""
+    kind = table.kind[r]
+    state.loads[r, bucket] += number
+    state.sums[r, bucket] = table.sums[kind, bucket, state.loads[r, bucket]]
+    seconds, top_s = table.fixed_s[kind], 0.0
+    for each in range(state.loads.shape[1]):
+        seconds += state.sums[r, each]
+        top_s = max(top_s, table.tops[kind, each, state.loads[r, each]])
+    state.top_s[r] = top_s
+    state.seconds[r] = seconds + table.bubbles[kind] * top_s
+
+
+@compiled(float64, TABLES, _STATE, int64, int64, int64)
+def _added_s(table: Tables, state: _State, r: int, bucket: int, number: int) -> float:
+    """More seconds of a replica with so many more of a bucket."""
+    kind, after = table.kind[r], state.loads[r, bucket] + number
+    seconds = table.sums[kind, bucket, after] - state.sums[r, bucket]
+    if table.bubbles[kind] > 0:
+        seconds += table.bubbles[kind] * max(table.tops[kind, bucket, after] - state.top_s[r], 0.0)
+    return seconds
+
+
+@compiled(UniTuple(int64, CHOICES), TABLES, _STATE, int64, int64)
+def _leaving(table: Tables, state: _State, r: int, bucket: int) -> tuple[int, ...]:
+    """Sequences of each of the CHOICES, 0 where a replica has fewer."""
+    load, full = state.loads[r, bucket], max(table.rows[table.kind[r], bucket, -1], 1)
+    rest = load % full
+    return rest, full * (full <= load), (rest + full) * (rest + full <= load), 2 * full * (2 * full <= load)
+
+
+@compiled(float64, TABLES, _STATE, int64, int64, int64)
+def _saved_s(table: Tables, state: _State, r: int, bucket: int, number: int) -> float:
+    """Seconds saved at the least where so many of a bucket leave a replica."""
+    return state.sums[r, bucket] - table.sums[table.kind[r], bucket, state.loads[r, bucket] - number]
+
+
+@compiled(boolean, TABLES, _STATE, int64, INTS, FLOATS, float64)
+def _eject(table: Tables, state: _State, r: int, left: np.ndarray, prices: np.ndarray, target_s: float) -> bool:
     """Takes off a replica what is worth least of all that brings it under the target, else what saves most."""
-    number, saved = (x[:, 0] for x in state.removed_s(np.array([replica]), len(left)))
-    if not number.any():
+    over_s = state.seconds[r] - target_s
+    best_bucket, best_number, is_enough, least_worth, most_s = -1, 0, False, np.inf, -np.inf
+    for choice in range(CHOICES):
+        for bucket in range(len(left)):
+            number = _leaving(table, state, r, bucket)[choice]
+            if number == 0:
+                continue
+            saved_s, worth = _saved_s(table, state, r, bucket, number), number * prices[bucket]
+            if saved_s >= over_s:
+                better = not is_enough or worth < least_worth
+                is_enough = True
+            else:
+                better = not is_enough and saved_s > most_s
+            if better:
+                best_bucket, best_number, least_worth, most_s = bucket, number, worth, saved_s
+    if best_bucket < 0:
         return False
-    enough = (number > 0) & (saved >= state.seconds[replica] - target_s)
-    worth = np.where(enough, number * prices, np.inf)
-    choice, bucket = np.unravel_index(int(worth.argmin() if enough.any() else saved.argmax()), worth.shape)
-    left[bucket] += number[choice, bucket]
-    state.add(np.array([replica]), int(bucket), -number[choice, bucket])
+    left[best_bucket] += best_number
+    _add(table, state, r, best_bucket, -best_number)
     return True
 
 
-def _place(state: _State, bucket: int, left: np.ndarray, kind_worth: np.ndarray, target_s: float) -> bool:
-    """Places what waits of a bucket, a slot at the most, where it costs least a sequence within the target."""
-    full = state.full[:, bucket]
-    for number in (np.minimum(full, left[bucket]), np.minimum(full, 1)):
-        added_s = state.added_s(bucket, number)
-        fits = state.seconds + added_s <= target_s
-        if fits.any():
-            seconds = np.where(fits, added_s, 0.0)  # inf times a worth of 0 is no number
-            cost = np.where(fits, seconds * kind_worth[state.table.kind] / np.maximum(number, 1), np.inf)
-            alike = np.flatnonzero(cost <= cost.min() * (1 + ROUNDING))
-            alike = alike[: max(1, int((np.cumsum(number[alike]) <= left[bucket]).sum()))]
-            left[bucket] -= number[alike].sum()
-            state.add(alike, bucket, number[alike])
-            return True
+@compiled(int64, TABLES, int64, int64, int64, boolean)
+def _slot(table: Tables, r: int, bucket: int, waiting: int, is_single: bool) -> int:
+    """Sequences that are placed at once: a full slot, or what waits, or one; 0 where the bucket does not fit."""
+    return min(table.rows[table.kind[r], bucket, -1], 1 if is_single else waiting)
+
+
+@compiled(boolean, TABLES, _STATE, int64, INTS, FLOATS, float64)
+def _place(
+    table: Tables, state: _State, bucket: int, left: np.ndarray, kind_worth: np.ndarray, target_s: float
+) -> bool:
+    """Places what waits of a bucket where it costs least a sequence within the target, a slot at the most on each of
+    the replicas that are alike in this."""
+    cost = np.empty(len(state.seconds))
+    for is_single in (False, True):
+        least = np.inf
+        for r in range(len(cost)):
+            cost[r] = np.inf
+            number = _slot(table, r, bucket, left[bucket], is_single)
+            if number:
+                added_s = _added_s(table, state, r, bucket, number)
+                if state.seconds[r] + added_s <= target_s:
+                    cost[r] = added_s * kind_worth[table.kind[r]] / number
+                    least = min(least, cost[r])
+        if least == np.inf:
+            continue
+        waiting = left[bucket]
+        for r in range(len(cost)):
+            if cost[r] <= least * (1 + ROUNDING):
+                number = _slot(table, r, bucket, waiting, is_single)
+                if number > left[bucket]:
+                    break
+                left[bucket] -= number
+                _add(table, state, r, bucket, number)
+        return True
     return False
 
 
-def _exchange(state: _State, bucket: int, left: np.ndarray, prices: np.ndarray, target_s: float) -> bool:
+@compiled(boolean, TABLES, _STATE, int64, INTS, FLOATS, float64)
+def _exchange(table: Tables, state: _State, bucket: int, left: np.ndarray, prices: np.ndarray, target_s: float) -> bool:
     """Places what waits of a bucket, a slot at the most, in the stead of something shorter that is worth least."""
-    if bucket == 0:
-        return False
-    full = state.full[:, bucket]
-    for number in (np.minimum(full, left[bucket]), np.minimum(full, 1)):
-        which = np.flatnonzero(number > 0)
-        over_s = (state.seconds + state.added_s(bucket, number))[which] - target_s
-        leaves, saved = state.removed_s(which, bucket)
-        enough = (leaves > 0) & (saved >= over_s[None, :, None])
-        if enough.any():
-            gain = prices[bucket] * number[which][None, :, None]
-            worth = np.where(enough, leaves * prices[:bucket] - gain, np.inf)
-            choice, at, other = np.unravel_index(int(worth.argmin()), worth.shape)
-            replica, amount = int(which[at]), int(leaves[choice, at, other])
-            left[bucket] -= number[replica]
-            left[other] += amount
-            state.add(which[at : at + 1], int(other), np.array([-amount]))
-            state.add(which[at : at + 1], bucket, number[replica : replica + 1])
+    for is_single in (False, True):
+        best_replica, best_bucket, best_number, least_worth = -1, 0, 0, np.inf
+        for choice in range(CHOICES):
+            for r in range(len(state.seconds)):
+                number = _slot(table, r, bucket, left[bucket], is_single)
+                if number == 0:
+                    continue
+                over_s = state.seconds[r] + _added_s(table, state, r, bucket, number) - target_s
+                for other in range(bucket):
+                    leaving = _leaving(table, state, r, other)[choice]
+                    if leaving == 0 or _saved_s(table, state, r, other, leaving) < over_s:
+                        continue
+                    worth = leaving * prices[other] - prices[bucket] * number
+                    if worth < least_worth:
+                        best_replica, best_bucket, best_number, least_worth = r, other, leaving, worth
+        if best_replica >= 0:
+            number = _slot(table, best_replica, bucket, left[bucket], is_single)
+            left[bucket] -= number
+            left[best_bucket] += best_number
+            _add(table, state, best_replica, best_bucket, -best_number)
+            _add(table, state, best_replica, bucket, number)
             return True
     return False
+
+
+@compiled(void, TABLES, INT_TABLE, INTS, FLOATS, FLOATS, float64, int64)
+def _repair(
+    table: Tables,
+    loads: np.ndarray,
+    left: np.ndarray,
+    prices: np.ndarray,
+    kind_worth: np.ndarray,
+    target_s: float,
+    max_placements: int,
+) -> None:
+    """Changes `loads` and `left`, of which what could not be placed remains."""
+    num_replicas, num_buckets = loads.shape
+    state = _State(loads, np.zeros(loads.shape), np.zeros(num_replicas), np.zeros(num_replicas))
+    for r in range(num_replicas):
+        for bucket in range(num_buckets):
+            _add(table, state, r, bucket, 0)
+    for r in range(num_replicas):
+        while state.seconds[r] > target_s and _eject(table, state, r, left, prices, target_s):
+            pass
+    unplaced = np.zeros_like(left)
+    for _ in range(max_placements):
+        bucket = num_buckets - 1
+        while bucket >= 0 and left[bucket] == 0:
+            bucket -= 1
+        if bucket < 0:
+            break
+        placed = _place(table, state, bucket, left, kind_worth, target_s)
+        if not placed and not _exchange(table, state, bucket, left, prices, target_s):
+            unplaced[bucket] += left[bucket]
+            left[bucket] = 0
+    left += unplaced

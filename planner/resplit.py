@@ -126,7 +126,7 @@ class _Pairs:
         worth = np.maximum(kind_worth, LEAST_WORTH * kind_worth.max())
         self._prices, self._worth = prices, worth / float(devices @ worth)
         self._every = np.arange(loads.shape[1])
-        self._full = [np.array([rows[-1] if rows else 0 for rows in options]) for options in table.options]
+        self._full = table.full
         self._most: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def over(self) -> float:

@@ -2,8 +2,8 @@
 
 A dive solves the master for the replicas and counts that are left, finds patterns for those counts, hands out the
 patterns that the master uses whole times (else the one that it uses most), and starts over. What is left at the end
-goes to the replicas that finish it earliest; `planner.balance` and `planner.resplit` improve the share-out. Polishing
-is a model of its own (`planner.balance_model`).
+goes to the replicas that finish it earliest; `planner.local_search` and `planner.resplit` improve the share-out.
+Polishing is a model of its own (`planner.balance_model`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from planner import balance, balance_model, prices
 from planner.balance import Share
 from planner.cuts import Cut, violated
+from planner.local_search import improve
 from planner.master import Master
 from planner.patterns import Lattice, Pattern, lattice_of, slots_of
 from planner.prices import Relaxed
@@ -257,7 +258,7 @@ def _finished(
             chosen = int(seconds.argmin())
             loads[chosen, bucket] += piece[chosen]
             left[bucket] -= piece[chosen]
-    share = balance.improve(table, loads, time_limit_s=improve_s, good_s=replica_s)
+    share = improve(table, loads, time_limit_s=improve_s, good_s=replica_s)
     if share.max_s > replica_s:
         members = [kinds[int(index)] for index in np.unique(table.kind, return_index=True)[1]]
         relaxed = prices.relax(members, np.bincount(table.kind).tolist(), problem.counts)
@@ -286,7 +287,7 @@ def _repaired(
     best = share
     for target_s in (replica_s, (replica_s + share.max_s) / 2):
         loads = repair(table, best.loads, nothing, relaxed.prices, relaxed.kind_prices, target_s)
-        found = balance.improve(table, loads, time_limit_s=improve_s, good_s=replica_s)
+        found = improve(table, loads, time_limit_s=improve_s, good_s=replica_s)
         best = min(best, found, key=lambda candidate: candidate.max_s)
     return best
 

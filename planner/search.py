@@ -14,6 +14,7 @@ import numpy as np
 
 from planner import balance, balance_model, rounding
 from planner.balance import Share
+from planner.local_search import improve
 from planner.problem import PlanningProblem
 from planner.relaxation import Level, Relaxation
 from planner.rounding import RoundedShare
@@ -185,7 +186,7 @@ def settle(
     """
     replicas = [u for u, count in zip(problem.configs, replica_counts, strict=True) for _ in range(count)]
     table = balance.tables(replicas, problem.counts)
-    share = start or balance.heuristic(table, problem.counts, time_limit_s=LOCAL_SEARCH_LIMIT_S)
+    share = start or improve(table, balance.list_schedule(table, problem.counts), time_limit_s=LOCAL_SEARCH_LIMIT_S)
     own_bound_s = bound_s
     left_s = limit_s if deadline is None else min(limit_s, deadline - time.perf_counter())
     cut_at_s = 0.0

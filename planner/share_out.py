@@ -1,7 +1,7 @@
 """One step's share-out, near its proven bound in milliseconds: prices, then fills towards targets a little over it.
 
 `planner.prices` bounds the slowest replica and prices every bucket; `planner.fill` makes loads that end by a target,
-`planner.repair` places what did not fit, and `planner.balance.improve` moves slots about. The first share-out within
+`planner.repair` places what did not fit, and `planner.local_search` moves slots about. The first share-out within
 the wanted gap is taken. Where slots are long, the bound counts them whole (`planner.tighten`). A share-out that is
 still far from it, or that is made while another step runs, is worked on further (`planner.pattern_share`,
 `planner.resplit`): for less than is to be gained, or for part of the time that its own step takes. Nothing here looks
@@ -17,6 +17,7 @@ import numpy as np
 from planner import balance, pattern_share, prices, tighten
 from planner.balance import Share, Tables
 from planner.fill import fill, own_worth
+from planner.local_search import improve
 from planner.problem import UsableConfig
 from planner.repair import repair
 from planner.resplit import resplit
@@ -110,7 +111,7 @@ def share_out(
     def attempt(target_s: float, widest_first: bool, max_placements: int) -> Share:
         loads, left = fill(table, counts, relaxed, target_s, widest_first=widest_first)
         loads = repair(table, loads, left, worth, second, target_s, max_placements=max_placements)
-        return balance.improve(table, loads, max_rounds=MAX_ROUNDS, good_s=bound_s * good)
+        return improve(table, loads, max_rounds=MAX_ROUNDS, good_s=bound_s * good)
 
     if best.max_s > bound_s * good:
         target_s = first * bound_s

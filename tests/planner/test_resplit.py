@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from planner import balance, prices
 from planner.cost import ConfigCost, CostTable
+from planner.local_search import improve
 from planner.plan import ParallelConfig
 from planner.problem import build_problem
 from planner.resplit import resplit
@@ -92,7 +93,7 @@ def test_a_split_that_no_move_or_swap_leads_to_is_found():
     one = config_cost(1, 1, 128, 1e-3, 5e-3)
     replicas = list(usables([one], counts)) * 6
     table = balance.tables(replicas, counts)
-    stuck = balance.improve(table, balance.list_schedule(table, counts))
+    stuck = improve(table, balance.list_schedule(table, counts))
     kinds = [replicas[0]]
     relaxed = prices.relax(kinds, [6], counts)
     found = resplit(table, stuck, relaxed.bound_s, relaxed.prices, relaxed.kind_prices, max_pairs=400)
