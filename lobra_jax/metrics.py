@@ -176,7 +176,7 @@ class MetricsWriter:
         partial.write_text("".join(map(_line, kept)), encoding="utf-8")
         os.replace(partial, path)
         self._file = path.open("a", encoding="utf-8")
-        purge_step = None if resume_step is None else resume_step + 1
+        purge_step = 0 if resume_step is None else resume_step + 1
         from tensorboardX import SummaryWriter  # it loads torch where that is installed
 
         self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=purge_step)

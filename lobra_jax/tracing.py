@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from lobra_jax.devices import host_cores
+from lobra_jax.host import host_cores
 from lobra_jax.replica import Replica
 from lobra_jax.trace_steps import TRACE_FOLDER, TRACED_RUN_FILE, TracedSteps
 

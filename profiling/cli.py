@@ -185,7 +185,8 @@ def make_setup(
     from lobra_jax.compilation import compile_threads
     from lobra_jax.config import model_config
     from lobra_jax.data.load import task_lengths
-    from lobra_jax.devices import host_cores, memory_limit, run_devices
+    from lobra_jax.devices import memory_limit, run_devices
+    from lobra_jax.host import host_cores
     from lobra_jax.lora import adapted_targets
     from lobra_jax.optim import OPTIMIZERS
     from lobra_jax.tasks import keep_last_good, lora_spec
@@ -270,6 +271,7 @@ def make_header(setup: Setup, configs: Sequence[ParallelConfig]) -> Header:
             "dora": setup.dora,
             "optimizers": list(setup.optimizers),
             "averages": setup.averages,
+            "last_good": setup.last_good,
             "lengths": list(setup.lengths),
             "max_tokens": setup.max_tokens,
             "repeats": setup.repeats,

@@ -208,6 +208,7 @@ def _costs(
 def check_measured(costs: CostTable, config: RunConfig, path: Path) -> None:
     """Refuses a table whose times and capacities are of less than this run needs; tables from elsewhere do not say."""
     from lobra_jax.commands.plan import check_quantization_of
+    from lobra_jax.tasks import keep_last_good
 
     wanted = {
         "num_tasks": len(config.tasks),
@@ -215,16 +216,25 @@ def check_measured(costs: CostTable, config: RunConfig, path: Path) -> None:
         "dropout": any(task.dropout > 0 for task in config.tasks),
         "dora": any(task.dora for task in config.tasks),
         "averages": any(task.ema_decay is not None for task in config.tasks),
+        "last_good": keep_last_good(config.tasks),
+        "targets": {target for task in config.tasks for target in task.targets},
+        "optimizers": {task.optimizer for task in config.tasks},
     }
     for key, needed in wanted.items():
         found = costs.provenance.get(key)
-        if found is not None and found < needed:
+        if found is None:
+            continue
+        if isinstance(needed, set):
+            is_enough, expected = needed <= set(found), f"{', '.join(sorted(needed))} among them"
+        else:
+            is_enough, expected = found >= needed, f"{needed}{'' if needed is True else ' or more'}"
+        if not is_enough:
             raise UserError(
                 "the cost table was measured with less than this run has",
                 file=path,
                 key=f"provenance.{key}",
                 value=found,
-                expected=f"{needed}{'' if needed is True else ' or more'}: run lobra profile again",
+                expected=f"{expected}: run lobra profile again",
             )
     dtype = costs.provenance.get("dtype")
     if dtype is not None and dtype != config.model.dtype:
@@ -335,6 +345,7 @@ def _check_devices(plan: Plan, model: LlamaConfig, devices: list[Any]) -> None:
 def _check_checkpoint(
     config: RunConfig, model: LlamaConfig, data: tuple[TaskData, ...], out: Path, traced: TracedSteps | None
 ) -> None:
+    from lobra_jax import standing
     from lobra_jax.checkpoint import Checkpoints
     from lobra_jax.run_state import run_metadata
     from lobra_jax.trace_steps import check_steps
@@ -342,5 +353,9 @@ def _check_checkpoint(
 
     with Checkpoints(out / CHECKPOINTS_FOLDER, keep=config.training.keep_checkpoints) as checkpoints:
         checkpoints.check(run_metadata(config, model, data, {}))
+        done = checkpoints.latest_step() or 0
+        if done:
+            file = checkpoints.folder / str(done)
+            standing.check_steps(config.tasks, checkpoints.metadata(done).position, done, file)
         if traced is not None:
-            check_steps(traced, done=checkpoints.latest_step() or 0, num_steps=_num_steps(config))
+            check_steps(traced, done=done, num_steps=_num_steps(config))

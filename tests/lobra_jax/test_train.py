@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +23,7 @@ from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.hf import save_hf
 from lobra_jax.models.weights import RandomWeights
 from lobra_jax.peft_folder import read_peft_adapter, write_peft_adapter
+from lobra_jax.room import Room
 from lobra_jax.train import Trainer
 from planner.cost import ConfigCost, CostTable, PackedCost
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
@@ -335,10 +340,17 @@ def test_a_run_directory_is_never_overwritten(world, finished):
         (["--set", "training.seed=7"], r"another run.*got"),
         (["--set", "tasks.short.lr=1"], r"tasks.short.lr.*got 0.003.*1.0"),
         (["--set", "tasks.long.batch_size=4"], r"tasks.long.batch_size.*got 3.*4"),
+        (["--set", "tasks.long.steps=9"], r"tasks.long.steps.*done after 5 steps.*gone on to 6.*got 9.*expected 5"),
+        (["--set", "tasks.short.steps=5"], r"tasks.short.steps.*6 steps are done.*got 5.*at least 6"),
+        (["--set", "model.path=OTHER"], r"model.path.*another run"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(world, finished, arguments, complaint):
     before = sorted((p.name, p.stat().st_mtime_ns) for p in finished.iterdir() if p.is_file())
+    if not (world / "other").is_dir():  # the same model with other weights
+        save_hf(world / "other", MODEL, RandomWeights(MODEL, 1))
+        shutil.copy(world / "base" / "tokenizer.json", world / "other")
+    arguments = [argument.replace("OTHER", str(world / "other")) for argument in arguments]
     result = train(world, finished, "--resume", *arguments)
     assert result.exit_code == 2
     line = result.output.strip().splitlines()[-1]
@@ -396,6 +408,8 @@ def test_a_plan_is_looked_at_before_anything_is_measured(world, tmp_path):
         ({"provenance": {"rank": 2}}, r"provenance.rank.*got 2.*4 or more"),
         ({"provenance": {"dora": False}}, r"provenance.dora.*got False.*expected True:"),
         ({"provenance": {"averages": False}}, r"provenance.averages.*got False.*expected True:"),
+        ({"provenance": {"targets": ["q", "v"]}}, r"provenance.targets.*got \['q', 'v'\].*expected.*up.*among them:"),
+        ({"provenance": {"optimizers": ["sgd"]}}, r"provenance.optimizers.*got \['sgd'\].*adamw among them:"),
         ({"provenance": {"dtype": "bfloat16"}}, r"provenance.dtype.*float32"),
         ({"provenance": {"quantization": "int8"}}, r"provenance.quantization.*got 'int8'.*expected none"),
     ],
@@ -416,6 +430,33 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(world, finished, t
     result = train(world, out, "--resume", plan="many")
     assert result.exit_code == 0, result.output
     assert difference(adapter(out, "short"), adapter(finished, "short")) == 0
+    assert [r["step"] for r in read_metrics(out / "metrics.jsonl", "eval")] == [0, 4, 6]
+
+
+def test_an_interruption_while_compiling_ends_the_run_at_once(world, tmp_path, monkeypatch):
+    """Weights are placed by then: the interruption comes where the start waits for its programs."""
+    waited, placed = [], threading.Event()
+
+    def compile_(self):
+        placed.wait()
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+        waited.append(self.engine._abandoned.wait(20))
+
+    monkeypatch.setattr(Room, "compile", compile_)
+    monkeypatch.setattr(Trainer, "_place", lambda self: placed.set())
+    assert train(world, tmp_path / "run").exit_code == 130
+    assert waited == [True]
+
+
+def test_a_run_that_is_over_leaves_adapters_that_were_lost(world, finished, tmp_path):
+    out = tmp_path / "over"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "adapters")
+    result = train(world, out, "--resume", plan="many")
+    assert result.exit_code == 0, result.output
+    for name in ("short", "long"):
+        assert difference(adapter(out, name), adapter(finished, name)) == 0
 
 
 def test_a_cost_table_of_another_model_is_refused(world, tmp_path):
