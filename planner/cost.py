@@ -28,8 +28,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from planner.errors import UserError
-from planner.plan import MIXED, ParallelConfig, ReplicaGroup, first_that_holds
+from planner.plan import MIXED, REMATS, ParallelConfig, ReplicaGroup, first_that_holds
+from planner.reading import MISSING, Value, load_json
 
 COST_TABLE_VERSION = 1
 NUM_COEFFICIENTS = 6
@@ -177,7 +177,10 @@ def mixed(parts: Sequence[ConfigCost]) -> ConfigCost:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CostTable:
-    """Everything the planner knows about a model on a kind of device. `model` is checked against the run's model."""
+    """Everything the planner knows about a model on a kind of device. `model` is checked against the run's model.
+
+    `file` is where it was read, for messages.
+    """
 
     model: str
     model_fingerprint: str
@@ -185,6 +188,7 @@ class CostTable:
     configs: tuple[ConfigCost, ...]
     step_overhead_s: float = 0.0
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    file: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.configs:
@@ -243,48 +247,38 @@ class CostTable:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, file: object = None) -> CostTable:
-        """Reads the format of `to_dict`; keys that it does not have are let be."""
-        if not isinstance(raw, Mapping):
-            raise UserError("not a mapping", file=file, value=raw, expected="a cost table of `lobra profile`")
-        try:
-            if raw["version"] != COST_TABLE_VERSION:
-                raise UserError(
-                    "unsupported cost table version",
-                    file=file,
-                    key="version",
-                    value=raw["version"],
-                    expected=str(COST_TABLE_VERSION),
-                )
-            return cls(
-                model=raw["model"],
-                model_fingerprint=raw["model_fingerprint"],
-                hardware=raw["hardware"],
-                provenance=raw.get("provenance", {}),
-                step_overhead_s=float(raw["step_overhead_s"]),
-                configs=tuple(_config_from_dict(item) for item in raw["configs"]),
-            )
-        except KeyError as error:
-            raise UserError(f"missing key {error}", file=file, expected="a cost table of `lobra profile`") from error
-        except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"bad cost table: {error}", file=file, expected="a cost table of `lobra profile`"
-            ) from error
+        """Reads the format of `to_dict`; keys that it does not have are let be, but for slips of the pen."""
+        return cls._read(Value(raw=raw, file=file))
 
     @classmethod
     def load(cls, path: str | Path) -> CostTable:
-        try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(
-                f"cannot read the cost table: {error.strerror}", file=path, expected="a costs.json of `lobra profile`"
-            ) from error
-        except ValueError as error:
-            raise UserError(f"not JSON: {error}", file=path, expected="a costs.json of `lobra profile`") from error
-        return cls.from_dict(raw, file=path)
+        return cls._read(load_json(path, "the cost table", EXPECTED_FILE))
+
+    @classmethod
+    def _read(cls, table: Value) -> CostTable:
+        table.mapping(EXPECTED_FILE)
+        version = table.field("version")
+        if version.integer() != COST_TABLE_VERSION:
+            raise version.refused(str(COST_TABLE_VERSION), "unsupported cost table version")
+        table.no_slips(TABLE_KEYS)
+        configs = table.field("configs").items("a list of parallel configs")
+        provenance = {} if table.field("provenance").raw is MISSING else table.field("provenance").mapping()
+        if "estimated" in provenance:
+            table.field("provenance").field("estimated").field("device").text()
+        with table.checked():
+            return cls(
+                model=table.field("model").text(),
+                model_fingerprint=table.field("model_fingerprint").text(),
+                hardware=table.field("hardware").mapping(),
+                provenance=provenance,
+                step_overhead_s=table.field("step_overhead_s").seconds(),
+                configs=tuple(_read_config(item) for item in configs),
+                file=None if table.file is None else str(table.file),
+            )
 
 
 def _check_numbers(name: str, capacity_tokens: object, coefficients: Sequence[float]) -> None:
-    if not isinstance(capacity_tokens, numbers.Integral) or capacity_tokens < 1:
+    if isinstance(capacity_tokens, bool) or not isinstance(capacity_tokens, numbers.Integral) or capacity_tokens < 1:
         raise ValueError(f"{name}: capacity_tokens = {capacity_tokens!r}, expected an integer >= 1")
     if not all(math.isfinite(c) for c in coefficients):
         raise ValueError(f"{name}: coefficients = {list(coefficients)}, expected finite numbers")
@@ -303,24 +297,86 @@ def _config_to_dict(cost: ConfigCost) -> dict[str, Any]:
     }
 
 
-def _config_from_dict(raw: Mapping[str, Any]) -> ConfigCost:
-    error, config = raw.get("fit_error"), ParallelConfig(tp=raw["tp"], pp=raw["pp"], remat=raw["remat"])
+def _read_config(item: Value) -> ConfigCost:
+    item.no_slips(CONFIG_KEYS)
+    with item.checked():
+        config = ParallelConfig(
+            tp=item.field("tp").integer(least=1),
+            pp=item.field("pp").integer(least=1),
+            remat=item.field("remat").text(f"one of {', '.join(REMATS)}"),
+        )
+    place, item = item, item.called(config)
     if len(config.remats) > 1:
-        raise ValueError(f"remat = {config.remat!r}: expected one policy, mixtures are made of them")
-    return ConfigCost(
-        config=config,
-        capacity_tokens=raw["capacity_tokens"],
-        fixed_s=float(raw["fixed_s"]),
-        coefficients=tuple(float(c) for c in raw["coefficients"]),
-        fit_error=None if error is None else FitError(**error),
-        points=tuple(CostPoint(**point) for point in raw.get("points", ())),
-        packed=None if raw.get("packed") is None else _packed_from_dict(raw["packed"]),
+        raise item.field("remat").refused("one policy, mixtures are made of them")
+    error, points, packed = item.given("fit_error"), item.given("points"), item.given("packed")
+    with place.checked():
+        return ConfigCost(
+            config=config,
+            capacity_tokens=item.field("capacity_tokens").integer(least=1),
+            fixed_s=item.field("fixed_s").seconds(),
+            coefficients=_read_coefficients(item, NUM_COEFFICIENTS),
+            fit_error=None if error is None else _read_fit_error(error),
+            points=() if points is None else tuple(map(_read_point, points.items("a list of points"))),
+            packed=None if packed is None else _read_packed(packed),
+        )
+
+
+def _read_coefficients(item: Value, number: int) -> tuple[float, ...]:
+    given = item.field("coefficients")
+    values = given.items(f"a list of {number} numbers")
+    if len(values) != number:
+        raise given.refused(f"{number} numbers", f"{len(values)} coefficients")
+    return tuple(value.number() for value in values)
+
+
+def _read_fit_error(item: Value) -> FitError:
+    item.only(FIT_ERROR_KEYS)
+    return FitError(
+        mean=item.field("mean").number(),
+        max=item.field("max").number(),
+        num_held_out=item.field("num_held_out").integer(least=0),
     )
 
 
-def _packed_from_dict(raw: Mapping[str, Any]) -> PackedCost:
+def _read_point(item: Value) -> CostPoint:
+    item.only(POINT_KEYS)
+    held_out = item.given("held_out")
+    return CostPoint(
+        rows=item.field("rows").integer(least=1),
+        length=item.field("length").integer(least=1),
+        seconds=item.field("seconds").seconds(),
+        peak_bytes=item.field("peak_bytes").integer(least=0),
+        held_out=held_out is not None and held_out.flag(),
+    )
+
+
+def _read_packed(item: Value) -> PackedCost:
+    item.no_slips(PACKED_KEYS)
+    points = item.given("points")
     return PackedCost(
-        capacity_tokens=raw["capacity_tokens"],
-        coefficients=tuple(float(c) for c in raw["coefficients"]),
-        points=tuple(PackedPoint(**point) for point in raw.get("points", ())),
+        capacity_tokens=item.field("capacity_tokens").integer(least=1),
+        coefficients=_read_coefficients(item, NUM_PACKED_COEFFICIENTS),
+        points=() if points is None else tuple(map(_read_packed_point, points.items("a list of points"))),
     )
+
+
+def _read_packed_point(item: Value) -> PackedPoint:
+    item.only(PACKED_POINT_KEYS)
+    return PackedPoint(
+        rows=item.field("rows").integer(least=1),
+        length=item.field("length").integer(least=1),
+        squares=item.field("squares").integer(least=0),
+        seconds=item.field("seconds").seconds(),
+        peak_bytes=item.field("peak_bytes").integer(least=0),
+    )
+
+
+def _keys(kind: type) -> frozenset[str]:
+    return frozenset(field.name for field in dataclasses.fields(kind))
+
+
+EXPECTED_FILE = "a cost table of `lobra profile`"
+TABLE_KEYS = _keys(CostTable) - {"file"} | {"version"}
+CONFIG_KEYS = _keys(ConfigCost) - {"config"} | _keys(ParallelConfig)
+FIT_ERROR_KEYS, POINT_KEYS = _keys(FitError), _keys(CostPoint)
+PACKED_KEYS, PACKED_POINT_KEYS = _keys(PackedCost), _keys(PackedPoint)

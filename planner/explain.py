@@ -136,7 +136,7 @@ def explain(
     Raises:
       UserError: plan, costs and lengths do not belong together.
     """
-    check_plan(plan, costs)
+    check_plan(plan, costs, workload)
     problem = build_problem(
         workload,
         costs,

@@ -127,7 +127,8 @@ def load_plan(
         )
     buckets = bucket_lengths(workload, "dynamic", num_buckets=DEFAULT_NUM_BUCKETS, max_capacity_tokens=capacity)
     used = sum(group.num_devices for group in groups)
-    return Plan(model=costs.model, num_devices=used, replicas=groups, buckets=buckets)
+    file = "--lobra-plan" if path is None else str(path)
+    return Plan(model=costs.model, num_devices=used, replicas=groups, buckets=buckets, file=file)
 
 
 def _chosen(flag: str, value: Path | None, lobra: dict[str, Any]) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import yaml
 
 from planner.errors import UserError
 from planner.lattice import DEFAULT_ROW_OPTIONS, MAX_ROW_OPTIONS, row_options
+from planner.reading import MISSING, Value
 
 REMATS = ("none", "dots", "attention", "full")
 """Rematerialisation policies, from most memory to least."""
@@ -170,6 +170,7 @@ class Plan:
       row_options: row counts of the shape lattice for each bucket on a replica, see `planner.lattice`.
       predicted: the planner's expectation, absent for plans written by hand.
       planner: which planner made it ("exact", "minlp", "prune", "group", "manual").
+      file: where it was read, for messages.
     """
 
     model: str
@@ -179,6 +180,7 @@ class Plan:
     row_options: int = DEFAULT_ROW_OPTIONS
     predicted: Prediction | None = None
     planner: str = "manual"
+    file: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.replicas:
@@ -247,116 +249,66 @@ class Plan:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, file: object = None) -> Plan:
         """Reads the plan format of `to_dict`; a wrong or missing field raises `UserError` naming it."""
-        raw = _require_mapping(raw, file, None)
-        known = {"version", "model", "planner", "num_devices", "replicas", "predicted", "buckets", "row_options"}
-        _reject_unknown(raw, known, file, None)
-        if raw.get("version") != PLAN_VERSION:
-            raise UserError(
-                "unsupported plan version",
-                file=file,
-                key="version",
-                value=raw.get("version"),
-                expected=str(PLAN_VERSION),
-            )
-        groups = []
-        replicas = _field(raw, "replicas", list, file, None)
-        for index, item in enumerate(replicas):
-            key = f"replicas[{index}]"
-            item = _require_mapping(item, file, key)
-            _reject_unknown(item, {"count", "tp", "pp", "remat", "capacity_tokens"}, file, key)
-            try:
-                groups.append(
-                    ReplicaGroup(
-                        count=item.get("count", 1),
-                        config=ParallelConfig(
-                            tp=_field(item, "tp", int, file, key),
-                            pp=_field(item, "pp", int, file, key),
-                            remat=_field(item, "remat", str, file, key),
-                        ),
-                        **_capacities(item, file, key),
-                    )
-                )
-            except ValueError as error:
-                raise UserError(str(error), file=file, key=key) from error
-        predicted = None
-        if raw.get("predicted") is not None:
-            values = _require_mapping(raw["predicted"], file, "predicted")
-            names = ("step_s", "bound_s", "gap", "gpu_seconds", "solve_s")
-            _reject_unknown(values, {*names, "status", "num_nodes"}, file, "predicted")
-            for name in names:
-                number = values.get(name)
-                if isinstance(number, bool) or not isinstance(number, int | float) or math.isnan(number):
-                    raise UserError("bad value", file=file, key=f"predicted.{name}", value=number, expected="a number")
-            predicted = Prediction(
-                **{name: float(values[name]) for name in names},
-                status=_optional(values, "status", str, file),
-                num_nodes=_optional(values, "num_nodes", int, file),
-            )
-        buckets = _field(raw, "buckets", list, file, None)
-        if not all(isinstance(b, int) and not isinstance(b, bool) for b in buckets):
-            raise UserError("bad value", file=file, key="buckets", value=buckets, expected="a list of integers")
-        row_options = DEFAULT_ROW_OPTIONS
-        if "row_options" in raw:
-            row_options = _field(raw, "row_options", int, file, None)
-        try:
+        plan = Value(raw=raw, file=file)
+        plan.only({field.name for field in dataclasses.fields(cls)} - {"file"} | {"version"})
+        version = plan.field("version")
+        if version.raw != PLAN_VERSION:
+            raise version.refused(str(PLAN_VERSION), "unsupported plan version")
+        groups = tuple(_read_group(item) for item in plan.field("replicas").items("a list of replicas"))
+        predicted, planner, row_options = (plan.given(name) for name in ("predicted", "planner", "row_options"))
+        with plan.checked():
             return cls(
-                model=_field(raw, "model", str, file, None),
-                num_devices=_field(raw, "num_devices", int, file, None),
-                replicas=tuple(groups),
-                buckets=tuple(buckets),
-                row_options=row_options,
-                predicted=predicted,
-                planner=raw.get("planner", "manual"),
+                model=plan.field("model").text(),
+                num_devices=plan.field("num_devices").integer(least=1),
+                replicas=groups,
+                buckets=tuple(item.integer() for item in plan.field("buckets").items("a list of integers")),
+                row_options=DEFAULT_ROW_OPTIONS if row_options is None else row_options.integer(),
+                predicted=None if predicted is None else _read_prediction(predicted),
+                planner="manual" if planner is None else planner.text(),
+                file=None if file is None else str(file),
             )
-        except ValueError as error:
-            raise UserError(str(error), file=file) from error
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"cannot read the plan: {error.strerror}", file=path, expected="a plan.yaml") from error
-        try:
-            raw = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise UserError(f"not YAML: {error}", file=path, expected="a plan.yaml") from error
         return cls.from_dict(raw, file=path)
 
 
-def _capacities(item: Mapping[str, Any], file: object, key: str) -> dict[str, Any]:
-    """A number, or a list of one for each policy."""
-    given = item.get("capacity_tokens")
-    if not isinstance(given, list):
-        return {"capacity_tokens": _field(item, "capacity_tokens", int, file, key)}
-    if not given or not all(isinstance(one, int) and not isinstance(one, bool) for one in given):
-        raise UserError(
-            "bad value", file=file, key=f"{key}.capacity_tokens", value=given, expected="an integer, or a list of them"
+def _read_group(item: Value) -> ReplicaGroup:
+    item.only({"count", "tp", "pp", "remat", "capacity_tokens"})
+    count, tokens = item.field("count"), item.field("capacity_tokens")
+    with item.checked():
+        return ReplicaGroup(
+            count=1 if count.raw is MISSING else count.integer(least=1),
+            config=ParallelConfig(
+                tp=item.field("tp").integer(least=1),
+                pp=item.field("pp").integer(least=1),
+                remat=item.field("remat").text(f"one of {', '.join(REMATS)}"),
+            ),
+            **_read_capacities(tokens),
         )
+
+
+def _read_capacities(tokens: Value) -> dict[str, Any]:
+    """A number, or a list of one for each policy."""
+    if not isinstance(tokens.raw, list):
+        return {"capacity_tokens": tokens.integer(least=1)}
+    given = [one.integer(least=1) for one in tokens.items()]
+    if not given:
+        raise tokens.refused("an integer, or a list of them")
     return {"capacity_tokens": given[-1], "smaller_capacities": tuple(given[:-1])}
 
 
-def _require_mapping(raw: Any, file: object, key: str | None) -> Mapping[str, Any]:
-    if not isinstance(raw, Mapping):
-        raise UserError("bad value", file=file, key=key, value=raw, expected="a mapping")
-    return raw
-
-
-def _reject_unknown(raw: Mapping[str, Any], known: set[str], file: object, key: str | None) -> None:
-    for name in raw:
-        if name not in known:
-            raise UserError(f"unknown key {name!r}", file=file, key=key, expected="one of " + ", ".join(sorted(known)))
-
-
-def _optional(raw: Mapping[str, Any], name: str, kind: type, file: object) -> Any:
-    return None if raw.get(name) is None else _field(raw, name, kind, file, "predicted")
-
-
-def _field(raw: Mapping[str, Any], name: str, kind: type, file: object, key: str | None) -> Any:
-    full = name if key is None else f"{key}.{name}"
-    if name not in raw:
-        raise UserError("missing", file=file, key=full, expected=f"a value of type {kind.__name__}")
-    value = raw[name]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise UserError("bad value", file=file, key=full, value=value, expected=f"a value of type {kind.__name__}")
-    return value
+def _read_prediction(item: Value) -> Prediction:
+    item.only({field.name for field in dataclasses.fields(Prediction)})
+    status, num_nodes = item.given("status"), item.given("num_nodes")
+    return Prediction(
+        **{name: item.field(name).number() for name in ("step_s", "bound_s", "gap", "gpu_seconds", "solve_s")},
+        status=None if status is None else status.text(),
+        num_nodes=None if num_nodes is None else num_nodes.integer(),
+    )

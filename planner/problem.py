@@ -232,7 +232,7 @@ def build_problem(
         buckets=padded,
         expected=expected,
         counts=counts,
-        configs=tuple(usable_config(cost, padded, num_options=row_options) for cost in allowed),
+        configs=tuple(usable_config(cost, padded, num_options=row_options, file=costs.file) for cost in allowed),
         row_options=row_options,
         proposal=proposal,
         time_limit_s=time_limit_s,
@@ -241,8 +241,13 @@ def build_problem(
     )
 
 
-def usable_config(cost: ConfigCost, buckets: Sequence[int], *, num_options: int = DEFAULT_ROW_OPTIONS) -> UsableConfig:
-    """The slot times of a config on the lattice of `buckets`; a shape without a positive time is a `UserError`."""
+def usable_config(
+    cost: ConfigCost, buckets: Sequence[int], *, num_options: int = DEFAULT_ROW_OPTIONS, file: object = None
+) -> UsableConfig:
+    """The slot times of a config on the lattice of `buckets`; a shape without a positive time is a `UserError`.
+
+    `file`: the cost table's, for that message.
+    """
     rows = tuple(
         row_options(length, cost.of_length(length).capacity_tokens, num_options=num_options) for length in buckets
     )
@@ -255,6 +260,7 @@ def usable_config(cost: ConfigCost, buckets: Sequence[int], *, num_options: int 
             if not (math.isfinite(seconds) and seconds > 0):
                 raise UserError(
                     f"cost table of {cost.config} predicts {seconds:.3g} s for a micro-batch of {b} x {length} tokens",
+                    file=file,
                     key="coefficients",
                     expected="a positive time for every shape: profile that shape or refit",
                 )

@@ -13,6 +13,7 @@ from planner.errors import UserError
 from planner.evaluate import evaluate
 from planner.packed_dispatch import METHOD, packed_dispatch
 from planner.plan import Plan
+from planner.problem import usable_config
 from planner.timeline import Timeline, step_timeline
 from planner.workload import Workload
 
@@ -101,25 +102,50 @@ def replica_names(plan: Plan) -> tuple[str, ...]:
     return tuple(f"replica {index} {group.config}" for index, group in enumerate(plan.expanded()))
 
 
-def check_plan(plan: Plan, costs: CostTable) -> None:
-    """Raises `UserError` where plan and cost table do not belong together: model, configs, capacities."""
+def check_plan(plan: Plan, costs: CostTable, workload: Workload | None = None) -> None:
+    """Raises `UserError` where plan and cost table do not belong together: model, configs, capacities.
+
+    With a workload, where its sequences are longer than the plan's buckets too.
+    """
     if plan.model != costs.model:
-        raise UserError("plan of another model", key="model", value=plan.model, expected=f"{costs.model}, as the costs")
+        raise UserError(
+            "plan of another model",
+            file=plan.file,
+            key="model",
+            value=plan.model,
+            expected=f"{costs.model}, as the costs",
+        )
     for index, group in enumerate(plan.replicas):
         try:
             known = costs[group.config]
         except KeyError:
             configs = ", ".join(str(cost.config) for cost in costs.configs)
             raise UserError(
-                f"no costs of {group.config}", key=f"replicas[{index}]", expected=f"one of {configs}"
+                f"no costs of {group.config}",
+                file=plan.file,
+                key=f"replicas[{index}]",
+                expected=f"one of {configs}{_of(costs)}",
             ) from None
         if any(given > held for given, held in zip(group.capacities, known.capacities, strict=True)):
             raise UserError(
                 f"more than {group.config} holds",
+                file=plan.file,
                 key=f"replicas[{index}].capacity_tokens",
                 value=", ".join(map(str, group.capacities)),
-                expected=f"at most {', '.join(map(str, known.capacities))}, as the cost table says",
+                expected=f"at most {', '.join(map(str, known.capacities))}, as the cost table says{_of(costs)}",
             )
+    if workload is not None and workload.max_length > plan.buckets[-1]:
+        raise UserError(
+            f"sequences of {workload.max_length} tokens are longer than the largest bucket",
+            file=plan.file,
+            key="buckets",
+            value=plan.buckets[-1],
+            expected=f"a bucket of at least {workload.max_length}{_of(workload)}",
+        )
+
+
+def _of(source: CostTable | Workload) -> str:
+    return "" if source.file is None else f" ({source.file})"
 
 
 def batch(workload: Workload, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -145,11 +171,14 @@ def simulate(
     The same arguments give the same batches, and the same times as long as no dispatch runs into `time_limit_s`.
 
     Raises:
-      UserError: the plan and the costs do not belong together, or a sampled sequence fits no replica.
+      UserError: plan, costs and workload do not belong together, or a shape has no positive time.
     """
     if num_steps < 1:
         raise UserError("bad value", key="steps", value=num_steps, expected="an integer >= 1")
-    check_plan(plan, costs)
+    check_plan(plan, costs, workload)
+    if batching != "packed":
+        for group in plan.replicas:
+            usable_config(costs.of(group), plan.buckets, num_options=plan.row_options, file=costs.file)
     steps, timelines = [], []
     for index in range(num_steps):
         task_ids, lengths = batch(workload, seed, index)

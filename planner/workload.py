@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from planner.errors import UserError
+from planner.reading import Value, load_json
 
 SHARE_TOLERANCE = 1e-6
 
@@ -30,12 +30,16 @@ class TaskLengths:
     lengths: Mapping[int, float]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.batch_size, numbers.Integral) or self.batch_size < 1:
+        size = self.batch_size
+        if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:
             raise ValueError(f"task {self.name!r}: batch_size = {self.batch_size!r}, expected an integer >= 1")
         if not self.lengths:
             raise ValueError(f"task {self.name!r}: lengths is empty")
-        if any(length < 1 or not 0 <= share <= 1 for length, share in self.lengths.items()):
-            raise ValueError(f"task {self.name!r}: expected lengths >= 1 with shares in [0, 1]")
+        for length, share in self.lengths.items():
+            if length < 1 or not 0 <= share <= 1:
+                raise ValueError(
+                    f"task {self.name!r}: length {length} with share {share}: expected lengths >= 1, shares from 0 to 1"
+                )
         total = math.fsum(self.lengths.values())
         if abs(total - 1) > SHARE_TOLERANCE:
             raise ValueError(f"task {self.name!r}: shares sum to {total:.8g}, expected 1")
@@ -125,24 +129,25 @@ class Workload:
     @classmethod
     def load(cls, path: str | Path) -> Workload:
         expected = 'a histogram {"tasks": [{"name", "batch_size", "lengths": {length: share}}]}'
-        try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-            if not isinstance(raw, Mapping):
-                raise UserError("not a mapping", file=path, expected=expected)
-            return cls(
-                tasks=tuple(
-                    TaskLengths(
-                        name=task["name"],
-                        batch_size=task["batch_size"],
-                        lengths={int(length): float(share) for length, share in task["lengths"].items()},
-                    )
-                    for task in raw["tasks"]
-                ),
-                file=str(path),
-            )
-        except OSError as error:
-            raise UserError(f"cannot read: {error.strerror}", file=path, expected=expected) from error
-        except KeyError as error:
-            raise UserError(f"missing key {error}", file=path, expected=expected) from error
-        except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"bad histogram: {error}", file=path, expected=expected) from error
+        raw = load_json(path, "the lengths", expected)
+        tasks = raw.field("tasks")
+        with tasks.checked():
+            return cls(tasks=tuple(_read_task(item) for item in tasks.items("a list of tasks")), file=str(path))
+
+
+def _read_task(item: Value) -> TaskLengths:
+    name = item.field("name").text()
+    place, item = item, item.called(repr(name))
+    shares = item.field("lengths").mapping("{length in tokens: share}")
+    lengths: dict[int, float] = {}
+    for length, share in shares.items():
+        value = Value(raw=share, file=item.file, key=f"{item.key}.lengths[{length!r}]")
+        tokens = int(length) if isinstance(length, str) and length.isdecimal() else 0
+        if tokens < 1:
+            raise value.error("bad length", "tokens, an integer >= 1 such as '512'")
+        if tokens in lengths:
+            raise value.error(f"the length {tokens} twice", "each length once")
+        lengths[tokens] = value.number(least=0.0, expected="a share from 0 to 1")
+    batch_size = item.field("batch_size").integer(least=1)
+    with place.checked():
+        return TaskLengths(name=name, batch_size=batch_size, lengths=lengths)

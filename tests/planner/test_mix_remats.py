@@ -82,7 +82,7 @@ def test_a_length_is_run_with_the_first_policy_that_holds_it():
         ({"remat": "dots+full", "capacity_tokens": 64}, "2 ascending"),
         ({"remat": "dots+full", "capacity_tokens": [64, 32]}, "2 ascending"),
         ({"capacity_tokens": [32, 64]}, "1 ascending"),
-        ({"capacity_tokens": ["32", 64]}, "an integer, or a list of them"),
+        ({"capacity_tokens": ["32", 64]}, r"capacity_tokens\[0\]: bad value \(got '32'\)"),
         ({"capacity_tokens": []}, "an integer, or a list of them"),
     ],
 )
