@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 @plan_argument
 @input_options
 @click.option("--compare/--no-compare", default=True, help="Also plan in other ways, to show what they would cost.")
-@click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), default=5.0, show_default=True,
-              help="Seconds for each of those plans.")  # fmt: skip
+@click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True,
+              help="Seconds for all of those plans together.")  # fmt: skip
 @click.option("--html", "html_out", type=FILE, metavar="FILE", help="Also write the explanation with a chart as HTML.")
 def explain(
     plan: Path | None,

@@ -7,11 +7,12 @@ as long as its bucket, dispatched by the code that training uses.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
-from planner import task_fused
+from planner import one_kind
 from planner.constraints import Constraints
 from planner.cost import ConfigCost, CostTable
 from planner.dispatch import MicroBatch, dispatch
@@ -35,6 +36,9 @@ WORTH_SAYING = 0.02
 
 NEAR = 0.03
 """A step that differs from the plan's own prediction by more than this share is not of the same costs and lengths."""
+
+NO_DECIMALS = 99.95
+"""From here three digits have no decimals."""
 
 DISPATCH_TIME_LIMIT_S = 30.0
 """A safety net, see `planner.dispatch.dispatch`."""
@@ -77,6 +81,7 @@ class Alternative:
       change: what is done otherwise.
       plan, step_s: the plan and its seconds a step, None if there is none; `note` then says why.
       same_devices: whether it has the devices of the plan explained, in number and memory.
+      cut_short: whether the time was up before the search for it ended.
     """
 
     change: str
@@ -84,6 +89,7 @@ class Alternative:
     step_s: float | None
     note: str = ""
     same_devices: bool = True
+    cut_short: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +106,7 @@ class Explanation:
       limits: sentences on what limits the step.
       doubts: sentences on what in the plan's own prediction does not agree with itself, or with costs and lengths.
       alternatives: other plans on the same batch, fastest first; those on other devices last.
+      num_kept_in: kinds of replica that were not left out in turn.
     """
 
     plan: Plan
@@ -111,6 +118,7 @@ class Explanation:
     limits: tuple[str, ...]
     doubts: tuple[str, ...]
     alternatives: tuple[Alternative, ...]
+    num_kept_in: int = 0
 
     @property
     def gap(self) -> float | None:
@@ -131,7 +139,7 @@ def explain(
     time_limit_s: float = 10.0,
     on_progress: Callable[[str], None] | None = None,
 ) -> Explanation:
-    """Explains a plan; with `compare` also plans anew in other ways, each for at most `time_limit_s`.
+    """Explains a plan; with `compare` also plans anew in other ways, all of them in about `time_limit_s`.
 
     Raises:
       UserError: plan, costs and lengths do not belong together.
@@ -150,9 +158,15 @@ def explain(
     step_s = max(replica.seconds for replica in replicas) + costs.step_overhead_s
     alternatives, bound_s = (), None
     if compare:
-        found = _alternatives(plan, problem, workload, on_progress or (lambda _: None))
+        found = _alternatives(plan, step_s, problem, workload, on_progress or (lambda _: None))
         bound_s = next((a.plan.predicted.bound_s for a in found if a.change == BEST and a.plan is not None), None)
         alternatives = tuple(sorted(found, key=lambda a: (not a.same_devices, a.step_s or float("inf"))))
+    doubts = _doubts(plan, step_s, share_bound_s + costs.step_overhead_s)
+    proven_s = bound_s
+    if proven_s is None and plan.predicted is not None and not doubts:
+        proven_s = plan.predicted.bound_s
+    if proven_s is not None:  # it holds for these replicas, as for all others
+        share_bound_s = min(max(share_bound_s, proven_s - costs.step_overhead_s), step_s - costs.step_overhead_s)
     return Explanation(
         plan=plan,
         step_s=step_s,
@@ -161,8 +175,9 @@ def explain(
         counts={length: count for length, count in zip(problem.buckets, problem.counts, strict=True) if count},
         replicas=replicas,
         limits=limits(plan, replicas, costs.step_overhead_s, share_bound_s),
-        doubts=_doubts(plan, step_s, share_bound_s + costs.step_overhead_s),
+        doubts=doubts,
         alternatives=alternatives,
+        num_kept_in=len({group.config for group in plan.replicas}) - len(_left_out(plan)) if compare else 0,
     )
 
 
@@ -212,13 +227,13 @@ def _replica_time(
 
 
 def limits(plan: Plan, replicas: Sequence[ReplicaTime], overhead_s: float, share_bound_s: float) -> tuple[str, ...]:
-    """Sentences on what limits the step, the most important first; `share_bound_s` as `replica_times` has it."""
+    """Sentences on what limits the step, the most important first; no share-out takes less than `share_bound_s`."""
     slowest = max(replicas, key=lambda replica: replica.seconds)
     step_s = slowest.seconds + overhead_s
     used = sum(replica.num_devices for replica in replicas)
     busy = sum(replica.num_devices * replica.seconds for replica in replicas)
     waiting = 1 - busy / (used * slowest.seconds)
-    said = [_who_limits(slowest, replicas, waiting, share_bound_s), *_what_fills(slowest, replicas)]
+    said = [_who_limits(slowest, replicas, waiting, share_bound_s), *_what_fills(slowest, replicas, waiting)]
     if used < plan.num_devices:
         said.append(f"{plan.num_devices - used} of {plan.num_devices} devices hold no replica.")
     without = [replica.name for replica in replicas if replica.seconds == 0]
@@ -259,9 +274,14 @@ def _doubts(plan: Plan, step_s: float, least_s: float) -> tuple[str, ...]:
     return tuple(said)
 
 
+def three_digits(seconds: float) -> str:
+    """As many decimals as three digits leave, no power of ten where there are more."""
+    return f"{seconds:.0f}" if seconds >= NO_DECIMALS else f"{seconds:#.3g}"
+
+
 def in_seconds(seconds: float) -> str:
     """Three digits and the unit."""
-    return f"{seconds:#.3g} s".replace(". s", " s")
+    return f"{three_digits(seconds)} s"
 
 
 def _who_limits(slowest: ReplicaTime, replicas: Sequence[ReplicaTime], waiting: float, share_bound_s: float) -> str:
@@ -284,7 +304,7 @@ def _who_limits(slowest: ReplicaTime, replicas: Sequence[ReplicaTime], waiting: 
     )
 
 
-def _what_fills(slowest: ReplicaTime, replicas: Sequence[ReplicaTime]) -> list[str]:
+def _what_fills(slowest: ReplicaTime, replicas: Sequence[ReplicaTime], waiting: float) -> list[str]:
     """Whether the slowest replica is held up by sequences that no other kind of replica can hold."""
     if slowest.seconds == 0:
         return []
@@ -292,10 +312,18 @@ def _what_fills(slowest: ReplicaTime, replicas: Sequence[ReplicaTime]) -> list[s
     elsewhere = max((replica.capacity_tokens for replica in others), default=0)
     stuck_s = sum(seconds for length, seconds in slowest.by_bucket.items() if length > elsewhere)
     if others and stuck_s > MOSTLY * slowest.seconds:
-        return [
+        said = (
             f"{stuck_s / slowest.seconds:.0%} of the time of {slowest.name} goes to sequences over {elsewhere} tokens, "
-            "which no other kind of replica here can hold, so they cannot be moved away. A second replica that holds "
-            "them, a faster one, or a lower context length would shorten the step."
+            "which no other kind of replica here can hold"
+        )
+        num_holding = sum(replica.capacity_tokens > elsewhere for replica in replicas)
+        if num_holding > 1:
+            return [f"{said}; {num_holding} of its kind share them."]
+        if waiting <= TOGETHER:
+            return [f"{said}."]
+        return [
+            f"{said}, so they cannot be moved away. A second replica that holds them, a faster one, or a lower context "
+            "length would shorten the step."
         ]
     top = max(slowest.by_bucket, key=slowest.by_bucket.__getitem__)
     share = slowest.by_bucket[top] / slowest.seconds
@@ -305,45 +333,165 @@ def _what_fills(slowest: ReplicaTime, replicas: Sequence[ReplicaTime]) -> list[s
 
 
 BEST = "planned anew (exact planner)"
-ONE_CONFIG = "one kind of replica only (Task-Fused)"
+ONE_KIND = "one kind of replica only"
+BEST_SHARE = 0.5
+"""Of the time for all other plans, what the best one may take at the most."""
+
+EXACT_SHARES, LOBRA_SHARES = 2, 1
+"""Equal shares of the time left that the search for one plan may take: ours mostly need less, LobRA's planners all."""
+
+LEAST_TIME_S = 0.3
+"""What every search has at the least."""
+
+MOST_LEFT_OUT = 4
+"""So many kinds of replica, those with the most devices, are left out in turn: the others make little difference."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Way:
+    """How to come by another plan.
+
+    Attributes:
+      build: makes its problem of the plan's own, which has the time limit.
+      solve: finds it.
+      allows: whether a plan on the same devices, found otherwise, would do too.
+      shares: so many equal shares of the time left its search may take.
+      same_devices: as `Alternative` has it.
+    """
+
+    change: str
+    build: Callable[[PlanningProblem], PlanningProblem]
+    solve: Callable[[PlanningProblem], Plan]
+    allows: Callable[[Plan], bool]
+    shares: int = EXACT_SHARES
+    same_devices: bool = True
+
+
+def _ways(plan: Plan, problem: PlanningProblem, workload: Workload) -> list[_Way]:
+    """The best plan first, LobRA's planners last: they have the time that the others leave."""
+    exact, one_more = solver("exact"), problem.num_devices + 1
+
+    def same(given: PlanningProblem) -> PlanningProblem:
+        return given
+
+    def anything(_: Plan) -> bool:
+        return True
+
+    def without(config: ParallelConfig) -> _Way:
+        return _Way(
+            change=f"planned without {config}",
+            build=lambda given: _without(given, config),
+            solve=exact,
+            allows=lambda other: not any(_is_left_out(group.config, config) for group in other.replicas),
+        )
+
+    return [
+        _Way(change=BEST, build=same, solve=exact, allows=anything),
+        _Way(
+            change=ONE_KIND,
+            build=same,
+            solve=one_kind.solve,
+            allows=lambda other: len({group.config for group in other.replicas}) == 1,
+        ),
+        *map(without, _left_out(plan)),
+        _Way(
+            change=f"one more device ({one_more})",
+            build=lambda given: _rebuilt(given, workload, given.costs, one_more),
+            solve=exact,
+            allows=anything,
+            same_devices=False,
+        ),
+        _Way(
+            change=_more_memory_text(problem.costs),
+            build=lambda given: _rebuilt(given, workload, _with_more_memory(given.costs), given.num_devices),
+            solve=exact,
+            allows=anything,
+            same_devices=False,
+        ),
+        *(
+            _Way(
+                change=f"planner {name}",
+                build=same,
+                solve=solver(name),
+                allows=lambda _: False,
+                shares=LOBRA_SHARES,
+            )
+            for name in PLANNERS
+            if name != "exact"
+        ),
+    ]
+
+
+def _left_out(plan: Plan) -> list[ParallelConfig]:
+    """The configs of a plan that are left out in turn, those with the most devices first."""
+    devices: dict[ParallelConfig, int] = {}
+    for group in plan.replicas:
+        devices[group.config] = devices.get(group.config, 0) + group.num_devices
+    return sorted(devices, key=lambda config: -devices[config])[:MOST_LEFT_OUT]
 
 
 def _alternatives(
-    plan: Plan, problem: PlanningProblem, workload: Workload, on_progress: Callable[[str], None]
+    plan: Plan,
+    step_s: float,
+    problem: PlanningProblem,
+    workload: Workload,
+    on_progress: Callable[[str], None],
 ) -> list[Alternative]:
-    """Plans made in other ways, or with more devices or memory, timed on the same batch."""
-    exact = solver("exact")
-    same: list[tuple[str, Callable[[], PlanningProblem], Callable[[PlanningProblem], Plan]]] = [
-        (BEST, lambda: problem, exact)
-    ]
-    same += [(f"planner {name}", lambda: problem, solver(name)) for name in PLANNERS if name != "exact"]
-    same += [
-        (f"planned without {group.config}", lambda group=group: _without(problem, group.config), exact)
-        for group in plan.replicas
-    ]
-    same.append((ONE_CONFIG, lambda: problem, task_fused.solve))
-    one_more = problem.num_devices + 1
-    other = [
-        (f"one more device ({one_more})", lambda: _rebuilt(problem, workload, problem.costs, one_more), exact),
-        (
-            _more_memory_text(problem.costs),
-            lambda: _rebuilt(problem, workload, _with_more_memory(problem.costs), problem.num_devices),
-            exact,
-        ),
-    ]
+    """Plans made in other ways, or with more devices or memory, timed on the same batch as the plan's `step_s` was.
+
+    All of them have the problem's time limit together. Where a plan that was found otherwise does as well and is
+    sooner done, that is taken.
+    """
     found = []
-    for (change, build, solve), same_devices in [(t, True) for t in same] + [(t, False) for t in other]:
-        on_progress(change)
+    known = {_key(plan, problem): step_s}
+    deadline = time.perf_counter() + problem.time_limit_s
+    ways = _ways(plan, problem, workload)
+    for index, way in enumerate(ways):
+        on_progress(way.change)
+        share = BEST_SHARE if way.change == BEST else min(1.0, way.shares / (len(ways) - index))
+        limit_s = max(share * (deadline - time.perf_counter()), LEAST_TIME_S)
         try:
-            changed = build()
-            made = solve(changed)
+            changed = way.build(dataclasses.replace(problem, time_limit_s=limit_s))
+            made = way.solve(changed)
         except UserError as error:
-            found.append(Alternative(change=change, plan=None, step_s=None, note=str(error), same_devices=same_devices))
+            found.append(
+                Alternative(change=way.change, plan=None, step_s=None, note=str(error), same_devices=way.same_devices)
+            )
             continue
-        times, _ = replica_times(made, changed.costs, changed)
-        step_s = max(replica.seconds for replica in times) + changed.costs.step_overhead_s
-        found.append(Alternative(change=change, plan=made, step_s=step_s, same_devices=same_devices))
-    return found
+        key = _key(made, changed)
+        if key not in known:
+            times, _ = replica_times(made, changed.costs, changed)
+            known[key] = max(replica.seconds for replica in times) + changed.costs.step_overhead_s
+        found.append(
+            Alternative(
+                change=way.change,
+                plan=made,
+                step_s=known[key],
+                same_devices=way.same_devices,
+                cut_short=made.predicted is not None and made.predicted.status == "time limit",
+            )
+        )
+    on_these = [(plan, step_s)] + [(a.plan, a.step_s) for a in found if a.same_devices and a.plan is not None]
+    return [
+        _sooner(alternative, [(other, other_s) for other, other_s in on_these if way.allows(other)])
+        for way, alternative in zip(ways, found, strict=True)
+    ]
+
+
+def _sooner(alternative: Alternative, others: Sequence[tuple[Plan, float]]) -> Alternative:
+    """The alternative with the soonest of its own plan and these; the bound that its own search proved is kept."""
+    if alternative.plan is None or not others:
+        return alternative
+    other, other_s = min(others, key=lambda item: item[1])
+    if other_s >= alternative.step_s:
+        return alternative
+    other = dataclasses.replace(other, num_devices=alternative.plan.num_devices, predicted=alternative.plan.predicted)
+    return dataclasses.replace(alternative, plan=other, step_s=other_s)
+
+
+def _key(plan: Plan, problem: PlanningProblem) -> Hashable:
+    """What the time of a plan's step on the expected batch follows from: replicas with their capacities, the batch."""
+    return plan.replicas, problem.buckets, problem.counts
 
 
 def _more_memory_text(costs: CostTable) -> str:
@@ -364,14 +512,15 @@ def _tells_bytes(costs: CostTable) -> bool:
     return costs.hardware.get("memory_bytes") is not None and any(len(own) > 1 for own in sizes)
 
 
+def _is_left_out(config: ParallelConfig, left_out: ParallelConfig) -> bool:
+    """Whether it is that one, or of several policies and of its width where that is of several policies."""
+    mixed = len(left_out.remats) > 1
+    return config == left_out or (mixed and config.tp == left_out.tp and len(config.remats) > 1)
+
+
 def _without(problem: PlanningProblem, config: ParallelConfig) -> PlanningProblem:
     """Without a config, and if it has several policies without any other such of its width."""
-    mixed = len(config.remats) > 1
-    kept = tuple(
-        usable
-        for usable in problem.configs
-        if usable.config != config and not (mixed and usable.config.tp == config.tp and len(usable.config.remats) > 1)
-    )
+    kept = tuple(usable for usable in problem.configs if not _is_left_out(usable.config, config))
     last = len(problem.buckets) - 1
     if not any(usable.fits(last) for usable in kept):
         raise UserError(f"no other config holds {problem.buckets[-1]} tokens on {problem.num_devices} devices")

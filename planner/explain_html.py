@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from html import escape
 
 from planner.explain import Explanation, ReplicaTime, in_seconds
-from planner.explain_text import BATCH_NOTE, DOUBTS, OTHERS_NOTE, alternative_cells, verdict, words
+from planner.explain_text import (
+    BATCH_NOTE,
+    DOUBTS,
+    alternative_cells,
+    alternative_name,
+    other_notes,
+    verdict,
+    words,
+)
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c2330; }
@@ -94,10 +102,12 @@ def _alternatives(explanation: Explanation) -> str:
     if not explanation.alternatives:
         return ""
     rows = (
-        _row([other.change, *alternative_cells(explanation, other)], numbers=2) for other in explanation.alternatives
+        _row([alternative_name(other), *alternative_cells(explanation, other)], numbers=2)
+        for other in explanation.alternatives
     )
     head = _row(["what", "plan", "step (s)", "against this plan"], numbers=2, tag="th")
-    return f"<h2>Other plans on the same batch</h2><table>{head}{''.join(rows)}</table><p>{escape(OTHERS_NOTE)}</p>"
+    notes = "".join(f"<p>{escape(note)}</p>" for note in other_notes(explanation))
+    return f"<h2>Other plans on the same batch</h2><table>{head}{''.join(rows)}</table>{notes}"
 
 
 def _list(title: str, sentences: Sequence[str]) -> tuple[str, ...]:

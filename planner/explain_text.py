@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from planner.dispatch import GAP_LIMIT
-from planner.explain import WORTH_SAYING, Alternative, Explanation, ReplicaTime, in_seconds
+from planner.explain import WORTH_SAYING, Alternative, Explanation, ReplicaTime, in_seconds, three_digits
 from planner.plan import Plan, ReplicaGroup
 from planner.simulate import Simulation, replica_names
 from planner.synthetic import Reached
 
 NUM_RANGES = 4
 """Padded lengths are summed up in about this many ranges, to fit a terminal."""
+
+FEW_RANGES = 3
+"""Before fewer than so many are shown, the replicas' names are broken."""
+
+MOST_WIDTH = 1000
+"""Columns on which the width that a table needs is measured."""
 
 NO_VALUE = "-"
 
@@ -43,6 +51,8 @@ OTHERS_NOTE = (
     f"Each dispatches the batch as a run would, most to within {GAP_LIMIT:.0%} of its best: smaller differences mean "
     "nothing. All kinds of replica in the cost table may be used, whatever constraints the plan was made under."
 )
+
+CUT_SHORT_NOTE = "cut short: its time was up before its search ended; with a longer --time-limit it may be better."
 
 
 def words(explanation: Explanation) -> tuple[str, ...]:
@@ -106,13 +116,13 @@ def render(explanation: Explanation) -> RenderableType:
     """Everything as one rich renderable."""
     parts: list[RenderableType] = [Text(str(explanation.plan), style="bold"), Text()]
     parts += [Text(sentence) for sentence in words(explanation)]
-    parts += [Text(), Text(verdict(explanation)), Text(BATCH_NOTE), Text(), replica_table(explanation)]
-    parts += [Text(note, style="dim") for note in replica_notes(explanation)]
+    parts += [Text(), Text(verdict(explanation)), Text(BATCH_NOTE), Text(), ReplicaTable(explanation)]
     parts += [Text(), *_bullets("What limits the step", explanation.limits)]
     if explanation.doubts:
         parts += [Text(), *_bullets(DOUBTS, explanation.doubts)]
     if explanation.alternatives:
-        parts += [Text(), alternatives_table(explanation), Text(OTHERS_NOTE, style="dim")]
+        parts += [Text(), alternatives_table(explanation)]
+        parts += [Text(note, style="dim") for note in other_notes(explanation)]
     return Group(*parts)
 
 
@@ -132,24 +142,45 @@ def _bullets(title: str, sentences: Sequence[str]) -> tuple[RenderableType, Rend
     return Text(title, style="bold"), bullets
 
 
-def replica_table(explanation: Explanation) -> Table:
-    """Seconds of each replica by padded length."""
-    ends = length_ranges(explanation)
+@dataclasses.dataclass(frozen=True)
+class ReplicaTable:
+    """The table of replicas and notes on its columns; where the console is narrow, with fewer ranges of lengths."""
+
+    explanation: Explanation
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        ends = length_ranges(self.explanation)
+        tries = [(ends[first:], False) for first in range(max(1, len(ends) + 1 - FEW_RANGES))]
+        tries += [(ends[first:], True) for first in range(len(ends))]
+        for shown, broken in tries:
+            table = replica_table(self.explanation, shown, broken_names=broken)
+            if Measurement.get(console, options.update(max_width=MOST_WIDTH), table).maximum <= options.max_width:
+                break
+        yield table
+        for note in replica_notes(self.explanation):
+            yield Text(note, style="dim")
+
+
+def replica_table(explanation: Explanation, ends: Sequence[int], *, broken_names: bool = False) -> Table:
+    """Seconds of each replica by ranges of padded length with these upper ends."""
     start_up = _starts_up(explanation)
     decimals = max(0, DIGITS - 1 - math.floor(math.log10(explanation.slowest_s)))
-    table = Table(title="Seconds of a step by padded length (tokens) of the sequences", box=SIMPLE_HEAD)
+    title = "Seconds of a step by padded length (tokens) of the sequences"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("replica", no_wrap=True)
-    rows = []
+    names = [f"to\n{end}" for end in ends] + ["start\nup"] * start_up + ["total", "waits"]
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
     for replica in explanation.replicas:
         cells = by_range(replica, ends) + [replica.filling_s + replica.fixed_s] * start_up
         seconds = [f"{cell:.{decimals}f}" if cell else NO_VALUE for cell in cells]
         seconds.append(f"{replica.seconds:.{decimals}f}")
-        rows.append([*seconds, f"{1 - replica.seconds / explanation.slowest_s:.1%}"])
-    names = [f"to {end}" for end in ends] + ["start up"] * start_up + ["total", "waits"]
-    for name, cells in zip(names, zip(*rows, strict=True), strict=True):
-        table.add_column(name, justify="right", min_width=max(map(len, (*name.split(), *cells))))
-    for replica, row in zip(explanation.replicas, rows, strict=True):
-        table.add_row(replica.name, *row, style="bold" if replica.seconds == explanation.slowest_s else None)
+        table.add_row(
+            replica.name.replace(" (", "\n  (") if broken_names else replica.name,
+            *seconds,
+            f"{1 - replica.seconds / explanation.slowest_s:.1%}",
+            style="bold" if replica.seconds == explanation.slowest_s else None,
+        )
     return table
 
 
@@ -176,7 +207,7 @@ def by_range(replica: ReplicaTime, ends: Sequence[int]) -> list[float]:
 def alternatives_table(explanation: Explanation) -> Table:
     """What other plans cost on the same batch."""
     table = Table(title="Other plans on the same batch", box=SIMPLE_HEAD)
-    rows = [(other.change, *alternative_cells(explanation, other)) for other in explanation.alternatives]
+    rows = [(alternative_name(other), *alternative_cells(explanation, other)) for other in explanation.alternatives]
     table.add_column("what", overflow="fold")
     # Plans are broken between replicas.
     table.add_column(
@@ -189,13 +220,32 @@ def alternatives_table(explanation: Explanation) -> Table:
     return table
 
 
+def alternative_name(other: Alternative) -> str:
+    return f"{other.change}, cut short" if other.cut_short else other.change
+
+
+def other_notes(explanation: Explanation) -> tuple[str, ...]:
+    """What to know of the other plans."""
+    notes = [OTHERS_NOTE]
+    if explanation.num_kept_in:
+        kept = explanation.num_kept_in
+        notes.append(
+            f"{kept} kinds of replica with fewer devices were not left out."
+            if kept > 1
+            else "One kind of replica with fewer devices was not left out."
+        )
+    if any(other.cut_short for other in explanation.alternatives):
+        notes.append(CUT_SHORT_NOTE)
+    return tuple(notes)
+
+
 def alternative_cells(explanation: Explanation, other: Alternative) -> tuple[str, str, str]:
     """(plan or why there is none, seconds, difference to the plan explained)."""
     if other.plan is None or other.step_s is None:
         return f"none: {other.note}", NO_VALUE, NO_VALUE
     same = other.plan.replicas == explanation.plan.replicas and other.plan.num_devices == explanation.plan.num_devices
     difference = f"{other.step_s / explanation.step_s - 1:+.1%}"
-    return str(other.plan), f"{other.step_s:#.3g}", "the same plan" if same else difference
+    return str(other.plan), three_digits(other.step_s), "the same plan" if same else difference
 
 
 def simulation_table(simulation: Simulation) -> Table:
@@ -208,7 +258,7 @@ def simulation_table(simulation: Simulation) -> Table:
     for name, busy, idle in zip(
         replica_names(simulation.plan), simulation.replica_s, simulation.idle_shares, strict=True
     ):
-        table.add_row(name, f"{busy:#.3g}", f"{idle:.1%}")
+        table.add_row(name, three_digits(busy), f"{idle:.1%}")
     return table
 
 

@@ -1,4 +1,7 @@
-"""Task-Fused, LobRA's baseline: all tasks jointly on replicas of one config, the best one."""
+"""Task-Fused, LobRA's baseline: all tasks jointly on replicas of one config, the best one at equal shares.
+
+The best one where work is shared out as ours is: `planner.one_kind`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from planner.problem import PlanningProblem
 
 
 def solve(problem: PlanningProblem) -> Plan:
-    """The plan of as many replicas of one config as there is room for that finishes a step soonest."""
+    """The plan of as many replicas of one config as there is room for that finishes a step soonest at equal shares."""
     start = time.perf_counter()
     share = best_homogeneous(problem, range(len(problem.configs)))
     return to_plan(problem, share, planner="task-fused", solve_s=time.perf_counter() - start)
