@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from planner import explain as explaining
-from planner import task_fused
+from planner import one_kind, task_fused
 from planner.cost import ConfigCost, CostTable
 from planner.errors import UserError
 from planner.explain import BEST, MOST_LEFT_OUT, ONE_KIND, Alternative, explain
@@ -225,6 +225,8 @@ def test_one_kind_of_replica_is_the_best_at_the_share_out_that_the_table_times()
 
     problem = build_problem(workload, costs, 4, buckets=chosen.buckets)
     assert task_fused.solve(problem).replicas != chosen.replicas  # equal shares would name the other
+    best = one_kind.solve(problem)
+    assert best.replicas == chosen.replicas and best.predicted.step_s == pytest.approx(explanation.step_s)
     alone = next(other for other in explanation.alternatives if other.change == ONE_KIND)
     assert alone.plan.replicas == chosen.replicas
     assert alone.step_s == pytest.approx(explanation.step_s)
