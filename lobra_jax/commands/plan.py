@@ -153,7 +153,10 @@ def seen_lengths(run: Path, longest: int) -> tuple[Workload, int]:
     planned = {task.name: task.batch_size for task in Workload.load(run / "lengths.json").tasks}
     seen: dict[str, dict[int, int]] = {}
     steps = set()
-    for record in read_metrics(run / METRICS_FILE, "task"):
+    metrics, expected = run / METRICS_FILE, "a run that has trained a step: lobra train first"
+    if not metrics.exists():
+        raise UserError("no metrics, so no lengths that the run has seen", file=metrics, expected=expected)
+    for record in read_metrics(metrics, "task"):
         counts = seen.setdefault(record["task"], {})
         for length, number in (record.get("lengths") or {}).items():
             tokens = min(int(length), longest)
@@ -161,9 +164,7 @@ def seen_lengths(run: Path, longest: int) -> tuple[Workload, int]:
             steps.add(record["step"])
     seen = {name: counts for name, counts in seen.items() if counts and name in planned}
     if not seen:
-        raise UserError(
-            "no lengths recorded", file=run / METRICS_FILE, key="lengths", expected="task records of at least one step"
-        )
+        raise UserError("no lengths recorded", file=metrics, key="lengths", expected=expected)
     tasks = tuple(
         TaskLengths(
             name=name,

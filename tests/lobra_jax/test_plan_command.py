@@ -248,6 +248,14 @@ def test_check_of_a_run_without_lengths_is_one_line(folder, capsys):
     assert "metrics.jsonl: lengths: no lengths recorded" in capsys.readouterr().err
 
 
+def test_check_of_a_run_that_has_not_trained_says_that_it_has_to(folder, capsys):
+    write_run(folder, {"a": {"32": 8}})
+    (folder / "run/metrics.jsonl").unlink()
+    assert lobra("plan", "--check", "run") == 2
+    printed = capsys.readouterr().err
+    assert "run/metrics.jsonl: no metrics" in printed and "expected a run that has trained a step" in printed
+
+
 def quantised(name, factor):
     """The cost table, `factor` times as quick and with twice the capacity."""
     configs = tuple(
