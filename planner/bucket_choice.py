@@ -6,8 +6,8 @@ step under K lengths is
 
     mean step time (K) + P(K) compile_s / steps
 
-The step times are those of the dispatch on sampled batches, on the replicas that the planner chooses with
-`REFERENCE_BUCKETS` lengths: the replicas are planned anew once the number of lengths is chosen.
+The step times are those of sampled batches, shared out as dispatch does where it asks no solver, on the replicas that
+the planner chooses with `REFERENCE_BUCKETS` lengths: replicas are planned anew once the number of lengths is chosen.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from planner.bucketing import bucket_lengths
+from planner import balance
+from planner.bucketing import bucket_lengths, choose_buckets
 from planner.cost import CostTable
-from planner.dispatch import dispatch
+from planner.dispatch import GAP_LIMIT
 from planner.lattice import DEFAULT_ROW_OPTIONS
 from planner.plan import Plan
-from planner.problem import Constraints, PlanningProblem, build_problem
-from planner.simulate import DEFAULT_DISPATCH_TIME_LIMIT_S, batch
+from planner.problem import Constraints, PlanningProblem, UsableConfig, build_problem, usable_config
+from planner.share_out import share_out
+from planner.simulate import batch
 from planner.workload import Workload
 
 CHOICES = (4, 6, 8, 10, 12, 16, 20, 24, 28, 32)
@@ -56,6 +58,7 @@ class BucketRow:
       num_programs: shapes, summed over configs and stages of the replicas.
       step_s: mean step over the sampled batches.
       compile_step_s: compile time for each step.
+      steps: those it is spread over.
     """
 
     num_buckets: int
@@ -64,6 +67,7 @@ class BucketRow:
     num_programs: int
     step_s: float
     compile_step_s: float
+    steps: int
 
     @property
     def total_s(self) -> float:
@@ -81,35 +85,42 @@ def bucket_rows(
     choices: Sequence[int] = CHOICES,
 ) -> tuple[BucketRow, ...]:
     """A row for each number of lengths, on the replicas of `plan`."""
-    batches = [batch(workload, seed, step) for step in range(NUM_SAMPLES)]
+    batches = [batch(workload, seed, step)[1] for step in range(NUM_SAMPLES)]
     rows = []
     for number in choices:
         buckets = bucket_lengths(workload, "dynamic", num_buckets=number, max_capacity_tokens=plan.max_capacity_tokens)
         candidate = dataclasses.replace(plan, buckets=buckets, predicted=None)
-        slowest, padded = [], 0
-        for task_ids, lengths in batches:
-            chosen = dispatch(
-                candidate,
-                costs,
-                lengths,
-                task_ids,
-                max_buckets=MAX_DISPATCH_BUCKETS,
-                time_limit_s=DEFAULT_DISPATCH_TIME_LIMIT_S,
-            )
-            slowest.append(max(chosen.predicted_s))
-            padded += sum(micro.rows * micro.length for own in chosen.replicas for micro in own)
+        shared = [_shared_out(candidate, costs, lengths) for lengths in batches]
         programs = num_programs(candidate)
         rows.append(
             BucketRow(
                 num_buckets=number,
                 buckets=buckets,
-                padding_share=1 - sum(int(lengths.sum()) for _, lengths in batches) / padded,
+                padding_share=1 - sum(int(lengths.sum()) for lengths in batches) / sum(tokens for _, tokens in shared),
                 num_programs=programs,
-                step_s=float(np.mean(slowest)) + costs.step_overhead_s,
+                step_s=float(np.mean([slowest_s for slowest_s, _ in shared])) + costs.step_overhead_s,
                 compile_step_s=programs * compile_s / steps,
+                steps=steps,
             )
         )
     return tuple(rows)
+
+
+def _shared_out(plan: Plan, costs: CostTable, lengths: np.ndarray) -> tuple[float, int]:
+    """(seconds of the slowest replica, padded tokens) of a batch of these lengths, its micro-batches never listed."""
+    buckets = choose_buckets(lengths, plan.buckets, MAX_DISPATCH_BUCKETS)
+    counts = np.bincount(np.searchsorted(buckets, lengths), minlength=len(buckets)).tolist()
+    replicas: list[UsableConfig] = []
+    for group in plan.replicas:
+        replicas += [usable_config(costs.of(group), buckets, num_options=plan.row_options)] * group.count
+    table = balance.tables(replicas, counts)
+    share, _ = share_out(replicas, table, counts, gap_limit=GAP_LIMIT)
+    options = table.rows[table.kind]
+    full = np.maximum(options[:, :, -1], 1)
+    whole, rest = np.divmod(share.loads, full)
+    option = (options >= rest[:, :, None]).argmax(axis=2)
+    rows = whole * full + np.where(rest > 0, np.take_along_axis(options, option[:, :, None], axis=2)[:, :, 0], 0)
+    return share.max_s, int((rows * np.asarray(buckets)).sum())
 
 
 def num_programs(plan: Plan) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from planner.bucket_choice import BucketRow, best_row
+from planner.bucket_choice import NUM_SAMPLES, BucketRow, best_row
 from planner.cost import CostTable
 from planner.errors import UserError
 from planner.inputs import beside
@@ -27,12 +28,13 @@ def plan_and_write(
     workload: Workload, costs: CostTable, num_devices: int, out: Path, flags: PlanningFlags, console: Console
 ) -> Plan:
     """Plans, writes the plan with its costs and lengths beside it, and prints what came out."""
+    started = time.perf_counter()
     with console.status(f"planning {num_devices} devices"):
         chosen = choose_plan(workload, costs, num_devices, flags)
+    took_s = time.perf_counter() - started
     plan, robust = chosen.plan, chosen.robust
     if chosen.lengths is not None:
-        line = f"{bucket_line(chosen.lengths)}; their number chosen in {chosen.lengths_s:.3g} s"
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(bucket_line(chosen.lengths, chosen.lengths_s), highlight=False, soft_wrap=True)
     with writing(out):
         costs.save(beside(out, "costs"))
         workload.save(beside(out, "lengths"))
@@ -43,9 +45,10 @@ def plan_and_write(
     predicted = plan.predicted
     if predicted is not None:
         console.print(
-            f"step {predicted.step_s:.4g} s, proven bound {predicted.bound_s:.4g} s, "
+            f"step of the expected batch {predicted.step_s:.4g} s, proven bound {predicted.bound_s:.4g} s, "
             f"gap {predicted.gap:.2%}{_how_it_ended(predicted)}; "
-            f"{predicted.gpu_seconds:.4g} GPU-seconds a step; solved in {predicted.solve_s:.3g} s by {plan.planner}",
+            f"{predicted.gpu_seconds:.4g} GPU-seconds a step; solved in {predicted.solve_s:.3g} s by {plan.planner}, "
+            f"planning took {took_s:.3g} s in all",
             highlight=False,
             soft_wrap=True,
         )
@@ -70,11 +73,12 @@ def _may_use_more(plan: Plan, costs: CostTable) -> bool:
     return proven and any(cost.config.num_devices <= idle for cost in costs.configs)
 
 
-def bucket_line(row: BucketRow) -> str:
-    """What was chosen and what it costs."""
+def bucket_line(row: BucketRow, took_s: float) -> str:
+    """What was chosen, in how many seconds, and what it costs."""
     return (
-        f"{row.num_buckets} padded lengths: {row.padding_share:.1%} padding, {row.num_programs} programs; "
-        f"a step of {row.step_s:.4g} s and {row.compile_step_s:.3g} s of compile time spread over the steps"
+        f"{row.num_buckets} padded lengths, chosen in {took_s:.3g} s: the mean of {NUM_SAMPLES} sampled batches is "
+        f"{row.step_s:.4g} s, {row.padding_share:.1%} of the tokens padding; compiling {row.num_programs} programs "
+        f"adds {row.compile_step_s:.3g} s to each of {row.steps} steps"
     )
 
 

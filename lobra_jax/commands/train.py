@@ -314,7 +314,7 @@ def _make_plan(config: RunConfig, workload: Workload, costs: CostTable) -> Plan:
 
     chosen = choose_plan(workload, costs, planned_devices(config, costs, None), config_flags(config))
     if chosen.lengths is not None:
-        click.echo(bucket_line(chosen.lengths))
+        click.echo(bucket_line(chosen.lengths, chosen.lengths_s))
     return chosen.plan
 
 

@@ -1,14 +1,20 @@
 """How many padded lengths: what the rows count, and which is chosen."""
 
 import dataclasses
+import io
+import re
 
 import pytest
+from rich.console import Console
 
 from planner import planning
-from planner.bucket_choice import best_row, bucket_rows, choose_num_buckets, num_programs
+from planner.bucket_choice import NUM_SAMPLES, best_row, bucket_rows, choose_num_buckets, num_programs
 from planner.cost import ConfigCost, CostTable
+from planner.dispatch import dispatch
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
+from planner.plan_output import plan_and_write
 from planner.planners import solver
+from planner.simulate import batch
 from planner.workload import TaskLengths, Workload
 
 ONE, TWO = ParallelConfig(tp=1, pp=1, remat="none"), ParallelConfig(tp=1, pp=2, remat="none")
@@ -55,6 +61,34 @@ def test_more_lengths_pad_less_need_more_programs_and_compile_longer():
     for row in rows:
         assert row.num_programs == num_programs(dataclasses.replace(PLAN, buckets=row.buckets))
         assert row.step_s > COSTS.step_overhead_s
+
+
+def test_rows_are_what_dispatch_makes_of_the_same_batches():
+    (row,) = rows_of(choices=(8,))
+    plan = dataclasses.replace(PLAN, buckets=row.buckets)
+    seconds, tokens, padded = [], 0, 0
+    for step in range(NUM_SAMPLES):
+        task_ids, lengths = batch(WORKLOAD, 0, step)
+        made = dispatch(plan, COSTS, lengths, task_ids, max_buckets=16, time_limit_s=30)
+        seconds.append(max(made.predicted_s))
+        tokens += int(lengths.sum())
+        padded += sum(micro.rows * micro.length for own in made.replicas for micro in own)
+    assert row.step_s == pytest.approx(sum(seconds) / NUM_SAMPLES + COSTS.step_overhead_s)
+    assert row.padding_share == pytest.approx(1 - tokens / padded)
+
+
+def test_what_is_printed_says_what_each_time_is_of_and_how_long_choosing_took(tmp_path):
+    flags = planning.PlanningFlags(**dict.fromkeys(planning.PlanningFlags.__dataclass_fields__))
+    console = Console(file=io.StringIO(), width=200)
+    plan_and_write(WORKLOAD, COSTS, 6, tmp_path / "plan.yaml", flags, console)
+    chosen, _, found, *_ = console.file.getvalue().splitlines()
+    assert re.search(r"padded lengths, chosen in [\d.]+ s: the mean of 8 sampled batches is [\d.]+ s", chosen)
+    assert re.search(r"compiling \d+ programs adds [\d.]+ s to each of 1000 steps", chosen)
+    assert found.startswith("step of the expected batch ")
+    solved, together = map(
+        float, re.search(r"solved in ([\d.]+) s by exact, planning took ([\d.]+) s in all", found).groups()
+    )
+    assert together > float(re.search(r"chosen in ([\d.]+) s", chosen)[1]) and together > solved
 
 
 def test_free_compilation_takes_the_shortest_step_and_dear_compilation_the_fewest_programs():
