@@ -24,6 +24,7 @@ from lobra_jax.models.hf import base_weights, save_hf
 from lobra_jax.models.weights import WeightSource
 from lobra_jax.peft_folder import TaskAdapter, read_peft_adapter, write_peft_adapter
 from planner.errors import UserError
+from planner.files import writing
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -127,12 +128,14 @@ def _copy_tokenizer(tokenizer: Path | None, base: Path | None, out: Path) -> Non
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` if all goes well; UserError if `out` is there and not empty."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError("already exists", file=out, key="--out", expected="a new or empty folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        partial = Path(scratch) / out.name
-        partial.mkdir()
-        yield partial
-        os.replace(partial, out)
+    """A folder to write into, which becomes `out` if all goes well; UserError if `out` is there and not empty, or
+    cannot be written."""
+    with writing(out, key="--out"):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError("already exists", file=out, key="--out", expected="a new or empty folder")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+            partial = Path(scratch) / out.name
+            partial.mkdir()
+            yield partial
+            os.replace(partial, out)

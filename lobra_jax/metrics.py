@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from planner.errors import UserError
+from planner.files import write_whole
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -167,14 +167,11 @@ class MetricsWriter:
 
     def __init__(self, folder: str | Path, *, resume_step: int | None = None) -> None:
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS_FILE
         kept = []
         if resume_step is not None and path.exists():
             kept = [record for record in read_metrics(path) if record["step"] <= resume_step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(map(_line, kept)), encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, "".join(map(_line, kept)))
         self._file = path.open("a", encoding="utf-8")
         purge_step = None if resume_step is None else resume_step + 1
         from tensorboardX import SummaryWriter  # it loads torch where that is installed

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from planner.errors import UserError
+from planner.files import write_whole
 from planner.lattice import DEFAULT_ROW_OPTIONS, MAX_ROW_OPTIONS, row_options
 
 REMATS = ("none", "dots", "attention", "full")
@@ -242,7 +243,7 @@ class Plan:
         return out
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        write_whole(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, file: object = None) -> Plan:
