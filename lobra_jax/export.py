@@ -102,7 +102,12 @@ def export_merged(
     tokenizer: Path | None,
     on_tensor: Callable[[], object] = lambda: None,
 ) -> None:
-    """Writes the base (folder `path`, or random from `init_seed`) with the adapter merged in, tokenizer beside it."""
+    """Writes the base (folder `path`, or random from `init_seed`) with the adapter merged in, tokenizer beside it.
+
+    Raises UserError, for a tokenizer that is gone before anything is merged.
+    """
+    if tokenizer is not None:
+        _check_tokenizer(tokenizer)
     spec, adapter = read_peft_adapter(folder)
     merged = MergedWeights(base=base_weights(config, path=path, init_seed=init_seed), spec=spec, adapter=adapter)
     settings = {}
@@ -114,6 +119,14 @@ def export_merged(
         if path is not None and (path / GENERATION_FILE).is_file():
             shutil.copy(path / GENERATION_FILE, partial)
         _copy_tokenizer(tokenizer, path, partial)
+
+
+def _check_tokenizer(file: Path) -> None:
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        problem, expected = f"cannot read the tokenizer: {error.strerror}", "what config.yaml of the run names"
+        raise UserError(problem, file=file, key="data.tokenizer", expected=expected) from error
 
 
 def _copy_tokenizer(tokenizer: Path | None, base: Path | None, out: Path) -> None:
