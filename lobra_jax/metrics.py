@@ -204,19 +204,23 @@ def read_metrics(path: str | Path, kind: str | None = None) -> list[dict[str, An
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        with path.open("rb") as file:
+            lines = file.readlines()
     except OSError as error:
         raise UserError(f"cannot read the metrics: {error.strerror}", file=path, expected=METRICS_FILE) from error
     records = []
     for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
+        if not line.endswith(b"\n"):
             break
+        where, expected = f"{path}:{number}", "a JSON object with kind and step"
         try:
-            record = json.loads(line)
-            if kind is None or record["kind"] == kind:
-                records.append(record)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"bad record: {error}", file=f"{path}:{number}", expected="a JSON object") from error
+            record = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"bad record: {error}", file=where, expected=expected) from error
+        if not isinstance(record, dict) or "kind" not in record or not isinstance(record.get("step"), int):
+            raise UserError("bad record", file=where, expected=expected)
+        if kind is None or record["kind"] == kind:
+            records.append(record)
     return records
 
 

@@ -17,6 +17,7 @@ import yaml
 from planner.errors import UserError
 from planner.files import write_whole
 from planner.lattice import DEFAULT_ROW_OPTIONS, MAX_ROW_OPTIONS, row_options
+from planner.yaml_text import parse_yaml
 
 REMATS = ("none", "dots", "attention", "full")
 """Rematerialisation policies, from most memory to least."""
@@ -318,11 +319,9 @@ class Plan:
             text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot read the plan: {error.strerror}", file=path, expected="a plan.yaml") from error
-        try:
-            raw = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"not YAML: {error}", file=path, expected="a plan.yaml") from error
-        return cls.from_dict(raw, file=path)
+        except UnicodeDecodeError as error:
+            raise UserError("not UTF-8 text", file=path, expected="a plan.yaml") from error
+        return cls.from_dict(parse_yaml(text, file=path, expected="a plan.yaml"), file=path)
 
 
 def _capacities(item: Mapping[str, Any], file: object, key: str) -> dict[str, Any]:
