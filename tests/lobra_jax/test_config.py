@@ -87,6 +87,17 @@ def test_saved_config_loads_equal_from_elsewhere(folder, tmp_path_factory, name)
     assert load_config(path, check_files=False) == config
 
 
+def test_a_kill_while_a_config_is_saved_leaves_the_old_one(folder, monkeypatch):
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    config = load_config(folder / "c.yaml")
+    monkeypatch.setattr("os.replace", kill)
+    with pytest.raises(KeyboardInterrupt):
+        save_config(config, folder / "c.yaml")
+    assert (folder / "c.yaml").read_text(encoding="utf-8") == YAML
+
+
 def test_overrides_address_tasks_by_name_number_and_all(folder):
     overrides = ["tasks.*.steps=7", "tasks.b.x.lr=1e-2", "tasks.0.schedule.kind=cosine", "training.seed=3"]
     config = load_config(folder / "c.yaml", overrides)
