@@ -28,6 +28,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from planner.files import write_json
 from planner.plan import MIXED, REMATS, ParallelConfig, ReplicaGroup, first_that_holds
 from planner.reading import MISSING, Value, load_json
 
@@ -243,7 +244,7 @@ class CostTable:
         }
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_json(path, self.to_dict())
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, file: object = None) -> CostTable:

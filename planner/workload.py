@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from planner.files import write_whole
 from planner.reading import Value, load_json
 
 SHARE_TOLERANCE = 1e-6
@@ -124,7 +125,7 @@ class Workload:
         }
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(self.to_dict()) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Workload:

@@ -14,6 +14,7 @@ import click
 from lobra_jax import __version__
 from lobra_jax.commands.options import config_options
 from planner.errors import UserError
+from planner.files import check_out
 from profiling.device_specs import SPECS
 
 if TYPE_CHECKING:
@@ -71,8 +72,7 @@ def profile(config_path: Path, overrides: tuple[str, ...], out: Path, **options:
     from lobra_jax.config import load_config
     from lobra_jax.devices import configure
 
-    if not out.parent.is_dir():
-        raise UserError("no such folder", key="--out", value=str(out), expected="a file in an existing folder")
+    check_out(out)
     config = load_config(config_path, overrides, check_files=options["lengths"] is None)
     estimate, devices = options.pop("estimate"), options.pop("devices")
     if estimate is not None:

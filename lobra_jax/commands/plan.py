@@ -11,6 +11,7 @@ import click
 from planner.compare import Compared, compare_tables, comparison_lines, load_compared
 from planner.cost import CostTable
 from planner.errors import UserError
+from planner.files import check_file
 from planner.inputs import FILE, Inputs, input_options, read_costs, read_lengths
 from planner.plan_output import bucket_table, plan_and_write
 from planner.planning import PlanningFlags, bucket_report
@@ -89,6 +90,8 @@ def plan(
         out = None
     elif out is None:
         raise UserError("missing", key="--out", expected="the plan.yaml to write")
+    else:
+        check_file(out)
     if config_path is None:
         if overrides:
             raise UserError(

@@ -11,6 +11,7 @@ import click
 
 from lobra_jax.commands.options import config_options
 from planner.errors import UserError
+from planner.files import check_folder
 from planner.inputs import beside, found_beside
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def train(
     if tasks is not None:
         config = select_tasks(config, [name.strip() for name in tasks.split(",") if name.strip()])
     _check_out(out, resume)
+    check_folder(out)
     traced = None if trace is None else _traced_steps(trace, config)
     if plan_path is not None:
         _check_plan(plan_path, config)
@@ -89,10 +91,9 @@ def train(
     if resume:
         _check_checkpoint(config, model, data, out, traced)
     _check_devices(plan, model, devices)
-    out.mkdir(parents=True, exist_ok=True)
     save_config(config, out / CONFIG_FILE)
-    plan.save(out / PLAN_FILE)
     costs.save(out / COSTS_FILE)
+    plan.save(out / PLAN_FILE)  # from here on the run can be resumed
     workload.save(out / LENGTHS_FILE)
     _report_data(data)
     click.echo(f"plan: {plan}")
@@ -262,7 +263,6 @@ def _measure(config: RunConfig, config_path: Path, out: Path) -> Path:
     from lobra_jax.config import save_config
 
     click.echo(f"no cost table for {config_path}: measuring one (lobra profile)")
-    out.mkdir(parents=True, exist_ok=True)
     save_config(config, out / CONFIG_FILE)
     costs = out / COSTS_FILE
     command = [sys.executable, "-m", "lobra_jax", "profile", "--config", str(out / CONFIG_FILE), "--out", str(costs)]

@@ -27,6 +27,7 @@ from lobra_jax.room import Room
 from lobra_jax.train import Trainer
 from planner.cost import ConfigCost, CostTable, PackedCost
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
+from planner.workload import Workload
 
 MODEL = LlamaConfig(
     name="base",
@@ -457,6 +458,34 @@ def test_a_run_that_is_over_leaves_adapters_that_were_lost(world, finished, tmp_
     assert result.exit_code == 0, result.output
     for name in ("short", "long"):
         assert difference(adapter(out, name), adapter(finished, name)) == 0
+
+
+@pytest.mark.parametrize("plan", ["one.yaml", None])
+def test_a_run_directory_that_cannot_be_written_is_said_before_anything_else(world, tmp_path, monkeypatch, plan):
+    (tmp_path / "file").write_text("in the way")
+    for name in ("data.load.load_tasks", "commands.train._measure"):
+        monkeypatch.setattr(f"lobra_jax.{name}", lambda *_, name=name: pytest.fail(f"{name} was called"))
+    out = tmp_path / "file" / "run"
+    arguments = ("--set", "planner.costs=null") if plan is None else ("--plan", world / plan)
+    result = lobra("train", "--config", world / "config.yaml", "--out", out, *arguments)
+    line = f"error: {out}: --out: cannot write: Not a directory; expected a path that can be written\n"
+    assert (result.exit_code, result.output) == (2, line)
+
+
+@pytest.mark.parametrize("killed_in", [CostTable, Plan, Workload])
+def test_a_run_killed_while_its_files_are_written_starts_or_resumes(world, tmp_path, monkeypatch, killed_in):
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    runs = []
+    monkeypatch.setattr("lobra_jax.train.train", lambda inputs, out, resume, say: runs.append(resume))
+    with monkeypatch.context() as patch:
+        patch.setattr(killed_in, "save", kill)
+        assert train(world, tmp_path / "run").exit_code == 130
+    resume = ("--resume",) * (killed_in is Workload)  # the plan was written
+    result = train(world, tmp_path / "run", *resume)
+    assert result.exit_code == 0, result.output
+    assert runs == [bool(resume)]
 
 
 def test_a_cost_table_of_another_model_is_refused(world, tmp_path):
