@@ -21,7 +21,6 @@ p1 where attention goes over whole rows and masks (no flash kernel), p2 where it
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
