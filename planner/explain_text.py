@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from planner.dispatch import GAP_LIMIT
-from planner.explain import WORTH_SAYING, Alternative, Explanation, ReplicaTime, in_seconds, three_digits
+from planner.explain import WORTH_SAYING, Explanation, ReplicaTime, in_seconds, three_digits
+from planner.other_plans import Alternative
 from planner.plan import Plan, ReplicaGroup
 from planner.simulate import Simulation, replica_names
 from planner.synthetic import Reached

@@ -9,13 +9,13 @@ import itertools
 import pytest
 from rich.console import Console
 
-from planner import explain as explaining
-from planner import one_kind, task_fused
+from planner import one_kind, other_plans, task_fused
 from planner.cost import ConfigCost, CostTable
 from planner.errors import UserError
-from planner.explain import BEST, MOST_LEFT_OUT, ONE_KIND, Alternative, explain
+from planner.explain import explain, in_seconds
 from planner.explain_html import html as page
 from planner.explain_text import DOUBTS, POLICIES, WAITS_NOTE, alternatives_table, length_ranges, render, verdict
+from planner.other_plans import BEST, MOST_LEFT_OUT, ONE_KIND, Alternative
 from planner.plan import REMATS, ParallelConfig, Plan, Prediction, ReplicaGroup
 from planner.problem import build_problem
 from planner.workload import TaskLengths, Workload
@@ -234,15 +234,15 @@ def test_one_kind_of_replica_is_the_best_at_the_share_out_that_the_table_times()
 
 def test_other_plans_have_one_time_limit_together_and_say_where_it_ended_them(monkeypatch):
     clock, given = itertools.count(), []
-    monkeypatch.setattr(explaining.time, "perf_counter", lambda: float(next(clock)))  # each look at it is a second
-    solved = explaining.solver("exact")(build_problem(WORKLOAD, COSTS, 4, buckets=UNBALANCED.buckets))
+    monkeypatch.setattr(other_plans.time, "perf_counter", lambda: float(next(clock)))  # each look at it is a second
+    solved = other_plans.solver("exact")(build_problem(WORKLOAD, COSTS, 4, buckets=UNBALANCED.buckets))
     late = dataclasses.replace(solved, predicted=dataclasses.replace(solved.predicted, status="time limit"))
 
     def solve(problem):
         given.append(problem.time_limit_s)
         return late
 
-    monkeypatch.setattr(explaining, "solver", lambda _: solve)
+    monkeypatch.setattr(other_plans, "solver", lambda _: solve)
     explanation = explain(UNBALANCED, COSTS, WORKLOAD, time_limit_s=20)
     searches = len(explanation.alternatives)
     assert sum(given[1:]) < 20 and given[0] <= 10 and searches > 5
@@ -254,13 +254,13 @@ def test_other_plans_have_one_time_limit_together_and_say_where_it_ended_them(mo
 
 def test_what_another_search_found_serves_where_it_would_do_too(monkeypatch):
     """A search that was cut short does not make one more device, or leaving a kind out, look worse than they are."""
-    real = explaining.solver("exact")
+    real = other_plans.solver("exact")
     poor = plan((1, WIDE), num_devices=4)
 
     def solve(problem):
         return dataclasses.replace(real(problem), replicas=poor.replicas)
 
-    monkeypatch.setattr(explaining, "solver", lambda _: solve)
+    monkeypatch.setattr(other_plans, "solver", lambda _: solve)
     found = explain(UNBALANCED, COSTS, WORKLOAD, time_limit_s=5)
     steps = {other.change: other.step_s for other in found.alternatives}
     assert steps["planner minlp"] > found.step_s  # it is what it found
@@ -341,7 +341,7 @@ def test_seconds_have_three_digits_and_no_stray_dot(seconds, shown):
     other = Alternative(change="other", plan=plan((1, WIDE)), step_s=seconds)
     line = text(dataclasses.replace(explanation, alternatives=(other,))).split("Other plans")[1]
     assert f" {shown} " in line
-    assert explaining.in_seconds(seconds) == f"{shown} s"
+    assert in_seconds(seconds) == f"{shown} s"
 
 
 def test_every_policy_has_its_meaning():
