@@ -25,7 +25,7 @@ BEST_SHARE = 0.5
 EXACT_SHARES, LOBRA_SHARES = 2, 1
 """Equal shares of the time left that the search for one plan may take: ours mostly need less, LobRA's planners all."""
 
-LEAST_TIME_S = 0.3
+LEAST_TIME_S = 0.7
 """What every search has at the least."""
 
 MOST_LEFT_OUT = 4
