@@ -375,7 +375,7 @@ def _keys(kind: type) -> frozenset[str]:
     return frozenset(field.name for field in dataclasses.fields(kind))
 
 
-EXPECTED_FILE = "a cost table of `lobra profile`"
+EXPECTED_FILE = "a costs.json of `lobra profile`"
 TABLE_KEYS = _keys(CostTable) - {"file"} | {"version"}
 CONFIG_KEYS = _keys(ConfigCost) - {"config"} | _keys(ParallelConfig)
 FIT_ERROR_KEYS, POINT_KEYS = _keys(FitError), _keys(CostPoint)
