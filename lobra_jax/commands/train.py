@@ -150,7 +150,7 @@ def _check_out(out: Path, resume: bool) -> None:
     if resume:
         if not (out / PLAN_FILE).is_file():
             raise UserError("nothing to resume", file=out, key="--resume", expected="a run directory of `lobra train`")
-    elif out.exists() and (not out.is_dir() or any(path.name not in MEASURED_FILES for path in out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(path.name.removesuffix(NEW_SUFFIX) not in MEASURED_FILES for path in out.iterdir())):
         raise UserError("already exists", file=out, key="--out", expected="a new or empty directory, or --resume")
 
 
