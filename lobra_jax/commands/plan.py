@@ -101,10 +101,10 @@ def plan(
 
 def _check(run: Path, flags: PlanningFlags, console: Any) -> None:
     """Prints whether the run's plan is still good for the lengths in its metrics."""
+    from planner.defaults import DEFAULT_SAMPLES
     from planner.drift import GOOD_SHARE, check_drift
     from planner.plan import Plan
     from planner.plan_output import times_text
-    from planner.robust import DEFAULT_SAMPLES
 
     present, costs = Plan.load(run / "plan.yaml"), CostTable.load(run / "costs.json")
     seen, num_steps = seen_lengths(run, present.buckets[-1])
