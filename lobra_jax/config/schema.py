@@ -360,7 +360,8 @@ class PlannerConfig(Section):
     max_dispatch_buckets: Count = DEFAULT_MAX_BUCKETS
     """Most padded lengths in one step."""
     dispatch_time_limit_s: Positive = DEFAULT_DISPATCH_TIME_LIMIT_S
-    """For one step's dispatch."""
+    """SCIP, which is asked where few replicas and padded lengths leave a gap, stops so many seconds after the dispatch
+    began. A safety net: nothing else in a dispatch is timed."""
 
 
 class TrainingConfig(Section):
