@@ -28,6 +28,8 @@ LENGTH_STEP = 16
 THROUGHPUT_SMOOTHING = 0.2
 """Weight of the newest step in the progress bar's moving averages."""
 
+CONVERT_BAR_DELAY_S = 1.0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PhaseSeconds:
@@ -252,6 +254,18 @@ def compile_bar() -> Iterator[Callable[[int, int], None]]:
             bar.update(done - bar.n)
 
         yield advance
+
+
+@contextlib.contextmanager
+def convert_bar(num_tensors: int) -> Iterator[Callable[[], object]]:
+    """A bar on stderr for converting base weights; call what it yields after every tensor.
+
+    Shown once it takes a second, so not where the cache has them.
+    """
+    with tqdm(
+        total=num_tensors, unit="tensor", desc="convert", dynamic_ncols=True, disable=None, delay=CONVERT_BAR_DELAY_S
+    ) as bar:
+        yield bar.update
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -30,12 +30,13 @@ from lobra_jax.metrics import (
     MetricsWriter,
     StartRecord,
     StepRecord,
+    convert_bar,
     progress_bar,
 )
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.hf import base_weights
 from lobra_jax.models.weight_cache import converted
-from lobra_jax.models.weights import WeightSource
+from lobra_jax.models.weights import WeightSource, weight_shapes
 from lobra_jax.out_of_memory import Failure, OutOfMemoryError, is_out_of_memory
 from lobra_jax.peft_folder import TaskAdapter, write_peft_adapter
 from lobra_jax.room import Room
@@ -168,7 +169,15 @@ class Trainer:
         if section.cache_dir is None:
             return source
         assert section.path is not None, "checked by ModelConfig"
-        return converted(source, model, checkpoint=section.path, dtype=section.dtype, cache_dir=section.cache_dir)
+        with convert_bar(len(weight_shapes(model))) as advance:
+            return converted(
+                source,
+                model,
+                checkpoint=section.path,
+                dtype=section.dtype,
+                cache_dir=section.cache_dir,
+                on_tensor=advance,
+            )
 
     def _restore(self, checkpoints: Checkpoints) -> int:
         done = checkpoints.latest_step()
