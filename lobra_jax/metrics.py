@@ -18,10 +18,9 @@ from typing import Any, ClassVar
 import numpy as np
 from tqdm import tqdm
 
+from lobra_jax.run_folder import METRICS_FILE, TENSORBOARD_FOLDER
 from planner.errors import UserError
 
-METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
 LENGTH_STEP = 16
 """Tokens that the lengths in task records are rounded up to a multiple of."""
 
