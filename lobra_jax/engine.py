@@ -47,10 +47,11 @@ from lobra_jax.out_of_memory import (
 )
 from lobra_jax.peft_folder import TaskAdapter
 from lobra_jax.reduce import AdapterState, GradientSum
-from lobra_jax.replica import Replica, ReplicaRun, Shape
+from lobra_jax.replica import Replica, ReplicaRun
 from lobra_jax.step_times import StepResult, step_result
 from lobra_jax.trace_steps import ISSUE_MARK, PAUSE_MARK, READY_MARK
 from lobra_jax.watch import Watch
+from planner.lattice import Shape
 from planner.plan import Plan
 
 ReplicaBatches = Sequence[Sequence[MicroBatchArrays]]

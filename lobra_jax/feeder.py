@@ -25,10 +25,10 @@ from lobra_jax.data.batches import (
 from planner.cost import CostTable
 from planner.dispatch import Dispatch, dispatch
 from planner.errors import UserError
+from planner.lattice import Shape
 from planner.packed_dispatch import packed_dispatch
 from planner.plan import Plan
 
-Shape = tuple[int, int]
 EvalReplicas = Literal["all", "one"]
 """Which replicas evaluate: all, or one of each group of like replicas."""
 

@@ -14,8 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lobra_jax.devices import HEAP_BYTES
 from lobra_jax.out_of_memory import blaming
-from lobra_jax.replica import Replica, Shape
+from lobra_jax.replica import Replica
 from lobra_jax.schedule import BACKWARD, FORWARD, FUSED
+from planner.lattice import Shape
 from planner.plan import ReplicaGroup
 
 ROW_BYTES = 1 << 20
