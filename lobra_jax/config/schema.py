@@ -413,10 +413,3 @@ class RunConfig(Section):
                 expected="planner.dispatch: balance, which is what packed rows are dealt out by",
             )
         return self
-
-    def task(self, name: str) -> TaskConfig:
-        """The task called `name`; `KeyError` if there is none."""
-        for task in self.tasks:
-            if task.name == name:
-                return task
-        raise KeyError(name)
