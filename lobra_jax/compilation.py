@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from lobra_jax.devices import host_cores
+from lobra_jax.host import host_cores
 
 ALL_CORES, MOST_THREADS = 16, 32
 """Compilations at a time: one for each core up to the first, then for every other core up to the second. With 64 on as

@@ -143,11 +143,6 @@ def peak_bytes(devices: Sequence[Any]) -> int | None:
     return max((s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s), default=None)
 
 
-def host_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def compiler_options(device: Any) -> dict[str, int]:
     """XLA's options for the programs of a stage on such devices."""
     return {"xla_multiheap_size_constraint_per_heap": HEAP_BYTES} if device.platform == "gpu" else {}

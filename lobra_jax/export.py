@@ -25,6 +25,7 @@ from lobra_jax.models.weights import WeightSource
 from lobra_jax.peft_folder import TaskAdapter, read_peft_adapter, write_peft_adapter
 from lobra_jax.run_folder import ADAPTERS_FOLDER, BEST_FOLDER
 from planner.errors import UserError
+from planner.files import writing
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -102,7 +103,12 @@ def export_merged(
     tokenizer: Path | None,
     on_tensor: Callable[[], object] = lambda: None,
 ) -> None:
-    """Writes the base (folder `path`, or random from `init_seed`) with the adapter merged in, tokenizer beside it."""
+    """Writes the base (folder `path`, or random from `init_seed`) with the adapter merged in, tokenizer beside it.
+
+    Raises UserError, for a tokenizer that is gone before anything is merged.
+    """
+    if tokenizer is not None:
+        _check_tokenizer(tokenizer)
     spec, adapter = read_peft_adapter(folder)
     merged = MergedWeights(base=base_weights(config, path=path, init_seed=init_seed), spec=spec, adapter=adapter)
     settings = {}
@@ -114,6 +120,14 @@ def export_merged(
         if path is not None and (path / GENERATION_FILE).is_file():
             shutil.copy(path / GENERATION_FILE, partial)
         _copy_tokenizer(tokenizer, path, partial)
+
+
+def _check_tokenizer(file: Path) -> None:
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        problem, expected = f"cannot read the tokenizer: {error.strerror}", "what config.yaml of the run names"
+        raise UserError(problem, file=file, key="data.tokenizer", expected=expected) from error
 
 
 def _copy_tokenizer(tokenizer: Path | None, base: Path | None, out: Path) -> None:
@@ -128,12 +142,14 @@ def _copy_tokenizer(tokenizer: Path | None, base: Path | None, out: Path) -> Non
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` if all goes well; UserError if `out` is there and not empty."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError("already exists", file=out, key="--out", expected="a new or empty folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        partial = Path(scratch) / out.name
-        partial.mkdir()
-        yield partial
-        os.replace(partial, out)
+    """A folder to write into, which becomes `out` if all goes well; UserError if `out` is there and not empty, or
+    cannot be written."""
+    with writing(out, key="--out"):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError("already exists", file=out, key="--out", expected="a new or empty folder")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+            partial = Path(scratch) / out.name
+            partial.mkdir()
+            yield partial
+            os.replace(partial, out)

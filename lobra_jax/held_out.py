@@ -19,7 +19,10 @@ MAX_EXPONENT = 700.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BestSoFar:
-    """The lowest held-out loss of a task, the step after which it was measured, evaluations since without a lower."""
+    """The lowest held-out loss of a task, the step after which it was measured, evaluations since without a lower.
+
+    Infinite, of step -1, where no loss was a number.
+    """
 
     loss: float
     step: int
@@ -46,7 +49,8 @@ def after_evaluation(best: BestSoFar | None, *, loss: float, step: int) -> BestS
 
     A loss that is not a number is never the best.
     """
-    if best is None or loss < best.loss or math.isnan(best.loss):
+    best = BestSoFar(loss=math.inf, step=-1) if best is None else best
+    if loss < best.loss:
         return BestSoFar(loss=loss, step=step)
     return dataclasses.replace(best, misses=best.misses + 1)
 

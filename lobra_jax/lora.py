@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from lobra_jax.host import host_cores
 from lobra_jax.lora_spec import LoraSpec
 from lobra_jax.low_rank import LOW_RANK, NO_PINS, Pins, Slots, into_ranks, out_of_ranks
 from lobra_jax.models.config import TARGETS, LlamaConfig
@@ -123,7 +123,7 @@ def init_adapters(config: LlamaConfig, specs: Sequence[LoraSpec], seeds: Sequenc
                 pairs[target]["m"] = np.zeros((len(specs), fan_out), np.float32)
         return pairs
 
-    with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="draw") as executor:
+    with ThreadPoolExecutor(host_cores(), thread_name_prefix="draw") as executor:
         return {str(layer): pairs for layer, pairs in enumerate(executor.map(pairs_of, range(config.num_layers)))}
 
 

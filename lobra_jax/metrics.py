@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from lobra_jax.run_folder import METRICS_FILE, TENSORBOARD_FOLDER
 from planner.errors import UserError
+from planner.files import write_whole
 
 LENGTH_STEP = 16
 """Tokens that the lengths in task records are rounded up to a multiple of."""
@@ -168,16 +168,13 @@ class MetricsWriter:
 
     def __init__(self, folder: str | Path, *, resume_step: int | None = None) -> None:
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS_FILE
         kept = []
         if resume_step is not None and path.exists():
             kept = [record for record in read_metrics(path) if record["step"] <= resume_step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(map(_line, kept)), encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, "".join(map(_line, kept)))
         self._file = path.open("a", encoding="utf-8")
-        purge_step = None if resume_step is None else resume_step + 1
+        purge_step = 0 if resume_step is None else resume_step + 1
         from tensorboardX import SummaryWriter  # it loads torch where that is installed
 
         self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=purge_step)
@@ -208,19 +205,23 @@ def read_metrics(path: str | Path, kind: str | None = None) -> list[dict[str, An
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        with path.open("rb") as file:
+            lines = file.readlines()
     except OSError as error:
         raise UserError(f"cannot read the metrics: {error.strerror}", file=path, expected=METRICS_FILE) from error
     records = []
     for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
+        if not line.endswith(b"\n"):
             break
+        where, expected = f"{path}:{number}", "a JSON object with kind and step"
         try:
-            record = json.loads(line)
-            if kind is None or record["kind"] == kind:
-                records.append(record)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"bad record: {error}", file=f"{path}:{number}", expected="a JSON object") from error
+            record = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"bad record: {error}", file=where, expected=expected) from error
+        if not isinstance(record, dict) or "kind" not in record or not isinstance(record.get("step"), int):
+            raise UserError("bad record", file=where, expected=expected)
+        if kind is None or record["kind"] == kind:
+            records.append(record)
     return records
 
 

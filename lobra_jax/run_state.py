@@ -12,6 +12,7 @@ from lobra_jax.checkpoint import CheckpointMetadata
 from lobra_jax.config import RunConfig
 from lobra_jax.data.batches import TaskData
 from lobra_jax.models.config import LlamaConfig
+from lobra_jax.models.hf import weights_digest
 from lobra_jax.models.weights import DRAWING
 from lobra_jax.reduce import AdapterState
 from lobra_jax.tasks import lora_spec
@@ -36,7 +37,8 @@ def run_metadata(
 ) -> CheckpointMetadata:
     """What a run's checkpoints say they belong to: all that decides what the next step computes.
 
-    A longer `steps`, other evaluation and other paths to the same data are no other run.
+    More `steps` of a task that still trains (rates follow the new number from then on, see `standing.check_steps`),
+    other evaluation and other paths to the same data or base are no other run.
     """
     settings: dict[str, Any] = {
         "training.seed": config.training.seed,
@@ -48,6 +50,8 @@ def run_metadata(
     if config.model.preset is not None:
         settings["model.init_seed"] = config.model.init_seed
         settings["drawing of random weights"] = DRAWING
+    else:
+        settings["model.path"] = weights_digest(config.model.path)
     for task, data in zip(config.tasks, tasks, strict=True):
         for name, value in task.model_dump(mode="json").items():
             if name not in NOT_COMPARED:

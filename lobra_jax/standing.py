@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lobra_jax.config import TaskConfig
 from lobra_jax.held_out import BestSoFar
+from planner.errors import UserError
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -45,13 +47,35 @@ class Standing:
     def position(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
         best = {name: dataclasses.asdict(best) for name, best in self.best.items()}
-        return {"stopped": dict(self.stopped), "ended": dict(self.ended), "best": best}
+        steps = {task.name: task.steps for task in self.tasks}
+        return {"stopped": dict(self.stopped), "ended": dict(self.ended), "best": best, "steps": steps}
 
     def restore(self, position: Mapping[str, Any]) -> None:
-        """Undoes `position`."""
+        """Undoes `position`; steps are as configured now, see `check_steps`."""
         self.stopped = dict(position["stopped"])
         self.ended = dict(position["ended"])
         self.best = {name: BestSoFar(**best) for name, best in position["best"].items()}
+
+
+def check_steps(tasks: Sequence[TaskConfig], position: Mapping[str, Any], done: int, file: Path) -> None:
+    """Refuses other `steps` than a task can still take in a run that goes on after `done` steps from `file`.
+
+    A task's own step is the run's: one that was done before it cannot go on, nor end before where it is.
+
+    Raises:
+      UserError: naming the task.
+    """
+    for task in tasks:
+        before = position["steps"][task.name]
+        taken = min(before, done)
+        if task.steps == before or (task.steps >= taken and taken == done):
+            continue
+        if taken < done:
+            problem = f"the task was done after {taken} steps, and the run has gone on to {done}"
+            expected = f"{before}, or a new run that goes on from its adapter (tasks.{task.name}.adapter)"
+        else:
+            problem, expected = f"{done} steps are done already", f"at least {done}"
+        raise UserError(problem, file=file, key=f"tasks.{task.name}.steps", value=task.steps, expected=expected)
 
 
 def evaluates(task: TaskConfig, done: int) -> bool:

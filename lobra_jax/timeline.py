@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from lobra_jax.schedule import BACKWARD, FORWARD, FORWARD_SHARE, one_f_one_b, si
 from lobra_jax.step_times import ActionTime, StepResult
 from planner.cost import ConfigCost, CostTable
 from planner.dispatch import Dispatch
+from planner.files import write_whole
 from planner.plan import Plan
 
 
@@ -41,9 +41,7 @@ def step_timeline(
 
 
 def save_timeline(timeline: dict[str, Any], path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(timeline) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(timeline) + "\n")
 
 
 def _predicted(replica: Replica, dispatch: Dispatch, cost: ConfigCost) -> list[ActionTime]:

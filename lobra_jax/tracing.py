@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
@@ -18,10 +17,11 @@ from typing import Any
 
 import jax
 
-from lobra_jax.devices import host_cores
+from lobra_jax.host import host_cores
 from lobra_jax.replica import Replica
 from lobra_jax.run_folder import TRACE_FOLDER, TRACED_RUN_FILE
 from lobra_jax.trace_steps import TracedSteps
+from planner.files import write_whole
 
 LIBRARIES = ("jax", "jaxlib")
 
@@ -64,10 +64,8 @@ def _start(folder: Path) -> None:
 
 def _stop(folder: Path, replicas: Sequence[Replica], timelines: Iterable[dict[str, Any]]) -> None:
     try:
-        path = folder / TRACED_RUN_FILE
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({**describe(replicas), "timelines": [*timelines]}) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        text = json.dumps({**describe(replicas), "timelines": [*timelines]}) + "\n"
+        write_whole(folder / TRACED_RUN_FILE, text)
     finally:
         jax.profiler.stop_trace()
 

@@ -125,11 +125,11 @@ class Trainer:
             try:
                 self._place()
                 done = self._restore(checkpoints) if resume else 0
+                placed = time.perf_counter()
+                programs.result()
             except BaseException:
                 self.engine.abandon_compiling()
                 raise
-            placed = time.perf_counter()
-            programs.result()
         self.room.within("warm-up", self.engine.warm_up)
         self._compiled = self.compilations.total
         record = StartRecord(
@@ -197,6 +197,8 @@ class Trainer:
           UserError: at the end, naming the tasks whose loss was not finite; the others are complete.
         """
         self._step = done
+        if self.standing.is_over(done):
+            self._write_adapters()  # an interruption may have come between the last checkpoint and these
 
         def lowered(plan: Plan, message: str) -> None:
             feeder.replan(plan)
@@ -336,6 +338,9 @@ class Trainer:
             state_to_tree(self.engine.state),
             self._metadata(),
         )
+        self._write_adapters()
+
+    def _write_adapters(self) -> None:
         for index, task in enumerate(self.task_configs):
             self._write_adapter(index, self.out / ADAPTERS_FOLDER / task.name)
 
@@ -375,10 +380,13 @@ class Trainer:
     def _end(self, task: TaskConfig, done: int, best: BestSoFar, metrics: MetricsWriter) -> None:
         """Ends a task whose held-out loss no longer falls; the others have the devices to themselves."""
         self.standing.ended[task.name] = done
-        message = (
-            f"task {task.name!r}: ended after step {done}: held-out loss no lower than {best.loss:.4f} of step "
-            f"{best.step} in {best.misses} evaluations; its best adapter is in {BEST_FOLDER}/{task.name}"
-        )
+        reason = f"no held-out loss of {best.misses} evaluations was a number"
+        if best.step >= 0:
+            reason = (
+                f"held-out loss no lower than {best.loss:.4f} of step {best.step} in {best.misses} evaluations; its "
+                f"best adapter is in {BEST_FOLDER}/{task.name}"
+            )
+        message = f"task {task.name!r}: ended after step {done}: {reason}"
         metrics.write(EventRecord(step=done, task=task.name, event="early_stop", message=message))
         self.say(message)
 
@@ -416,7 +424,7 @@ def train(inputs: Inputs, out: Path, *, resume: bool, say: Callable[[str], None]
                 eval_replicas=inputs.config.training.eval_replicas,
                 batching=inputs.batching,
             ) as feeder,
-            MetricsWriter(out, resume_step=done if resume else None) as metrics,
+            MetricsWriter(out, resume_step=done or None) as metrics,
         ):
             metrics.write(start)
             if resume:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import click
 from planner.cost import CostTable
 from planner.dispatch import METHODS
 from planner.errors import UserError
+from planner.files import check_file, write_json, write_whole
 from planner.inputs import (
     FILE,
     Inputs,
@@ -23,7 +23,6 @@ from planner.inputs import (
     read_lengths,
 )
 from planner.plan import Plan
-from planner.plan_output import writing
 from planner.workload import Workload
 
 if TYPE_CHECKING:
@@ -62,6 +61,8 @@ def explain(
     from planner.explain_html import html
     from planner.explain_text import render
 
+    if html_out is not None:
+        check_file(html_out, key="--html")
     console = Console()
     chosen, costs, workload = _read(plan, lobra_plan, Inputs(**inputs), console)
     with console.status("timing the plan") as status:
@@ -75,8 +76,7 @@ def explain(
         )
     console.print(render(explanation), highlight=False)
     if html_out is not None:
-        with writing(html_out):
-            html_out.write_text(html(explanation), encoding="utf-8")
+        write_whole(html_out, html(explanation))
         console.print(f"\n{html_out}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -88,7 +88,7 @@ def explain(
 @plan_argument
 @input_options
 @click.option("--steps", type=click.IntRange(min=1), default=32, show_default=True, help="Batches to sample.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the batches.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the batches.")
 @click.option("--dispatch", "method", type=click.Choice(METHODS), default="balance", show_default=True,
               help="How sequences are sent to replicas.")  # fmt: skip
 @click.option("--batching", type=click.Choice(("padded", "packed")), default="padded", show_default=True,
@@ -123,6 +123,8 @@ def simulate(
     from planner.simulate import simulate as simulated
     from planner.timeline import timeline_lines
 
+    if out is not None:
+        check_file(out)
     console = Console()
     chosen, costs, workload = _read(plan, lobra_plan, Inputs(**inputs), console)
     with tqdm(total=steps, unit="step", desc="simulate", disable=None) as bar:
@@ -147,8 +149,7 @@ def simulate(
     for line in (title, *timeline_lines(timeline, replica_names(chosen), kinds)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if out is not None:
-        with writing(out):
-            out.write_text(json.dumps(_simulation_dict(simulation), indent=1) + "\n", encoding="utf-8")
+        write_json(out, _simulation_dict(simulation))
 
 
 def _read(

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import UserError
+from planner.files import write_json
 from planner.plan import MIXED, ParallelConfig, ReplicaGroup, first_that_holds
 
 COST_TABLE_VERSION = 1
@@ -239,7 +240,7 @@ class CostTable:
         }
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_json(path, self.to_dict())
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, file: object = None) -> CostTable:

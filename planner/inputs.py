@@ -52,7 +52,13 @@ def input_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="CSV",
             help="and mean, skewness and kurtosis of its data sets, which synthetic lengths then match.",
         ),
-        click.option("--lengths-seed", type=int, default=0, show_default=True, help="Seed of synthetic lengths."),
+        click.option(
+            "--lengths-seed",
+            type=click.IntRange(min=0),
+            default=0,
+            show_default=True,
+            help="Seed of synthetic lengths.",
+        ),
     )
     for option in reversed(options):
         command = option(command)

@@ -13,12 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from planner.cost import ConfigCost, CostPoint, CostTable
 from planner.errors import UserError
 from planner.fit import fit_coefficients, hold_out
 from planner.plan import ParallelConfig, ReplicaGroup
+from planner.yaml_text import parse_yaml
 
 MS_PER_S = 1e3
 LOBRA_REMAT = "none"
@@ -279,12 +278,7 @@ def _json_object(path: str | Path) -> Mapping[str, Any]:
 
 
 def _yaml(path: str | Path) -> Any:
-    try:
-        return yaml.safe_load(_text(path))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = "" if mark is None else f":{mark.line + 1}"
-        raise UserError(f"not YAML: {error}", file=f"{path}{line}", expected="strategy_config: a list") from error
+    return parse_yaml(_text(path), file=path, expected="a plan.yaml, or strategy_config: a list")
 
 
 def _text(path: str | Path) -> str:

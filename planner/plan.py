@@ -15,7 +15,9 @@ from typing import Any
 import yaml
 
 from planner.errors import UserError
+from planner.files import write_whole
 from planner.lattice import DEFAULT_ROW_OPTIONS, MAX_ROW_OPTIONS, row_options
+from planner.yaml_text import parse_yaml
 
 REMATS = ("none", "dots", "attention", "full")
 """Rematerialisation policies, from most memory to least."""
@@ -242,7 +244,7 @@ class Plan:
         return out
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        write_whole(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, file: object = None) -> Plan:
@@ -317,11 +319,9 @@ class Plan:
             text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot read the plan: {error.strerror}", file=path, expected="a plan.yaml") from error
-        try:
-            raw = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"not YAML: {error}", file=path, expected="a plan.yaml") from error
-        return cls.from_dict(raw, file=path)
+        except UnicodeDecodeError as error:
+            raise UserError("not UTF-8 text", file=path, expected="a plan.yaml") from error
+        return cls.from_dict(parse_yaml(text, file=path, expected="a plan.yaml"), file=path)
 
 
 def _capacities(item: Mapping[str, Any], file: object, key: str) -> dict[str, Any]:

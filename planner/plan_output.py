@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planner.bucket_choice import BucketRow, best_row
 from planner.cost import CostTable
-from planner.errors import UserError
+from planner.files import write_json
 from planner.inputs import beside
 from planner.plan import Plan, Prediction
 from planner.planning import PlanningFlags, choose_plan
@@ -33,12 +31,11 @@ def plan_and_write(
     if chosen.lengths is not None:
         line = f"{bucket_line(chosen.lengths)}; their number chosen in {chosen.lengths_s:.3g} s"
         console.print(line, highlight=False, soft_wrap=True)
-    with writing(out):
-        costs.save(beside(out, "costs"))
-        workload.save(beside(out, "lengths"))
-        plan.save(out)
-        if robust is not None:
-            beside(out, "robust").write_text(json.dumps(_robust_dict(robust), indent=1) + "\n", encoding="utf-8")
+    costs.save(beside(out, "costs"))
+    workload.save(beside(out, "lengths"))
+    plan.save(out)
+    if robust is not None:
+        write_json(beside(out, "robust"), _robust_dict(robust))
     console.print(str(plan), style="bold", highlight=False, soft_wrap=True)
     predicted = plan.predicted
     if predicted is not None:
@@ -139,13 +136,3 @@ def _how_it_ended(predicted: Prediction) -> str:
         return ""
     nodes = "" if predicted.num_nodes is None else f", {predicted.num_nodes} nodes"
     return f" ({predicted.status}{nodes})"
-
-
-@contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """Makes the file's folder; what cannot be written is the user's mistake."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write: {error.strerror}", file=out, expected="a path that can be written") from error

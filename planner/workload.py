@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from planner.errors import UserError
+from planner.files import write_whole
 
 SHARE_TOLERANCE = 1e-6
 
@@ -120,7 +121,7 @@ class Workload:
         }
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(self.to_dict()) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Workload:

@@ -14,6 +14,7 @@ import click
 from lobra_jax import __version__
 from lobra_jax.commands.options import config_options
 from planner.errors import UserError
+from planner.files import check_out
 from profiling.device_specs import SPECS
 
 if TYPE_CHECKING:
@@ -71,8 +72,7 @@ def profile(config_path: Path, overrides: tuple[str, ...], out: Path, **options:
     from lobra_jax.config import load_config
     from lobra_jax.devices import configure
 
-    if not out.parent.is_dir():
-        raise UserError("no such folder", key="--out", value=str(out), expected="a file in an existing folder")
+    check_out(out)
     config = load_config(config_path, overrides, check_files=options["lengths"] is None)
     estimate, devices = options.pop("estimate"), options.pop("devices")
     if estimate is not None:
@@ -185,7 +185,8 @@ def make_setup(
     from lobra_jax.compilation import compile_threads
     from lobra_jax.config import model_config
     from lobra_jax.data.load import task_lengths
-    from lobra_jax.devices import host_cores, memory_limit, run_devices
+    from lobra_jax.devices import memory_limit, run_devices
+    from lobra_jax.host import host_cores
     from lobra_jax.lora import adapted_targets
     from lobra_jax.optim import OPTIMIZERS
     from lobra_jax.tasks import keep_last_good, lora_spec
@@ -270,6 +271,7 @@ def make_header(setup: Setup, configs: Sequence[ParallelConfig]) -> Header:
             "dora": setup.dora,
             "optimizers": list(setup.optimizers),
             "averages": setup.averages,
+            "last_good": setup.last_good,
             "lengths": list(setup.lengths),
             "max_tokens": setup.max_tokens,
             "repeats": setup.repeats,

@@ -17,7 +17,6 @@ which redoes the forward pass, at most 3 / 2; dots redoes only what is cheap bes
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -27,6 +26,7 @@ import numpy as np
 from planner import task_fused
 from planner.constraints import Constraints
 from planner.cost import ConfigCost, CostTable
+from planner.files import check_folder, write_json, writing
 from planner.lobra_files import LobraTask, parse_plan_lists
 from planner.plan import Plan
 from planner.planners import solver
@@ -91,11 +91,12 @@ class Row:
 )
 @click.option("--only", type=click.Choice(["main", "ablation", "buckets", "devices", "tasks"]), help="Only this one.")
 @click.option("--steps", type=click.IntRange(min=1), default=16, show_default=True, help="Simulated batches a plan.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of lengths and batches.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of lengths and batches.")
 @click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), default=20.0, show_default=True,
               help="Seconds for one plan.")  # fmt: skip
 def main(out: Path, only: str | None, steps: int, seed: int, time_limit: float) -> None:
     """Run the experiments and write experiments.json and experiments.png."""
+    check_folder(out)
     settings = Settings(steps=steps, seed=seed, time_limit_s=time_limit)
     costs = CostTable.load(CONFIGS / "costs" / "llama2_7b_a100_40g.json")
     six = Workload.load(CONFIGS / "lengths" / "lobra_six_tasks.json")
@@ -114,7 +115,6 @@ def main(out: Path, only: str | None, steps: int, seed: int, time_limit: float) 
         for number in numbers:
             rows = results[name][str(number)] = experiment(number)
             _print(f"{name}, {number} {'tasks' if name == 'tasks' else 'devices'}", rows)
-    out.mkdir(parents=True, exist_ok=True)
     record = {
         "what": "simulated steps on LobRA's published Llama-2-7B costs (A100-40GB); judged by planner.evaluate",
         "command": f"python -m profiling.experiments --steps {steps} --seed {seed} --time-limit {time_limit:g}",
@@ -125,8 +125,9 @@ def main(out: Path, only: str | None, steps: int, seed: int, time_limit: float) 
             for name, cases in results.items()
         },
     }
-    (out / "experiments.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    chart(results, out / "experiments.png")
+    write_json(out / "experiments.json", record)
+    with writing(out / "experiments.png"):
+        chart(results, out / "experiments.png")
     click.echo(f"{out / 'experiments.json'}, {out / 'experiments.png'}")
 
 

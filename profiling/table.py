@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from planner.cost import ConfigCost, CostTable
 from planner.errors import UserError
+from planner.files import write_json
 from planner.plan import ParallelConfig
 
 PARTIAL_SUFFIX = ".partial"
@@ -52,9 +52,7 @@ def save_partial(path: Path, header: Header, progress: Progress) -> None:
     """Replaces the file as a whole, so that an interruption leaves the old one."""
     table = header.table(list(progress.measured.values())).to_dict() if progress.measured else None
     dropped = [{**dataclasses.asdict(config), "reason": reason} for config, reason in progress.dropped.items()]
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(json.dumps({"header": _fields(header), "table": table, "dropped": dropped}, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_json(path, {"header": _fields(header), "table": table, "dropped": dropped})
 
 
 def load_partial(path: Path, header: Header) -> tuple[Progress, list[str]]:

@@ -12,6 +12,7 @@ from lobra_jax.run_folder import CONFIG_FILE, COSTS_FILE, LENGTHS_FILE, METRICS_
 from planner.compare import Compared, compare_tables, comparison_lines, load_compared
 from planner.cost import CostTable
 from planner.errors import UserError
+from planner.files import check_file
 from planner.inputs import FILE, Inputs, input_options, read_costs, read_lengths
 from planner.plan_output import bucket_table, plan_and_write
 from planner.planning import PlanningFlags, bucket_report
@@ -90,6 +91,8 @@ def plan(
         out = None
     elif out is None:
         raise UserError("missing", key="--out", expected="the plan.yaml to write")
+    else:
+        check_file(out)
     if config_path is None:
         if overrides:
             raise UserError(

@@ -44,8 +44,11 @@ def tokenize(config_path: Path, overrides: tuple[str, ...], lengths_out: Path | 
 
     from lobra_jax.config import load_config
     from lobra_jax.data.load import load_tasks, workload_of
-    from planner.errors import UserError
+    from planner.files import check_file
 
+    for key, path in (("--lengths-out", lengths_out), ("--picture", picture)):
+        if path is not None:
+            check_file(path, key=key)
     config = load_config(config_path, overrides)
     tasks = load_tasks(config)
     console = Console()
@@ -62,10 +65,7 @@ def tokenize(config_path: Path, overrides: tuple[str, ...], lengths_out: Path | 
                 soft_wrap=True,
             )
     if lengths_out is not None:
-        try:
-            workload_of(tasks).save(lengths_out)
-        except OSError as error:
-            raise UserError(f"cannot write: {error.strerror}", file=lengths_out, key="--lengths-out") from error
+        workload_of(tasks).save(lengths_out)
         console.print(f"lengths written to {lengths_out}", highlight=False, markup=False, soft_wrap=True)
     if picture is not None:
         from lobra_jax.report.lengths import save_length_picture

@@ -12,6 +12,7 @@ import click
 from lobra_jax.commands.options import config_options
 from lobra_jax.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, COSTS_FILE, LENGTHS_FILE, PLAN_FILE
 from planner.errors import UserError
+from planner.files import check_folder
 from planner.inputs import beside, found_beside
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def train(
     if tasks is not None:
         config = select_tasks(config, [name.strip() for name in tasks.split(",") if name.strip()])
     _check_out(out, resume)
+    check_folder(out)
     traced = None if trace is None else _traced_steps(trace, config)
     if plan_path is not None:
         _check_plan(plan_path, config)
@@ -86,10 +88,9 @@ def train(
     if resume:
         _check_checkpoint(config, model, data, out, traced)
     _check_devices(plan, model, devices)
-    out.mkdir(parents=True, exist_ok=True)
     save_config(config, out / CONFIG_FILE)
-    plan.save(out / PLAN_FILE)
     costs.save(out / COSTS_FILE)
+    plan.save(out / PLAN_FILE)  # from here on the run can be resumed
     workload.save(out / LENGTHS_FILE)
     _report_data(data)
     click.echo(f"plan: {plan}")
@@ -205,6 +206,7 @@ def _costs(
 def check_measured(costs: CostTable, config: RunConfig, path: Path) -> None:
     """Refuses a table whose times and capacities are of less than this run needs; tables from elsewhere do not say."""
     from lobra_jax.commands.plan import check_quantization_of
+    from lobra_jax.tasks import keep_last_good
 
     wanted = {
         "num_tasks": len(config.tasks),
@@ -212,16 +214,25 @@ def check_measured(costs: CostTable, config: RunConfig, path: Path) -> None:
         "dropout": any(task.dropout > 0 for task in config.tasks),
         "dora": any(task.dora for task in config.tasks),
         "averages": any(task.ema_decay is not None for task in config.tasks),
+        "last_good": keep_last_good(config.tasks),
+        "targets": {target for task in config.tasks for target in task.targets},
+        "optimizers": {task.optimizer for task in config.tasks},
     }
     for key, needed in wanted.items():
         found = costs.provenance.get(key)
-        if found is not None and found < needed:
+        if found is None:
+            continue
+        if isinstance(needed, set):
+            is_enough, expected = needed <= set(found), f"{', '.join(sorted(needed))} among them"
+        else:
+            is_enough, expected = found >= needed, f"{needed}{'' if needed is True else ' or more'}"
+        if not is_enough:
             raise UserError(
                 "the cost table was measured with less than this run has",
                 file=path,
                 key=f"provenance.{key}",
                 value=found,
-                expected=f"{needed}{'' if needed is True else ' or more'}: run lobra profile again",
+                expected=f"{expected}: run lobra profile again",
             )
     dtype = costs.provenance.get("dtype")
     if dtype is not None and dtype != config.model.dtype:
@@ -249,7 +260,6 @@ def _measure(config: RunConfig, config_path: Path, out: Path) -> Path:
     from lobra_jax.config import save_config
 
     click.echo(f"no cost table for {config_path}: measuring one (lobra profile)")
-    out.mkdir(parents=True, exist_ok=True)
     save_config(config, out / CONFIG_FILE)
     costs = out / COSTS_FILE
     command = [sys.executable, "-m", "lobra_jax", "profile", "--config", str(out / CONFIG_FILE), "--out", str(costs)]
@@ -332,11 +342,16 @@ def _check_devices(plan: Plan, model: LlamaConfig, devices: list[Any]) -> None:
 def _check_checkpoint(
     config: RunConfig, model: LlamaConfig, data: tuple[TaskData, ...], out: Path, traced: TracedSteps | None
 ) -> None:
+    from lobra_jax import standing
     from lobra_jax.checkpoint import Checkpoints
     from lobra_jax.run_state import run_metadata
     from lobra_jax.trace_steps import check_steps
 
     with Checkpoints(out / CHECKPOINTS_FOLDER, keep=config.training.keep_checkpoints) as checkpoints:
         checkpoints.check(run_metadata(config, model, data, {}))
+        done = checkpoints.latest_step() or 0
+        if done:
+            file = checkpoints.folder / str(done)
+            standing.check_steps(config.tasks, checkpoints.metadata(done).position, done, file)
         if traced is not None:
-            check_steps(traced, done=checkpoints.latest_step() or 0, num_steps=_num_steps(config))
+            check_steps(traced, done=done, num_steps=_num_steps(config))

@@ -93,21 +93,26 @@ def _statements(
 ) -> list[tuple[Path, config_parser.BindingStatement]]:
     """All bindings with the file they stand in, included files in place."""
     out: list[tuple[Path, config_parser.BindingStatement]] = []
+    for statement in _parsed(text, path):
+        if isinstance(statement, config_parser.BindingStatement):
+            out.append((path, statement))
+        elif isinstance(statement, config_parser.IncludeStatement):
+            out.extend(_include(path.parent / statement.filename, path, statement, including))
+        elif isinstance(statement, config_parser.ImportStatement):
+            where = f"{path}:{statement.location.line_num}"
+            raise UserError("an import", file=where, expected='bindings such as ModelConfig.preset = "tiny"')
+    return out
+
+
+def _parsed(text: str, path: Path) -> list[Any]:
+    """The statements as gin's parser gives them."""
     try:
-        for statement in config_parser.ConfigParser(text, _Delegate()):
-            if isinstance(statement, config_parser.BindingStatement):
-                out.append((path, statement))
-            elif isinstance(statement, config_parser.IncludeStatement):
-                out.extend(_include(path.parent / statement.filename, path, statement, including))
-            elif isinstance(statement, config_parser.ImportStatement):
-                where = f"{path}:{statement.location.line_num}"
-                raise UserError("an import", file=where, expected='bindings such as ModelConfig.preset = "tiny"')
+        return list(config_parser.ConfigParser(text, _Delegate()))
     except SyntaxError as error:
         line = f":{error.lineno}" if error.lineno else ""
         raise UserError(f"not gin: {error.msg}", file=f"{path}{line}", expected="CLASS.key = value") from error
-    except tokenize.TokenError as error:
+    except (tokenize.TokenError, TypeError, RecursionError) as error:  # a list as a key; too many levels
         raise UserError(f"not gin: {error.args[0]}", file=path, expected="CLASS.key = value") from error
-    return out
 
 
 def _include(
@@ -120,6 +125,9 @@ def _include(
         text = file.read_text(encoding="utf-8")
     except OSError as error:
         problem = f"cannot read the included file: {error.strerror}"
+        raise UserError(problem, file=where, value=statement.filename, expected="a gin file") from error
+    except UnicodeDecodeError as error:
+        problem = "the included file is not UTF-8 text"
         raise UserError(problem, file=where, value=statement.filename, expected="a gin file") from error
     return _statements(text, file, (*including, file.resolve()))
 
@@ -167,7 +175,8 @@ def _merge_tasks(
             raise UserError(problem, file=path, expected=one_of(known))
     merged = []
     for element in elements:
-        own = tasks.get(element.get("name"), {})
+        name = element.get("name")
+        own = tasks.get(name, {}) if isinstance(name, str) else {}
         task = {**defaults, **element, **own}
         layers = [part["schedule"] for part in (defaults, element, own) if isinstance(part.get("schedule"), dict)]
         if layers and isinstance(task["schedule"], dict):

@@ -23,6 +23,7 @@ from lobra_jax.data.sources import FILE_KINDS, expand
 from lobra_jax.models.config import PRESETS, LlamaConfig, check_quantization
 from lobra_jax.models.hf_config import load_llama_config
 from planner.errors import UserError
+from planner.files import write_whole
 
 MAX_SHOWN_ITEMS = 8
 """Longer lists are left out of error lines."""
@@ -55,7 +56,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, check_files:
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Writes the config with every default and absolute paths; loads again equal from anywhere."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
-    Path(path).write_text(text, encoding="utf-8")
+    write_whole(path, text)
 
 
 def select_tasks(config: RunConfig, names: Iterable[str]) -> RunConfig:

@@ -6,9 +6,8 @@ import copy
 import dataclasses
 from typing import Any
 
-import yaml
-
 from planner.errors import UserError
+from planner.yaml_text import parse_yaml
 
 EVERY_TASK = "*"
 
@@ -33,10 +32,8 @@ def parse_override(text: str) -> Override:
     if not equals or not key or not all(key.split(".")):
         expected = "key=value such as training.seed=1 or tasks.NAME.lr=1e-3"
         raise UserError("bad override", file=f"--set {text}", expected=expected)
-    try:
-        return Override(text=text, key=key, value=yaml.safe_load(value))
-    except yaml.YAMLError as error:
-        raise UserError("not YAML", file=f"--set {text}", key=key, value=value, expected="a YAML value") from error
+    value = parse_yaml(value, file=f"--set {text}", key=key, expected="a YAML value")
+    return Override(text=text, key=key, value=value)
 
 
 def apply_override(raw: dict[str, Any], override: Override) -> Override:

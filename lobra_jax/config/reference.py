@@ -13,6 +13,7 @@ from pydantic_core import PydanticUndefined
 
 from lobra_jax.config import fields, schema
 from lobra_jax.models.config import PRESETS
+from planner.files import write_whole
 from planner.lattice import MAX_ROW_OPTIONS
 
 COMMAND = "python -m lobra_jax.config.reference --out docs/config.md"
@@ -114,7 +115,7 @@ def _cell(text: str) -> str:
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The page to write.")
 def main(out: Path) -> None:
     """Write the config reference."""
-    out.write_text(reference(), encoding="utf-8")
+    write_whole(out, reference())
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from lobra_jax.data.sources import HubDataset, Source, digest, records, size
 from lobra_jax.data.templates import CHAT_TEMPLATE, Piece, RecordError, render, with_columns
 from lobra_jax.data.tokenizer import TextTokenizer
 from planner.errors import UserError
+from planner.files import writing
 
 CACHE_VERSION = 3
 RECORDS_PER_BATCH = 512
@@ -129,13 +130,8 @@ def _open(folder: Path, identity: Mapping[str, Any]) -> tuple[TokenStore, dict[s
     return store, {**counts, "records_by_source": tuple(counts["records_by_source"])}
 
 
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        problem = f"cannot write the token cache: {error.strerror}"
-        raise UserError(problem, file=folder, key="data.cache_dir", expected="a folder that can be written") from error
+def _writing(folder: Path) -> contextlib.AbstractContextManager[None]:
+    return writing(folder, what="the token cache", key="data.cache_dir")
 
 
 @contextlib.contextmanager

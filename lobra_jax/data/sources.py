@@ -18,6 +18,7 @@ import io
 import json
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -121,7 +122,7 @@ def _opened(file: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
     with file.open("rb") as raw:
         try:
             yield (gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw), raw.tell  # type: ignore[misc]
-        except (gzip.BadGzipFile, EOFError) as error:
+        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise UserError(f"not a gzip file: {error}", file=file, expected=FILE_KINDS) from error
 
 

@@ -22,6 +22,7 @@ from lobra_jax.demo.settings import run_config
 from lobra_jax.demo.tokenizer import train_tokenizer
 from planner.bucketing import DEFAULT_ALIGN
 from planner.errors import UserError
+from planner.files import writing
 
 BASE_STEPS = 360
 MEMORY_BYTES = 128 * 1024**2
@@ -110,9 +111,14 @@ def claim_folder(out: Path, say: Callable[[str], None]) -> None:
     """Makes `out` an empty folder but for the demo's marker; what an earlier demo left there is removed.
 
     Raises:
-      UserError: `out` is a file, or a folder with something in it that no demo has marked as its own.
+      UserError: `out` is a file, a folder with something in it that no demo has marked as its own, or not to be
+        written.
     """
-    marker = out / MARKER_FILE
+    with writing(out, key="--out"):
+        _claim(out, out / MARKER_FILE, say)
+
+
+def _claim(out: Path, marker: Path, say: Callable[[str], None]) -> None:
     if marker.is_file():
         say(f"{out}: replacing an earlier demo")
         for path in sorted(out.iterdir()):

@@ -19,6 +19,7 @@ import numpy as np
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.weights import WeightSource, numpy_dtype, weight_shapes, whole
 from planner.errors import UserError
+from planner.files import writing
 
 CACHE_VERSION = 1
 KEY_DIGITS = 24
@@ -53,7 +54,7 @@ def converted(
     """
     folder = cache_dir / f"{config.name}-{_key(config, checkpoint, dtype)}"
     if not folder.is_dir():
-        try:
+        with writing(folder, what="the converted weights", key="model.cache_dir"):
             cache_dir.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".tmp-", ignore_cleanup_errors=True) as name:
                 partial = Path(name) / folder.name
@@ -66,10 +67,6 @@ def converted(
                 except OSError:
                     if not folder.is_dir():  # else another run has just made the same
                         raise
-        except OSError as error:
-            problem = f"cannot write the converted weights: {error.strerror}"
-            expected = "a folder that can be written"
-            raise UserError(problem, file=folder, key="model.cache_dir", expected=expected) from error
     try:
         return CachedWeights(folder, config, dtype)
     except ValueError as error:  # what TensorStore raises for an array that is missing or of another kind

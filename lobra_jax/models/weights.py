@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-import os
 import statistics
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
+from lobra_jax.host import host_cores
 from lobra_jax.models.config import LlamaConfig
 
 EMBEDDING_STD = 0.02
@@ -100,7 +100,7 @@ class RandomWeights:
         self.config = config
         self.seed = seed
         self.dtype = np.dtype(dtype)
-        drawers = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="draw")
+        drawers = ThreadPoolExecutor(host_cores(), thread_name_prefix="draw")
         draw = functools.partial(_drawn, config, weight_shapes(config), seed, self.dtype, drawers)
         # A tensor's shards are read one after the other, some tensors at once: keeping the last ones drawn spares
         # drawing each once a device. The cache does not hold `self`, so that tensors and threads end with it.

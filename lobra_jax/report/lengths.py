@@ -13,6 +13,7 @@ from lobra_jax.data.batches import TaskData
 from lobra_jax.data.statistics import length_statistics
 from lobra_jax.report.style import EVAL, INK, TRAIN, figure, plain
 from planner.errors import UserError
+from planner.files import writing
 
 MAX_COLUMNS = 4
 NUM_BINS = 40
@@ -23,10 +24,9 @@ def save_length_picture(tasks: Sequence[TaskData], path: Path) -> None:
     """Draws `length_figure` into a file whose ending says the format."""
     if path.suffix not in KINDS:
         raise UserError("unknown kind of picture", key="--picture", value=str(path), expected=f"a name in {KINDS}")
-    try:
+    with writing(path, key="--picture"):
+        path.parent.mkdir(parents=True, exist_ok=True)
         length_figure(tasks).savefig(path)
-    except OSError as error:
-        raise UserError(f"cannot write: {error.strerror}", file=path, key="--picture") from error
 
 
 def length_figure(tasks: Sequence[TaskData]) -> Figure:

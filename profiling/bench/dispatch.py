@@ -7,7 +7,6 @@ seconds are both reported: on a machine that others use too, the CPU seconds are
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from planner.bucketing import bucket_lengths, choose_buckets, least_padding_buck
 from planner.cost import CostTable
 from planner.dispatch import Dispatch, dispatch
 from planner.evaluate import evaluate
+from planner.files import check_out, write_json
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
 from planner.problem import usable_config
 from planner.workload import Workload
@@ -55,10 +55,11 @@ CASES = (
 
 @click.command(epilog="\b\nExample:\n  python -m profiling.bench.dispatch --out profiling/results/dispatch.json")
 @click.option("--steps", type=click.IntRange(min=1), default=40, show_default=True, help="Batches of each case.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the batches.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the batches.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the rows as JSON.")
 def main(steps: int, seed: int, out: Path | None) -> None:
     """Time the dispatch of sampled batches and compare it with its bound."""
+    check_out(out)
     costs = CostTable.load(CONFIGS / "costs" / "llama2_7b_a100_40g.json")
     workload = Workload.load(CONFIGS / "lengths" / "lobra_six_tasks.json")
     rows = [_case(case, costs, workload, steps, seed) for case in CASES]
@@ -80,7 +81,7 @@ def main(steps: int, seed: int, out: Path | None) -> None:
             **provenance(("numpy", "pyscipopt")),
             "rows": rows,
         }
-        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_json(out, record)
         click.echo(str(out))
 
 

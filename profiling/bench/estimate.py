@@ -9,7 +9,6 @@ capacities.
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import click
 
 from planner.cost import ConfigCost, CostTable
 from planner.errors import UserError
+from planner.files import check_out, write_json
 from profiling.bench.provenance import provenance
 
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -77,6 +77,7 @@ def main(estimated: Path, measured: Path, out: Path | None) -> None:
 
     ESTIMATED is what `lobra profile --estimate` wrote, MEASURED what `lobra profile` did for the same config.
     """
+    check_out(out)
     tables = CostTable.load(estimated), CostTable.load(measured)
     errors = compare(*tables)
     for error in errors:
@@ -87,7 +88,7 @@ def main(estimated: Path, measured: Path, out: Path | None) -> None:
         )
     click.echo(f"in all {mean_error(errors):.1%} in the mean over {sum(e.num_shapes for e in errors)} shapes")
     if out is not None:
-        out.write_text(json.dumps(_report(*tables, errors), indent=1) + "\n", encoding="utf-8")
+        write_json(out, _report(*tables, errors))
 
 
 def _report(estimated: CostTable, measured: CostTable, errors: list[ConfigError]) -> dict[str, Any]:

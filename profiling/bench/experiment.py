@@ -19,6 +19,7 @@ import click
 
 from lobra_jax.commands.options import config_options
 from planner.errors import UserError
+from planner.files import check_folder
 from planner.plan import REMATS
 from profiling.bench.options import command_line, parse_names
 from profiling.systems import SYSTEMS, System, plan_part, workloads
@@ -69,6 +70,7 @@ def main(
     chosen = list(dict.fromkeys(parse_names("--systems", systems, list(SYSTEMS))))
     if not out.parent.is_dir():
         raise UserError("no such folder", key="--out", value=str(out), expected="a folder in an existing one")
+    check_folder(out)
     config = _config(load_config(config_path, overrides), options["batch_scale"], options["steps"])
     configure(config.devices, cache_dir=config.data.cache_dir)
     out.mkdir(exist_ok=True)

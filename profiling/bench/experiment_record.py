@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from lobra_jax.config import model_config
 from lobra_jax.devices import memory_limit
 from planner.errors import UserError
+from planner.files import write_json
 from profiling.bench.experiment_run import NUM_WARM_UPS, Scene
 from profiling.bench.provenance import provenance
 from profiling.systems import SYSTEMS
@@ -105,9 +105,7 @@ class Results:
         own = {key: self._record[key] for key in ("commit", "date")}
         self._record["parts"][name] = {**own, **part}
         self._record["systems"] = [row for key in SYSTEMS if (row := self.row(key)) is not None]
-        temporary = self._path.with_name(self._path.name + ".new")
-        temporary.write_text(json.dumps(self._record, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self._path)
+        write_json(self._path, self._record)
 
     def line(self, name: str) -> str:
         """One part, for people."""

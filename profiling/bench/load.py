@@ -21,6 +21,7 @@ import numpy as np
 
 from lobra_jax.models.config import PRESETS
 from lobra_jax.models.weights import weight_shapes
+from planner.files import check_out, write_json
 from profiling.bench.provenance import provenance
 
 SHARD_BYTES = 2**30
@@ -46,6 +47,7 @@ def main(preset: str, layers: str, out: Path) -> None:
     """Measure the host memory that loading a base takes beside the arrays themselves."""
     from lobra_jax.models.hf import save_hf
 
+    check_out(out)
     results = []
     for count in map(int, layers.split(",")):
         config = dataclasses.replace(PRESETS[preset], num_layers=count)
@@ -60,7 +62,7 @@ def main(preset: str, layers: str, out: Path) -> None:
             f"{above / 2**30:.2f} GiB at most beside them"
         )
     libraries = ("jax", "numpy", "safetensors")
-    out.write_text(json.dumps({**provenance(libraries), "results": results}, indent=1) + "\n", encoding="utf-8")
+    write_json(out, {**provenance(libraries), "results": results})
 
 
 def measure(folder: str) -> None:

@@ -9,7 +9,6 @@ the ones to compare.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 import time
@@ -30,6 +29,7 @@ from planner.batching import choose_batching
 from planner.bucketing import planning_buckets
 from planner.cost import CostTable
 from planner.errors import UserError
+from planner.files import check_out, write_json
 from planner.packed_dispatch import packed_replicas
 from planner.plan import REMATS, ParallelConfig, Plan, ReplicaGroup
 from planner.workload import TaskLengths, Workload
@@ -97,12 +97,13 @@ class Case:
 @click.option("--max-tokens", type=click.IntRange(min=16), default=2048, show_default=True,
               help="Largest micro-batch, as of lobra profile.")  # fmt: skip
 @click.option("--steps", type=click.IntRange(min=1), default=6, show_default=True, help="Timed steps each way.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of lengths and batches.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of lengths and batches.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the result as JSON.")
 def main(
     model: str, layers: int | None, dtype: str, remat: str, rank: int, steps: int, out: Path | None, **options: Any
 ) -> None:
     """Run the same steps with padded and with packed rows."""
+    check_out(out)
     if options["context_length"] > options["max_tokens"]:
         key, value = "--context-length", options["context_length"]
         raise UserError("longer than a micro-batch", key=key, value=value, expected=f"at most {options['max_tokens']}")
@@ -141,7 +142,7 @@ def main(
             "plan": plan.to_dict(),
             "rows": rows,
         }
-        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_json(out, record)
         click.echo(str(out))
 
 

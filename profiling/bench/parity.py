@@ -8,7 +8,6 @@ every task how far loss curve and adapter are from PEFT's.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from lobra_jax.data.dataset import TokenStore, whole
 from lobra_jax.lora_spec import LoraSpec
 from lobra_jax.models.config import LlamaConfig
 from planner.cost import ConfigCost, CostTable
+from planner.files import check_out, write_json
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
 from profiling.bench.provenance import provenance
 
@@ -311,6 +311,7 @@ def main(out: Path) -> None:
     """Compare training here with PEFT and torch, task by task, alone and among others."""
     from lobra_jax.devices import configure
 
+    check_out(out)
     with tempfile.TemporaryDirectory() as name:
         configure(DevicesConfig(simulated=NUM_DEVICES), cache_dir=Path(name))
         tasks = parity_tasks()
@@ -334,7 +335,7 @@ def main(out: Path) -> None:
         "joint_plan": [f"({tp},{pp}) {remat}" for tp, pp, remat, _ in UNEVEN],
         "relative_difference_from_peft": rows,
     }
-    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(out, record)
 
 
 if __name__ == "__main__":

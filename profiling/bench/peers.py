@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import gc
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import click
 
 from lobra_jax.models.config import PRESETS, TARGETS, LlamaConfig
 from planner.errors import UserError
+from planner.files import check_out, write_json
 from profiling.bench.ceiling import floor_flops
 from profiling.bench.options import command_line, parse_shapes
 from profiling.bench.provenance import provenance
@@ -58,8 +58,7 @@ class Peer:
 def main(out: Path | None, **options: Any) -> None:
     """Time the same step with transformers and PEFT, and with Liger's kernels where they are installed."""
     shapes = parse_shapes("--shapes", options["shapes"])
-    if out is not None and not out.parent.is_dir():
-        raise UserError("no such folder", key="--out", value=str(out), expected="a file in an existing folder")
+    check_out(out)
     missing = [name for name in ("torch", "transformers", "peft") if find_spec(name) is None]
     if missing:
         raise UserError(f"{', '.join(missing)} not installed", expected='pip install "lobra-jax[parity]"')
@@ -84,7 +83,7 @@ def main(out: Path | None, **options: Any) -> None:
             record["rows"].append(row)
             click.echo(_line(row))
             if out is not None:
-                out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                write_json(out, record)
 
 
 def _rows(peer: Peer, model: LlamaConfig, shapes: list[tuple[int, int]], options: dict[str, Any]) -> Iterator[dict]:

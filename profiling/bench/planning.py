@@ -8,7 +8,6 @@ proved. LobRA's published planning seconds (its 70B model and its machine; here 
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from planner.files import check_file, write_json
 from planner.inputs import FILE
 from planner.lobra_files import read_cost_table, read_tasks
 from planner.plan import Plan
@@ -70,6 +70,7 @@ def bench(
     baseline_limit: float,
 ) -> None:
     """Times the planners and writes a table as JSON."""
+    check_file(out)
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)
     costs = read_cost_table(reference / TIMES, reference / MEMORY, num_layers=NUM_LAYERS, model="llama-7b")
@@ -90,8 +91,7 @@ def bench(
     published = (reference / PUBLISHED).read_text(encoding="utf-8") if (reference / PUBLISHED).is_file() else None
     settings = {"tasks": tasks, "grow": grow, "time_limit_s": time_limit, "baseline_limit_s": baseline_limit}
     written = {**provenance(LIBRARIES), "settings": settings, "rows": rows, "published_planning_seconds_csv": published}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    write_json(out, written)
     console.print(_table(rows))
     if published:
         console.print(f"published planning seconds (70B, 4 tasks):\n{published}", highlight=False)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import math
 import statistics
 import time
@@ -24,6 +23,7 @@ import numpy as np
 from lobra_jax.devices import set_accelerator_flags
 from lobra_jax.models.config import PRESETS, QUANTIZATIONS, TARGETS, LlamaConfig
 from planner.errors import UserError
+from planner.files import check_out, write_json
 from planner.lattice import Shape
 from planner.plan import REMATS, ParallelConfig
 from profiling.bench.options import command_line, parse_shapes
@@ -62,6 +62,7 @@ def main(path: Path | None, text: Path | None, out: Path | None, **options: Any)
             expected = "some of " + ",".join(QUANTIZATIONS)
             raise UserError("unknown quantization", key="--quantizations", value=kind, expected=expected)
     shapes = parse_shapes("--shapes", options["shapes"])
+    check_out(out)
     if text is not None and path is None:
         raise UserError("--text without --path", key="--text", value=str(text), expected="the folder of its tokenizer")
     set_accelerator_flags()
@@ -107,7 +108,7 @@ def main(path: Path | None, text: Path | None, out: Path | None, **options: Any)
         record["rows"].append(row)
         click.echo(_line(row))
         if out is not None:
-            out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            write_json(out, record)
 
 
 def _model(path: Path | None, preset: str, layers: int | None) -> LlamaConfig:

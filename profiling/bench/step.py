@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ import click
 
 from lobra_jax.devices import set_accelerator_flags
 from planner.errors import UserError
+from planner.files import check_out, write_json
 from planner.plan import REMATS
 from profiling.bench.options import command_line, parse_names, parse_preset, parse_shapes
 from profiling.bench.provenance import provenance
@@ -50,8 +50,7 @@ GIB = 2**30
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the result as JSON.")
 def main(out: Path | None, **options: Any) -> None:
     """Time joint steps of made-up micro-batches on the devices present."""
-    if out is not None and not out.parent.is_dir():
-        raise UserError("no such folder", key="--out", value=str(out), expected="a file in an existing folder")
+    check_out(out)
     cases = _cases(options)
     set_accelerator_flags()
     from profiling.bench.step_case import Bench
@@ -70,7 +69,7 @@ def main(out: Path | None, **options: Any) -> None:
         record["rows"].append(row)
         click.echo(_line(row))
         if out is not None:
-            out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            write_json(out, record)
     if not bench.check.passed:
         raise click.ClickException(f"the numbers are wrong: {bench.check}")
 

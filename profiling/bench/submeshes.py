@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ import click
 
 from lobra_jax.devices import set_accelerator_flags
 from planner.errors import UserError
+from planner.files import check_out, write_json
 from planner.plan import REMATS
 from profiling.bench.options import command_line, parse_names, parse_preset, parse_shapes
 from profiling.bench.provenance import provenance
@@ -57,8 +57,7 @@ FEW_READINGS = 3
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the result as JSON.")
 def main(out: Path | None, **options: Any) -> None:
     """Time every way to cut a replica over the devices present."""
-    if out is not None and not out.parent.is_dir():
-        raise UserError("no such folder", key="--out", value=str(out), expected="a file in an existing folder")
+    check_out(out)
     shapes = parse_shapes("--shape", options["shape"])
     if len(shapes) != 1:
         raise UserError("more than one", key="--shape", value=options["shape"], expected="one ROWSxLENGTH")
@@ -84,7 +83,7 @@ def main(out: Path | None, **options: Any) -> None:
         record["rows"].append(row)
         click.echo(_line(row))
         if out is not None:
-            out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            write_json(out, record)
         if not row["passed"]:
             failed.append(f"(tp{row['tp']},pp{row['pp']})")
     if failed:

@@ -19,6 +19,7 @@ import numpy as np
 
 from lobra_jax.data.cache import cached_tokens
 from lobra_jax.data.tokenizer import load_tokenizer
+from planner.files import check_out, write_json
 from profiling.bench.provenance import provenance
 
 SIZES = (25_000, 100_000, 400_000)
@@ -34,6 +35,7 @@ WORDS = "the quick brown fox jumps over a lazy dog while seven people discuss wh
 @click.option("--sizes", default=",".join(map(str, SIZES)), show_default=True, help="Numbers of records.")
 def main(out: Path, sizes: str) -> None:
     """Measure tokenising of short prompt and completion records."""
+    check_out(out)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_tokenizer(folder / "tokenizer.json")
@@ -47,9 +49,7 @@ def main(out: Path, sizes: str) -> None:
                 f"{count:,} records: {results[-1]['records_per_minute']:,.0f} a minute, "
                 f"{results[-1]['max_resident_bytes'] / 2**20:.0f} MiB at most"
             )
-    out.write_text(
-        json.dumps({**provenance(("tokenizers", "numpy")), "results": results}, indent=1) + "\n", encoding="utf-8"
-    )
+    write_json(out, {**provenance(("tokenizers", "numpy")), "results": results})
 
 
 def measure(name: str) -> None:

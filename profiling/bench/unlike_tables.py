@@ -9,7 +9,6 @@ half times their size.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from rich.console import Console
 
 from planner.cost import CostTable
 from planner.errors import UserError
+from planner.files import check_file, write_json
 from planner.inputs import FILE
 from planner.lobra_files import read_cost_table, read_tasks
 from planner.problem import build_problem
@@ -52,10 +52,11 @@ WIDE = 8
 @click.option("--out", type=FILE, required=True, metavar="FILE", help="The JSON to write.")
 @click.option("--devices", default="16,64,256", show_default=True, help="Numbers of devices.")
 @click.option("--instances", type=click.IntRange(min=1), default=10, show_default=True, help="For each of them.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the first instance.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the first instance.")
 @click.option("--time-limit", type=float, default=30.0, show_default=True, help="Seconds for each.")
 def bench(reference: Path, out: Path, devices: str, instances: int, seed: int, time_limit: float) -> None:
     """Times the exact planner on drawn instances and writes them as JSON."""
+    check_file(out)
     console = Console()
     rows: list[dict[str, Any]] = []
     for num_devices in (int(item) for item in devices.split(",")):
@@ -73,8 +74,7 @@ def bench(reference: Path, out: Path, devices: str, instances: int, seed: int, t
             highlight=False,
         )
     written = {**provenance(LIBRARIES), "settings": {"seed": seed, "time_limit_s": time_limit}, "rows": rows}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    write_json(out, written)
 
 
 def instance(reference: Path, num_devices: int, seed: int) -> tuple[Workload, CostTable]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from planner.errors import UserError
+from planner.files import check_folder, check_out, write_json, writing
 
 DEFAULT_TOP = 15
 
@@ -31,17 +31,20 @@ def trace(run: Path, out: Path | None, pictures: Path | None, top: int) -> None:
         raise UserError(
             "no such folder", key="RUN", value=str(run), expected="a run of lobra train --trace, or a trace"
         )
-    if out is not None and not out.parent.is_dir():
-        raise UserError("no such folder", key="--out", value=str(out), expected="a file in an existing folder")
+    check_out(out)
+    if pictures is not None:
+        check_folder(pictures, key="--pictures")
     from profiling.trace.summary import summarise
     from profiling.trace.text import lines
 
     summary = summarise(run, top=top)
     click.echo("\n".join(lines(summary)))
     if out is not None:
-        out.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        write_json(out, summary)
     if pictures is not None:
         from profiling.trace.charts import write_pictures
 
-        for path in write_pictures(summary, pictures):
+        with writing(pictures, key="--pictures"):
+            paths = write_pictures(summary, pictures)
+        for path in paths:
             click.echo(str(path))

@@ -87,6 +87,17 @@ def test_saved_config_loads_equal_from_elsewhere(folder, tmp_path_factory, name)
     assert load_config(path, check_files=False) == config
 
 
+def test_a_kill_while_a_config_is_saved_leaves_the_old_one(folder, monkeypatch):
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    config = load_config(folder / "c.yaml")
+    monkeypatch.setattr("os.replace", kill)
+    with pytest.raises(KeyboardInterrupt):
+        save_config(config, folder / "c.yaml")
+    assert (folder / "c.yaml").read_text(encoding="utf-8") == YAML
+
+
 def test_overrides_address_tasks_by_name_number_and_all(folder):
     overrides = ["tasks.*.steps=7", "tasks.b.x.lr=1e-2", "tasks.0.schedule.kind=cosine", "training.seed=3"]
     config = load_config(folder / "c.yaml", overrides)
@@ -174,6 +185,8 @@ def test_model_shape_comes_from_the_folder(folder):
         ("model.preset.x=1", "'preset' is not a section"),
         ("training.seed", "bad override; expected key=value"),
         ("training.seed=[", "training.seed: not YAML"),
+        ("training.seed=2024-13-45", "training.seed: not YAML: bad timestamp '2024-13-45'; expected a YAML value"),
+        ("training.seed=&x [*x]", "training.seed: not YAML: a value that holds itself, or too many levels"),
     ],
 )
 def test_bad_override_is_named_with_key_value_and_expectation(folder, override, says):
@@ -213,6 +226,12 @@ def test_mistake_of_several_keys_names_the_file(folder, override, says):
         ("x.yaml", "model: [", r"x.yaml:1: not YAML"),
         ("x.yaml", "", "x.yaml: an empty config"),
         ("x.yaml", "[1]", "x.yaml: not a mapping"),
+        (
+            "x.yaml",
+            "tasks:\n- name: 2024-13-45",
+            "x.yaml:2: not YAML: bad timestamp '2024-13-45'; expected",
+        ),
+        ("x.yaml", "tasks: &x [*x]", "x.yaml: not YAML: a value that holds itself, or too many levels"),
         ("x.yaml", "model: {}\nmodel: {}", "x.yaml:2: not YAML: key 'model' is given twice"),
         ("x.yaml", "model: {preset: tiny}", "x.yaml: tasks: missing; expected a value for 'tasks'"),
         ("x.yaml", "model: {preset: tiny}\ntask: []", "x.yaml: task: unknown key 'task', did you mean 'tasks'?"),
@@ -229,6 +248,13 @@ def test_mistake_of_several_keys_names_the_file(folder, override, says):
         ("x.gin", 'include "y.gin"', "x.gin:1: cannot read the included file"),
         ("x.gin", "s/ModelConfig.preset = 'tiny'", "x.gin:1: a scope before ModelConfig (got 's')"),
         ("x.gin", "RunConfig.tasks = 'a'", "x.gin:1: RunConfig.tasks: bad value"),
+        (
+            "x.gin",
+            "ModelConfig.preset = 'tiny'\nRunConfig.tasks = [{'name': ['a']}]",
+            "x.gin: tasks.0.name: bad value (got ['a'])",
+        ),
+        ("x.gin", "RunConfig.tasks = [{['a']: 1}]", "x.gin: not gin: unhashable type"),
+        ("x.gin", "TaskConfig.rank = " + "[" * 3000, "x.gin: not gin: "),
         ("x.gin", "RunConfig.tasks = ['ab']\nac/TaskConfig.rank = 1", "x.gin: task 'ac' is not in RunConfig.tasks"),
         ("x.gin", "ModelConfig.preset = 'tiny'", "x.gin: tasks: empty"),
     ],
@@ -236,6 +262,12 @@ def test_mistake_of_several_keys_names_the_file(folder, override, says):
 def test_bad_file_is_named_with_its_line(tmp_path, name, text, says):
     (tmp_path / name).write_text(text, encoding="utf-8")
     assert message(tmp_path / name).startswith(f"{tmp_path}/{says}")
+
+
+def test_an_included_file_that_is_not_text_is_named(tmp_path):
+    (tmp_path / "x.gin").write_text('\ninclude "y.gin"', encoding="utf-8")
+    (tmp_path / "y.gin").write_bytes(b"LR = '\xff'")
+    assert f"{tmp_path}/x.gin:2: the included file is not UTF-8 text (got 'y.gin')" in message(tmp_path / "x.gin")
 
 
 def test_missing_config_is_named(tmp_path):

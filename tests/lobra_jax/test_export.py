@@ -276,6 +276,35 @@ def test_export_never_writes_into_a_folder_with_content(
     assert [path.name for path in out.iterdir()] == ["precious"]
 
 
+@pytest.mark.parametrize("flags", [(), ("--merged",)])
+def test_an_export_to_a_place_that_cannot_be_written_is_one_line(
+    run_folder: Path, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    out = tmp_path / "file" / "out"
+    result = export(run_folder, "answers", out, *flags)
+    assert result.exit_code == 2
+    line = f"error: {out}: --out: cannot write: {out.parent} is no folder; expected a path that can be written\n"
+    assert result.stderr == line
+
+
+@pytest.mark.parametrize("left", ["nothing", "a folder"])
+def test_a_tokenizer_that_is_gone_is_said_before_anything_is_merged(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    tokenizer = tmp_path / "moved.json"
+    if left == "a folder":
+        tokenizer.mkdir()
+    config = load_config(run_folder / "config.yaml", [f"data.tokenizer={tokenizer}"], check_files=False)
+    save_config(config, run_folder / "config.yaml")
+    merged = []
+    monkeypatch.setattr("lobra_jax.export.save_hf", lambda *args, **kwargs: merged.append(args))
+    result = export(run_folder, "answers", tmp_path / "out", "--merged")
+    assert result.exit_code == 2 and merged == []
+    assert f"{tokenizer}: data.tokenizer: cannot read the tokenizer: " in result.stderr
+    assert result.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
 def test_export_of_an_unknown_task_names_the_tasks_there_are(run_folder: Path, tmp_path: Path) -> None:
     result = export(run_folder, "answer", tmp_path / "out")
     assert result.exit_code == 2

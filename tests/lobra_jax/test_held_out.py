@@ -35,6 +35,8 @@ def test_patience_ends_a_task_once_nothing_better_came_so_often(losses, patience
 def test_a_loss_that_is_no_number_is_never_best():
     assert follow([2.0, math.nan, 1.0]) == BestSoFar(loss=1.0, step=2)
     assert follow([math.nan, 3.0]) == BestSoFar(loss=3.0, step=1)
+    never = follow([math.nan, math.nan])
+    assert never == BestSoFar(loss=math.inf, step=-1, misses=2) and is_spent(never, 2)
     assert follow([2.0, math.nan]).misses == 1
 
 

@@ -152,6 +152,21 @@ def test_damage_elsewhere_names_the_line(tmp_path: Path) -> None:
         read_metrics(path)
 
 
+@pytest.mark.parametrize(
+    "line", [b"5", b"[]", b"{}", b'{"kind": "step"}', b'{"kind": "step", "step": "1"}', b'{"kind": "\xff", "step": 1}']
+)
+def test_a_line_that_is_no_record_is_named_on_reading_and_on_resuming(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    content = b'{"kind": "step", "step": 1}\n' + line + b"\n"
+    path.write_bytes(content)
+    for read in (lambda: read_metrics(path), lambda: MetricsWriter(tmp_path, resume_step=3)):
+        with pytest.raises(
+            UserError, match=r"metrics.jsonl:2: bad record.*; expected a JSON object with kind and step"
+        ):
+            read()
+    assert path.read_bytes() == content
+
+
 def test_a_missing_file_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"metrics.jsonl: cannot read the metrics"):
         read_metrics(tmp_path / "metrics.jsonl")

@@ -138,6 +138,13 @@ def test_mistakes_are_one_line_with_status_two_and_write_nothing(folder, capsys,
     assert not (folder / "plan.yaml").exists()
 
 
+def test_a_plan_that_cannot_be_written_is_said_before_anything_is_read(folder, capsys):
+    (folder / "file").write_text("in the way")
+    assert lobra("plan", "--config", "gone.yaml", "--out", "file/plan.yaml") == 2
+    line = "error: file: --out: cannot write: Not a directory; expected a path that can be written\n"
+    assert capsys.readouterr().err == line
+
+
 def set_devices(folder, **devices):
     raw = yaml.safe_load((folder / "C.yaml").read_text())
     (folder / "C.yaml").write_text(yaml.safe_dump({**raw, "devices": devices}))

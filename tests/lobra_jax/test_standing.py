@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
 from lobra_jax.config import TaskConfig
 from lobra_jax.held_out import BestSoFar
-from lobra_jax.standing import Standing, evaluates
+from lobra_jax.standing import Standing, check_steps, evaluates
+from planner.errors import UserError
 
 
 def task(name: str, steps: int, **rest: object) -> TaskConfig:
@@ -27,6 +32,33 @@ def test_a_position_restores_the_standing():
     after = Standing(tasks=tasks)
     after.restore(before.position())
     assert after == before
+
+
+@pytest.mark.parametrize(
+    ("steps", "complaint"),
+    [
+        ({}, None),
+        ({"b": 7}, None),
+        ({"b": 4}, None),
+        ({"b": 3}, "4 steps are done already.*got 3.*at least 4"),
+        ({"a": 5}, r"tasks\.a\.steps: the task was done after 2 steps.*gone on to 4 .got 5.; expected 2, or a new run"),
+        ({"a": 1}, "was done after 2 steps"),
+    ],
+)
+def test_steps_of_a_task_may_change_while_it_trains_and_not_once_it_is_done(steps, complaint):
+    before = {"a": 2, "b": 6}
+    position = Standing(tasks=[task(name, number) for name, number in before.items()]).position()
+    tasks = [task(name, number) for name, number in (before | steps).items()]
+    if complaint is None:
+        check_steps(tasks, position, 4, Path("run/checkpoints/4"))
+        return
+    with pytest.raises(UserError, match=complaint):
+        check_steps(tasks, position, 4, Path("run/checkpoints/4"))
+
+
+def test_a_task_that_has_just_ended_may_go_on():
+    position = Standing(tasks=[task("a", 4)]).position()
+    check_steps([task("a", 9)], position, 4, Path("run/checkpoints/4"))
 
 
 def test_a_task_is_evaluated_at_its_interval_and_after_its_last_step(tmp_path):

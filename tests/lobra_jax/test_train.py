@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +23,11 @@ from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.hf import save_hf
 from lobra_jax.models.weights import RandomWeights
 from lobra_jax.peft_folder import read_peft_adapter, write_peft_adapter
+from lobra_jax.room import Room
 from lobra_jax.train import Trainer
 from planner.cost import ConfigCost, CostTable, PackedCost
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
+from planner.workload import Workload
 
 MODEL = LlamaConfig(
     name="base",
@@ -335,10 +341,17 @@ def test_a_run_directory_is_never_overwritten(world, finished):
         (["--set", "training.seed=7"], r"another run.*got"),
         (["--set", "tasks.short.lr=1"], r"tasks.short.lr.*got 0.003.*1.0"),
         (["--set", "tasks.long.batch_size=4"], r"tasks.long.batch_size.*got 3.*4"),
+        (["--set", "tasks.long.steps=9"], r"tasks.long.steps.*done after 5 steps.*gone on to 6.*got 9.*expected 5"),
+        (["--set", "tasks.short.steps=5"], r"tasks.short.steps.*6 steps are done.*got 5.*at least 6"),
+        (["--set", "model.path=OTHER"], r"model.path.*another run"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(world, finished, arguments, complaint):
     before = sorted((p.name, p.stat().st_mtime_ns) for p in finished.iterdir() if p.is_file())
+    if not (world / "other").is_dir():  # the same model with other weights
+        save_hf(world / "other", MODEL, RandomWeights(MODEL, 1))
+        shutil.copy(world / "base" / "tokenizer.json", world / "other")
+    arguments = [argument.replace("OTHER", str(world / "other")) for argument in arguments]
     result = train(world, finished, "--resume", *arguments)
     assert result.exit_code == 2
     line = result.output.strip().splitlines()[-1]
@@ -396,6 +409,8 @@ def test_a_plan_is_looked_at_before_anything_is_measured(world, tmp_path):
         ({"provenance": {"rank": 2}}, r"provenance.rank.*got 2.*4 or more"),
         ({"provenance": {"dora": False}}, r"provenance.dora.*got False.*expected True:"),
         ({"provenance": {"averages": False}}, r"provenance.averages.*got False.*expected True:"),
+        ({"provenance": {"targets": ["q", "v"]}}, r"provenance.targets.*got \['q', 'v'\].*expected.*up.*among them:"),
+        ({"provenance": {"optimizers": ["sgd"]}}, r"provenance.optimizers.*got \['sgd'\].*adamw among them:"),
         ({"provenance": {"dtype": "bfloat16"}}, r"provenance.dtype.*float32"),
         ({"provenance": {"quantization": "int8"}}, r"provenance.quantization.*got 'int8'.*expected none"),
     ],
@@ -416,6 +431,61 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(world, finished, t
     result = train(world, out, "--resume", plan="many")
     assert result.exit_code == 0, result.output
     assert difference(adapter(out, "short"), adapter(finished, "short")) == 0
+    assert [r["step"] for r in read_metrics(out / "metrics.jsonl", "eval")] == [0, 4, 6]
+
+
+def test_an_interruption_while_compiling_ends_the_run_at_once(world, tmp_path, monkeypatch):
+    """Weights are placed by then: the interruption comes where the start waits for its programs."""
+    waited, placed = [], threading.Event()
+
+    def compile_(self):
+        placed.wait()
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+        waited.append(self.engine._abandoned.wait(20))
+
+    monkeypatch.setattr(Room, "compile", compile_)
+    monkeypatch.setattr(Trainer, "_place", lambda self: placed.set())
+    assert train(world, tmp_path / "run").exit_code == 130
+    assert waited == [True]
+
+
+def test_a_run_that_is_over_leaves_adapters_that_were_lost(world, finished, tmp_path):
+    out = tmp_path / "over"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "adapters")
+    result = train(world, out, "--resume", plan="many")
+    assert result.exit_code == 0, result.output
+    for name in ("short", "long"):
+        assert difference(adapter(out, name), adapter(finished, name)) == 0
+
+
+@pytest.mark.parametrize("plan", ["one.yaml", None])
+def test_a_run_directory_that_cannot_be_written_is_said_before_anything_else(world, tmp_path, monkeypatch, plan):
+    (tmp_path / "file").write_text("in the way")
+    for name in ("data.load.load_tasks", "commands.train._measure"):
+        monkeypatch.setattr(f"lobra_jax.{name}", lambda *_, name=name: pytest.fail(f"{name} was called"))
+    out = tmp_path / "file" / "run"
+    arguments = ("--set", "planner.costs=null") if plan is None else ("--plan", world / plan)
+    result = lobra("train", "--config", world / "config.yaml", "--out", out, *arguments)
+    line = f"error: {out}: --out: cannot write: Not a directory; expected a path that can be written\n"
+    assert (result.exit_code, result.output) == (2, line)
+
+
+@pytest.mark.parametrize("killed_in", [CostTable, Plan, Workload])
+def test_a_run_killed_while_its_files_are_written_starts_or_resumes(world, tmp_path, monkeypatch, killed_in):
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    runs = []
+    monkeypatch.setattr("lobra_jax.train.train", lambda inputs, out, resume, say: runs.append(resume))
+    with monkeypatch.context() as patch:
+        patch.setattr(killed_in, "save", kill)
+        assert train(world, tmp_path / "run").exit_code == 130
+    resume = ("--resume",) * (killed_in is Workload)  # the plan was written
+    result = train(world, tmp_path / "run", *resume)
+    assert result.exit_code == 0, result.output
+    assert runs == [bool(resume)]
 
 
 def test_a_cost_table_of_another_model_is_refused(world, tmp_path):

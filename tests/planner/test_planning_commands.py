@@ -163,6 +163,33 @@ def test_failed_planning_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["plan.yaml", "plan.costs.json", "plan.lengths.json"])
+def test_a_kill_while_a_file_is_saved_leaves_the_old_one(folder, monkeypatch, name):
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    saved = {"plan.yaml": PLAN, "plan.costs.json": COSTS, "plan.lengths.json": WORKLOAD}[name]
+    before = (folder / name).read_bytes()
+    monkeypatch.setattr("os.replace", kill)
+    with pytest.raises(KeyboardInterrupt):
+        saved.save(folder / name)
+    assert (folder / name).read_bytes() == before
+
+
+@pytest.mark.parametrize("option", ["--seed", "--lengths-seed"])
+def test_a_seed_below_zero_is_refused(folder, option):
+    result = CliRunner().invoke(simulate, ["--plan", str(folder / "plan.yaml"), option, "-1"])
+    assert result.exit_code == 2 and f"Invalid value for '{option}'" in result.output
+
+
+@pytest.mark.parametrize(("command", "option"), [(explain, "--html"), (simulate, "--out")])
+def test_an_output_that_cannot_be_written_is_said_before_anything_is_read(tmp_path, command, option):
+    (tmp_path / "file").write_text("")
+    plan = [] if command is simulate else ["nowhere.yaml"]
+    with pytest.raises(UserError, match=rf"file: {option}: cannot write: Not a directory"):
+        run(command, *plan, option, tmp_path / "file" / "out")
+
+
 def test_help_shows_an_example():
     for command in (explain, simulate):
         assert "Example:" in run(command, "--help")

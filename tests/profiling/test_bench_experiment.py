@@ -218,6 +218,7 @@ def test_mistakes_are_one_line(finished, folder, tmp_path):
         ((out, "--set", "training.seed=1"), ["experiment.json", "seed", "another --out"]),
         ((out, "--set", "training.batching=packed"), ["training.batching", "padded"]),
         ((tmp_path / "no" / "out",), ["--out", "no such folder"]),
+        (("/proc/out",), ["--out", "cannot write"]),
         ((tmp_path / "out", "--costs", costs), ["hardware.memory_bytes", "at most devices.memory_bytes = 4194304"]),
     ]:
         result = experiment(folder, *arguments)

@@ -321,6 +321,16 @@ def test_user_mistakes_are_one_line(config_file, tmp_path):
         assert not (tmp_path / "costs.json").exists()
 
 
+@pytest.mark.parametrize(("out", "problem"), [("", "a folder"), ("/proc/costs.json", "cannot write")])
+def test_an_output_that_cannot_be_written_is_said_before_anything_is_measured(
+    config_file, tmp_path, monkeypatch, out, problem
+):
+    monkeypatch.setattr("profiling.cli.run_profile", lambda *_, **__: pytest.fail("it measures"))
+    result = profile("--config", config_file, "--out", tmp_path / out, *SHAPES)
+    assert result.exit_code == 2 and f"--out: {problem}" in result.output, result.output
+    assert result.output.count("\n") == 1
+
+
 def test_damaged_partial_file_is_named(config_file, tmp_path):
     out = tmp_path / "costs.json"
     partial_path(out).write_text("{")

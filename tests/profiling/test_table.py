@@ -5,7 +5,7 @@ import pytest
 from planner.cost import ConfigCost, CostPoint
 from planner.errors import UserError
 from planner.plan import ParallelConfig
-from profiling.table import Header, Progress, load_partial, measure_all, partial_path
+from profiling.table import Header, Progress, load_partial, measure_all, partial_path, save_partial
 
 CONFIGS = tuple(ParallelConfig(tp=tp, pp=1, remat="none") for tp in (1, 2, 4))
 HEADER = Header(
@@ -110,6 +110,12 @@ def test_a_file_that_is_no_partial_profile_is_an_error(tmp_path, text):
         return
     with pytest.raises(UserError, match="cannot go on from this file"):
         load_partial(path, HEADER)
+
+
+def test_progress_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="file/p: cannot write: .*file is no folder"):
+        save_partial(tmp_path / "file" / "p", HEADER, NOTHING)
 
 
 def test_no_partial_file_means_nothing_is_known(tmp_path):

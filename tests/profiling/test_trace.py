@@ -384,6 +384,23 @@ def test_a_trace_without_a_runs_marks_is_summed_up_whole(tmp_path):
     check_sums(summary)
 
 
+@pytest.mark.parametrize(
+    ("option", "name", "complaint"),
+    [
+        ("--out", "gone/t.json", "--out: no such folder"),
+        ("--out", "/proc/t.json", "--out: cannot write"),
+        ("--pictures", "file/pictures", "--pictures: cannot write: Not a directory"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_said_before_the_trace_is_read(
+    tmp_path, monkeypatch, option, name, complaint
+):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr("profiling.trace.summary.summarise", lambda *_, **__: pytest.fail("it reads"))
+    done = lobra("trace", tmp_path, option, tmp_path / name)
+    assert done.exit_code == 2 and complaint in done.output and done.output.count("\n") == 1, done.output
+
+
 def test_what_is_no_trace_is_refused_in_a_line(tmp_path):
     (tmp_path / "bad.xplane.pb").write_bytes(b"no trace")
     space = TextSpace()

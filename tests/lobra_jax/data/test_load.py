@@ -180,6 +180,16 @@ def test_tokenize_prints_statistics_and_writes_lengths(config_file, tmp_path):
     assert "b (eval): reused, 30 records, " in second.output
 
 
+@pytest.mark.parametrize("option", ["--lengths-out", "--picture"])
+def test_tokenize_says_what_it_cannot_write_before_it_begins(config_file, tmp_path, option):
+    (tmp_path / "file").write_text("in the way")
+    out = tmp_path / "file" / "lengths.png"
+    done = CliRunner().invoke(main, ["tokenize", "--config", str(config_file), option, str(out)])
+    assert done.exit_code == 2
+    assert done.output.startswith(f"error: {out.parent}: {option}: cannot write: Not a directory")
+    assert done.output.count("\n") == 1
+
+
 def test_tokenize_ends_with_one_line_for_a_malformed_record(config_file, tmp_path):
     with (tmp_path / "a.jsonl").open("a", encoding="utf-8") as file:
         file.write("{\n")

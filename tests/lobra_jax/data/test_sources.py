@@ -16,6 +16,7 @@ from lobra_jax.data.templates import RecordError, render, with_columns
 from lobra_jax.data.tokenizer import load_tokenizer
 from planner.errors import UserError
 
+GZIP = gzip.compress(b'{"text": "a"}\n' * 9)
 RECORDS = [
     {"prompt": 'a "quoted", comma', "completion": "b\nsecond line"},
     {"prompt": "ä ö \U0001f600", "completion": "] } , ["},
@@ -84,6 +85,9 @@ def test_a_json_file_of_lines_is_read_as_lines(tmp_path):
         ("a.csv", b'prompt\n"a\n', "a.csv:2: not CSV"),
         ("a.csv", b"prompt\n\xff\n", "not UTF-8"),
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: not a gzip file"),
+        ("a.jsonl.gz", GZIP[:10] + b"\xff\xff\xff" + GZIP[13:], "a.jsonl.gz: not a gzip file"),
+        ("a.json.gz", GZIP[:10] + b"\xff\xff\xff" + GZIP[13:], "a.json.gz: not a gzip file"),
+        ("a.csv.gz", GZIP[:-9], "a.csv.gz: not a gzip file"),
         ("a.txt", b"a", "a.txt: unknown kind of data file '.txt'; expected a .jsonl"),
         ("a.parquet.gz", b"a", "unknown kind of data file '.parquet.gz'"),
     ],

@@ -53,6 +53,12 @@ def test_any_other_folder_with_something_in_it_is_refused_untouched(tmp_path, sa
     assert said == []
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, said):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"file/demo: --out: cannot write: Not a directory; expected"):
+        claim_folder(tmp_path / "file" / "demo", said.append)
+
+
 def test_tasks_that_learned_little_are_named():
     falls = {"good": 0.4, "weak": 0.09, "enough": 0.1, "worse": -0.5, "lost": math.nan}
     line = weak_falls(falls, num_steps=DEFAULT_STEPS)
