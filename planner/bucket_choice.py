@@ -19,11 +19,12 @@ import numpy as np
 
 from planner.bucketing import bucket_lengths
 from planner.cost import CostTable
+from planner.defaults import DEFAULT_DISPATCH_TIME_LIMIT_S, DEFAULT_MAX_BUCKETS
 from planner.dispatch import dispatch
 from planner.lattice import DEFAULT_ROW_OPTIONS
 from planner.plan import Plan
 from planner.problem import Constraints, PlanningProblem, build_problem
-from planner.simulate import DEFAULT_DISPATCH_TIME_LIMIT_S, batch
+from planner.simulate import batch
 from planner.workload import Workload
 
 CHOICES = (4, 6, 8, 10, 12, 16, 20, 24, 28, 32)
@@ -31,16 +32,7 @@ CHOICES = (4, 6, 8, 10, 12, 16, 20, 24, 28, 32)
 
 REFERENCE_BUCKETS = 16
 
-DEFAULT_COMPILE_S = 3.0
-"""Seconds that compiling one program adds to the start of a run: a Llama-2-7B micro-batch step of one stage with its
-layers in a scan, on one H200 with JAX 0.11.2 (the probe of the design; 12 s with the layers unrolled)."""
-
-DEFAULT_STEPS = 1000
-"""Steps that compile time is spread over where no run says how many it has."""
-
 NUM_SAMPLES = 8
-MAX_DISPATCH_BUCKETS = 16
-"""Padded lengths in use in one step, as in training by default."""
 
 PLANNING_SHARE = 0.3
 """Share of the time limit for the plan whose replicas the numbers of lengths are compared on."""
@@ -93,7 +85,7 @@ def bucket_rows(
                 costs,
                 lengths,
                 task_ids,
-                max_buckets=MAX_DISPATCH_BUCKETS,
+                max_buckets=DEFAULT_MAX_BUCKETS,
                 time_limit_s=DEFAULT_DISPATCH_TIME_LIMIT_S,
             )
             slowest.append(max(chosen.predicted_s))
