@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from lobra_jax.lora import LoraSpec
@@ -95,7 +94,7 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def save(self, step: int, state: Any, metadata: CheckpointMetadata) -> None:
-        """Writes `state`, a pytree of JAX arrays (each with a sharding of its own), NumPy arrays and NumPy scalars.
+        """Writes `state`, a pytree of JAX arrays (each with a sharding of its own) and NumPy arrays.
 
         A step that already has a checkpoint keeps it.
         """
@@ -104,7 +103,7 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(jax.tree.map(_unscalar, state)),
+                state=ocp.args.StandardSave(state),
                 metadata=ocp.args.JsonSave(metadata.to_dict()),
             ),
         )
@@ -136,7 +135,7 @@ class Checkpoints:
         _require_same_run(found, expected, self.folder / str(step))
         abstract = jax.tree.map(_abstract, target)
         restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
-        return jax.tree.map(_rescalar, target, restored.state), found.position
+        return restored.state, found.position
 
 
 def _require_same_run(found: CheckpointMetadata, expected: CheckpointMetadata, file: Path) -> None:
@@ -175,16 +174,7 @@ def _require_same_run(found: CheckpointMetadata, expected: CheckpointMetadata, f
             )
 
 
-def _unscalar(leaf: Any) -> Any:
-    """Orbax writes NumPy arrays but not NumPy scalars."""
-    return np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
-
-
-def _rescalar(target: Any, leaf: Any) -> Any:
-    return leaf[()] if isinstance(target, np.generic) else leaf
-
-
 def _abstract(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-    return _unscalar(leaf)
+    return leaf

@@ -20,9 +20,11 @@ import numpy as np
 from jax import Array
 
 from lobra_jax.at_once import at_once
+from lobra_jax.blame import await_gradients, failures
 from lobra_jax.compilation import in_rounds
 from lobra_jax.data.batches import MicroBatchArrays
 from lobra_jax.devices import cut_up_bytes
+from lobra_jax.free_memory import bytes_by_device, check_room, has_room, shapes_in_use
 from lobra_jax.lora import (
     Adapters,
     LoraSpec,
@@ -32,25 +34,18 @@ from lobra_jax.lora import (
     set_task_adapter,
     task_inputs,
 )
-from lobra_jax.memory import bytes_by_device, check_room, has_room, shapes_in_use
 from lobra_jax.mesh import cut
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.weights import WeightSource
 from lobra_jax.optim import OPTIMIZERS, HyperInputs, no_inputs
-from lobra_jax.out_of_memory import (
-    NoRoomForUpdateError,
-    OutOfMemoryError,
-    await_gradients,
-    blaming,
-    failures,
-    is_out_of_memory,
-)
+from lobra_jax.out_of_memory import NoRoomForUpdateError, OutOfMemoryError, blaming, is_out_of_memory
 from lobra_jax.peft_folder import TaskAdapter
 from lobra_jax.reduce import AdapterState, GradientSum
-from lobra_jax.replica import Replica, ReplicaRun, Shape
+from lobra_jax.replica import Replica, ReplicaRun
 from lobra_jax.step_times import StepResult, step_result
 from lobra_jax.trace_steps import ISSUE_MARK, PAUSE_MARK, READY_MARK
 from lobra_jax.watch import Watch
+from planner.lattice import Shape
 from planner.plan import Plan
 
 ReplicaBatches = Sequence[Sequence[MicroBatchArrays]]
@@ -218,7 +213,7 @@ class Engine:
         self.pause()
 
     def check_room(self) -> None:
-        """Raises OutOfMemoryError where some device of several has no room for a program (`memory.check_room`)."""
+        """Raises OutOfMemoryError where some device of several has no room for a program (`free_memory.check_room`)."""
         for replica, group in zip(self.replicas, self.plan.expanded(), strict=True):
             check_room(replica, shapes_in_use(replica, group))
 

@@ -23,6 +23,7 @@ from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.hf import base_weights, save_hf
 from lobra_jax.models.weights import WeightSource
 from lobra_jax.peft_folder import TaskAdapter, read_peft_adapter, write_peft_adapter
+from lobra_jax.run_folder import ADAPTERS_FOLDER, BEST_FOLDER
 from planner.errors import UserError
 from planner.files import writing
 
@@ -74,7 +75,7 @@ def base_model_name(preset: str | None, path: Path | None) -> str:
 
 def task_folder(run: Path, task: str, *, best: bool = False) -> Path:
     """RUN/adapters/TASK, or RUN/best/TASK; UserError naming the tasks there are if it does not exist."""
-    parent = run / ("best" if best else "adapters")
+    parent = run / (BEST_FOLDER if best else ADAPTERS_FOLDER)
     folder = parent / task
     if not folder.is_dir():
         names = sorted(path.name for path in parent.glob("*") if path.is_dir())

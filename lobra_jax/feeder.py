@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal
@@ -25,10 +24,10 @@ from lobra_jax.data.batches import (
 from planner.cost import CostTable
 from planner.dispatch import Dispatch, dispatch
 from planner.errors import UserError
+from planner.lattice import Shape
 from planner.packed_dispatch import packed_dispatch
 from planner.plan import Plan
 
-Shape = tuple[int, int]
 EvalReplicas = Literal["all", "one"]
 """Which replicas evaluate: all, or one of each group of like replicas."""
 
@@ -40,14 +39,12 @@ class PreparedStep:
     Attributes:
       task_steps: task name -> its own step; None for a task that takes no part.
       arrays: [replica][micro-batch], each replica's most expensive first.
-      prepare_s: seconds that making it took, the dispatch's included.
     """
 
     task_steps: Mapping[str, int | None]
     batch: GlobalBatch
     dispatch: Dispatch
     arrays: tuple[tuple[MicroBatchArrays, ...], ...]
-    prepare_s: float
 
     @property
     def padded_tokens(self) -> int:
@@ -108,7 +105,6 @@ class Feeder:
         return self.prepare(task_steps)
 
     def prepare(self, task_steps: Mapping[str, int | None]) -> PreparedStep:
-        start = time.perf_counter()
         batch = global_batch(self.tasks, task_steps)
         chosen = self._dispatch(batch)
         return PreparedStep(
@@ -116,7 +112,6 @@ class Feeder:
             batch=batch,
             dispatch=chosen,
             arrays=_fill(batch, chosen),
-            prepare_s=time.perf_counter() - start,
         )
 
     def _dispatch(self, batch: GlobalBatch) -> Dispatch:

@@ -14,16 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from lobra_jax.chunks import num_chunks
 from lobra_jax.sharding import Shard
 
 MAX_CHUNK_TOKENS = 2048
 """Tokens of a micro-batch whose logits are alive together."""
-
-
-def _num_chunks(rows: int, length: int) -> int:
-    """The fewest equal chunks along the length with at most MAX_CHUNK_TOKENS tokens each (at least one position)."""
-    wanted = max(1, -(-rows * length // MAX_CHUNK_TOKENS))
-    return next(n for n in range(min(wanted, length), length + 1) if length % n == 0)
 
 
 def _chunk(h_BLD: Array, head_DV: Array, targets_BL: Array, shard: Shard) -> tuple[Array, Array]:
@@ -85,7 +80,7 @@ def _by_token(
 
 def _chunks(h_BLD: Array, targets_BL: Array, weights_BL: Array, shard: Shard) -> tuple[Array, ...]:
     h_BLD = shard(h_BLD, "batch", "position", "hidden")
-    chunks = _num_chunks(*targets_BL.shape)
+    chunks = num_chunks(*targets_BL.shape, MAX_CHUNK_TOKENS)
     return tuple(_split(x, chunks) for x in (h_BLD, targets_BL, weights_BL))
 
 

@@ -17,16 +17,17 @@ from typing import Any, ClassVar
 import numpy as np
 from tqdm import tqdm
 
+from lobra_jax.run_folder import METRICS_FILE, TENSORBOARD_FOLDER
 from planner.errors import UserError
 from planner.files import write_whole
 
-METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
 LENGTH_STEP = 16
 """Tokens that the lengths in task records are rounded up to a multiple of."""
 
 THROUGHPUT_SMOOTHING = 0.2
 """Weight of the newest step in the progress bar's moving averages."""
+
+CONVERT_BAR_DELAY_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -253,6 +254,18 @@ def compile_bar() -> Iterator[Callable[[int, int], None]]:
             bar.update(done - bar.n)
 
         yield advance
+
+
+@contextlib.contextmanager
+def convert_bar(num_tensors: int) -> Iterator[Callable[[], object]]:
+    """A bar on stderr for converting base weights; call what it yields after every tensor.
+
+    Shown once it takes a second, so not where the cache has them.
+    """
+    with tqdm(
+        total=num_tensors, unit="tensor", desc="convert", dynamic_ncols=True, disable=None, delay=CONVERT_BAR_DELAY_S
+    ) as bar:
+        yield bar.update
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -5,14 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import jax
 
 from planner.errors import UserError
-
-if TYPE_CHECKING:
-    from lobra_jax.replica import ReplicaRun
 
 MARKS = ("resource_exhausted", "out of memory", "cuda_error_out_of_memory")
 """What JAX's errors say of it in lower case: the first where it happened, the second in what depends on that."""
@@ -50,29 +46,6 @@ def blaming(replica: int | None = None, shape: tuple[int, int] | None = None) ->
         if not is_out_of_memory(error):
             raise
         raise OutOfMemoryError([] if replica is None else [Failure(replica=replica, shape=shape)]) from error
-
-
-def failures(runs: Sequence[ReplicaRun]) -> list[Failure]:
-    """Each replica's first action that had no room; what it issued afterwards failed for want of that one's results."""
-    found = []
-    for index, run in enumerate(runs):
-        for item in run.issued:
-            try:
-                item.done.block_until_ready()
-            except jax.errors.JaxRuntimeError:
-                found.append(Failure(replica=index, shape=item.shape))
-                break
-    return found
-
-
-def await_gradients(runs: Sequence[ReplicaRun]) -> None:
-    """Raises OutOfMemoryError if a device had no room for a micro-batch."""
-    try:
-        jax.block_until_ready([run.gradients for run in runs])
-    except jax.errors.JaxRuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemoryError(failures(runs)) from error
 
 
 class NoRoomForUpdateError(UserError):

@@ -41,12 +41,10 @@ from lobra_jax.stage import (
     stage_layout,
 )
 from lobra_jax.watch import Watch
+from planner.lattice import Shape
 
 LOAD_THREADS = 4
 """Weights read at once: as many are held by the host, once as stored and once as placed."""
-
-Shape = tuple[int, int]
-"""(rows, length) of a micro-batch."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

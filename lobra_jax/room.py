@@ -9,10 +9,11 @@ from typing import TypeVar
 
 from lobra_jax.compilation import compile_threads
 from lobra_jax.engine import Engine
-from lobra_jax.feeder import EvalReplicas, Shape, evaluation_shapes
+from lobra_jax.feeder import EvalReplicas, evaluation_shapes
 from lobra_jax.metrics import compile_bar
 from lobra_jax.out_of_memory import Failure, OutOfMemoryError
 from planner.cost import CostTable
+from planner.lattice import Shape
 from planner.lower import lower_capacities
 from planner.packed_dispatch import packed_replicas
 from planner.plan import Plan

@@ -11,6 +11,9 @@ BACKWARD = "backward"
 FUSED = "fused"
 """Forward and backward in one program: the last stage, where the backward follows at once."""
 
+FORWARD_SHARE = 1 / 3
+"""Part of a forward and a backward together that the forward is taken to be."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Action:
@@ -83,12 +86,12 @@ def simulate(
 
     Args:
       schedule: as from `one_f_one_b`.
-      seconds: [micro_batch][stage] of forward + backward; a forward counts a third of it.
+      seconds: [micro_batch][stage] of forward + backward; FORWARD_SHARE of it is the forward.
     """
     num_stages = len(schedule)
     free = [0.0] * num_stages
     times: dict[Action, tuple[float, float]] = {}
-    share = {FORWARD: 1 / 3, BACKWARD: 2 / 3, FUSED: 1.0}
+    share = {FORWARD: FORWARD_SHARE, BACKWARD: 1 - FORWARD_SHARE, FUSED: 1.0}
     for action in issue_order(schedule):
         needs = dependency(action, num_stages)
         start = max(free[action.stage], times[needs][1] if needs is not None else 0.0)
@@ -96,8 +99,3 @@ def simulate(
         times[action] = (start, end)
         free[action.stage] = end
     return times
-
-
-def describe(schedule: Sequence[Sequence[Action]]) -> str:
-    """The schedule as text, a line a stage: `stage 0: F0 F1 F2 B0 F3 B1 B2 B3`."""
-    return "\n".join(f"stage {p}: " + " ".join(map(str, actions)) for p, actions in enumerate(schedule))

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lobra_jax.replica import Issued, ReplicaRun, Shape
+from lobra_jax.replica import Issued, ReplicaRun
 from lobra_jax.schedule import Action, dependency
+from planner.lattice import Shape
 from planner.plan import ParallelConfig
 
 

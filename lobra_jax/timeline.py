@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lobra_jax.replica import Replica
-from lobra_jax.schedule import BACKWARD, FORWARD, one_f_one_b, simulate
+from lobra_jax.schedule import BACKWARD, FORWARD, FORWARD_SHARE, one_f_one_b, simulate
 from lobra_jax.step_times import ActionTime, StepResult
 from planner.cost import ConfigCost, CostTable
 from planner.dispatch import Dispatch
 from planner.files import write_whole
 from planner.plan import Plan
-
-FORWARD_SHARE = 1 / 3
-"""Part of a fused forward and backward that is drawn as forward."""
 
 
 def step_timeline(

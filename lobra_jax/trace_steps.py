@@ -1,4 +1,4 @@
-"""Which steps of a run are traced, and what a trace's files and marks are called. Imports no JAX."""
+"""Which steps of a run are traced, and what a trace's marks are called. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -6,11 +6,6 @@ import dataclasses
 import re
 
 from planner.errors import UserError
-
-TRACE_FOLDER = "trace"
-"""Of a run directory: what JAX's profiler writes, and `TRACED_RUN_FILE`."""
-
-TRACED_RUN_FILE = "traced_run.json"
 
 ISSUE_MARK = "lobra issue"
 """The host issues a step, whose number is the mark's `step_num`."""

@@ -19,7 +19,8 @@ import jax
 
 from lobra_jax.host import host_cores
 from lobra_jax.replica import Replica
-from lobra_jax.trace_steps import TRACE_FOLDER, TRACED_RUN_FILE, TracedSteps
+from lobra_jax.run_folder import TRACE_FOLDER, TRACED_RUN_FILE
+from lobra_jax.trace_steps import TracedSteps
 from planner.files import write_whole
 
 LIBRARIES = ("jax", "jaxlib")

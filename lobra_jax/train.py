@@ -30,15 +30,17 @@ from lobra_jax.metrics import (
     MetricsWriter,
     StartRecord,
     StepRecord,
+    convert_bar,
     progress_bar,
 )
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.hf import base_weights
 from lobra_jax.models.weight_cache import converted
-from lobra_jax.models.weights import WeightSource
+from lobra_jax.models.weights import WeightSource, weight_shapes
 from lobra_jax.out_of_memory import Failure, OutOfMemoryError, is_out_of_memory
 from lobra_jax.peft_folder import TaskAdapter, write_peft_adapter
 from lobra_jax.room import Room
+from lobra_jax.run_folder import ADAPTERS_FOLDER, BEST_FOLDER, CHECKPOINTS_FOLDER, PLAN_FILE, TIMELINE_FILE
 from lobra_jax.run_state import run_metadata, state_from_tree, state_to_tree
 from lobra_jax.standing import Standing, evaluates
 from lobra_jax.tasks import adapter_seed, lora_spec, task_optimizer
@@ -48,14 +50,6 @@ from lobra_jax.tracing import StepTracer
 from planner.cost import CostTable
 from planner.errors import UserError
 from planner.plan import Plan
-
-CHECKPOINTS_FOLDER = "checkpoints"
-ADAPTERS_FOLDER = "adapters"
-BEST_FOLDER = "best"
-"""Beside the adapters as they are last: each task's at its lowest held-out loss."""
-
-PLAN_FILE = "plan.yaml"
-TIMELINE_FILE = "timeline.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,7 +162,15 @@ class Trainer:
         if section.cache_dir is None:
             return source
         assert section.path is not None, "checked by ModelConfig"
-        return converted(source, model, checkpoint=section.path, dtype=section.dtype, cache_dir=section.cache_dir)
+        with convert_bar(len(weight_shapes(model))) as advance:
+            return converted(
+                source,
+                model,
+                checkpoint=section.path,
+                dtype=section.dtype,
+                cache_dir=section.cache_dir,
+                on_tensor=advance,
+            )
 
     def _restore(self, checkpoints: Checkpoints) -> int:
         done = checkpoints.latest_step()

@@ -20,6 +20,7 @@ import numpy as np
 from planner import balance
 from planner.bucketing import bucket_lengths, choose_buckets
 from planner.cost import CostTable
+from planner.defaults import DEFAULT_MAX_BUCKETS
 from planner.dispatch import GAP_LIMIT
 from planner.lattice import DEFAULT_ROW_OPTIONS
 from planner.plan import Plan
@@ -33,16 +34,7 @@ CHOICES = (4, 6, 8, 10, 12, 16, 20, 24, 28, 32)
 
 REFERENCE_BUCKETS = 16
 
-DEFAULT_COMPILE_S = 3.0
-"""Seconds that compiling one program adds to the start of a run: a Llama-2-7B micro-batch step of one stage with its
-layers in a scan, on one H200 with JAX 0.11.2 (the probe of the design; 12 s with the layers unrolled)."""
-
-DEFAULT_STEPS = 1000
-"""Steps that compile time is spread over where no run says how many it has."""
-
 NUM_SAMPLES = 8
-MAX_DISPATCH_BUCKETS = 16
-"""Padded lengths in use in one step, as in training by default."""
 
 PLANNING_SHARE = 0.3
 """Share of the time limit for the plan whose replicas the numbers of lengths are compared on."""
@@ -108,7 +100,7 @@ def bucket_rows(
 
 def _shared_out(plan: Plan, costs: CostTable, lengths: np.ndarray) -> tuple[float, int]:
     """(seconds of the slowest replica, padded tokens) of a batch of these lengths, its micro-batches never listed."""
-    buckets = choose_buckets(lengths, plan.buckets, MAX_DISPATCH_BUCKETS)
+    buckets = choose_buckets(lengths, plan.buckets, DEFAULT_MAX_BUCKETS)
     counts = np.bincount(np.searchsorted(buckets, lengths), minlength=len(buckets)).tolist()
     replicas: list[UsableConfig] = []
     for group in plan.replicas:

@@ -96,7 +96,7 @@ def explain(
 @click.option("--max-dispatch-buckets", type=click.IntRange(min=1), default=16, show_default=True,
               help="Most padded lengths in one step.")  # fmt: skip
 @click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True,
-              help="Seconds for one dispatch.")  # fmt: skip
+              help="Seconds into a dispatch at which SCIP stops, if it was asked.")  # fmt: skip
 @click.option("--out", type=FILE, metavar="FILE", help="Also write every step as JSON.")
 def simulate(
     plan: Path | None,

@@ -12,7 +12,7 @@ replica r, integers n_rj of sequences of each bucket, to
                                                             also where N_J = 0
     (6)  p_c >= pinned_c,  at most K configs with p_c > 0   where the user says so (`planner.config_subsets`)
 
-Solved in four steps.
+Configs that another does all for are left out (`planner.dominance`). Solved in four steps.
 1. `planner.relaxation` finds the T from which fractional patterns serve everything: near what good plans need when
    there are many replicas. The prices found prove it (`planner.closing`) and tell which replicas no plan near that T
    has; these are left out from there on.
@@ -32,9 +32,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from planner import balance, choice, closing, config_subsets, rebuild, rounding
+from planner import balance, choice, closing, config_subsets, rebuild
 from planner.bracket import bracket
 from planner.config_subsets import Found
+from planner.dominance import without_dominated
 from planner.plan import Plan
 from planner.problem import PlanningProblem
 from planner.relaxation import Level, Relaxation, least_conceivable_s
@@ -64,9 +65,6 @@ AT_THE_GOAL, FIRST_NEARER = NEARER[:1], NEARER[:4]
 
 FIRST_RATIO = 1.012
 """How near the T that the relaxation lets through is found before replicas are left out (`closing.limit`)."""
-
-PROMISING = 1.03
-"""Share-outs within this ratio of what is wanted are polished."""
 
 QUICKLY = {"most_settled": 1, "most_ruled_out": 40}
 AT_ONCE = {"most_settled": 0, "most_ruled_out": 10}
@@ -105,11 +103,31 @@ def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
     """
     started = time.perf_counter()
     deadline = started + problem.time_limit_s
+    needed, kept = without_dominated(problem)
+    found = _found(needed, target_gap, deadline)
+    replica_counts = np.zeros(len(problem.configs), dtype=np.int64)
+    replica_counts[kept] = found.replica_counts
+    overhead_s = problem.costs.step_overhead_s
+    late = deadline - time.perf_counter() <= SHORTEST_SOLVE_S
+    return problem.make_plan(
+        replica_counts.tolist(),
+        step_s=found.max_s + overhead_s,
+        bound_s=found.bound_s + overhead_s,
+        planner="exact",
+        solve_s=time.perf_counter() - started,
+        num_nodes=found.num_nodes,
+        status=status_of(gap_of(problem, found.max_s, found.bound_s), target_gap, late=late),
+    )
+
+
+def _found(problem: PlanningProblem, target_gap: float, deadline: float) -> Found:
+    """Searches all configs at once, or subsets of them where distinct configs are limited, or one after the other."""
     found: Found | None = None
     num_subsets = config_subsets.count_subsets(problem)
     if not 0 < num_subsets <= config_subsets.FEW:
         share = WITH_SUBSETS if 0 < num_subsets <= config_subsets.MOST else 1.0
-        search = _relaxed(problem, target_gap, started + share * problem.time_limit_s)
+        now = time.perf_counter()
+        search = _relaxed(problem, target_gap, now + share * (deadline - now))
         _searched(search)
         found = Found(
             replica_counts=search.best.replica_counts,
@@ -124,17 +142,7 @@ def solve(problem: PlanningProblem, *, target_gap: float = TARGET_GAP) -> Plan:
         counts = homogeneous(problem)
         alone = settle(problem, counts, deadline=deadline)
         found = Found(replica_counts=counts, max_s=alone.max_s, bound_s=least_conceivable_s(problem), num_nodes=0)
-    overhead_s = problem.costs.step_overhead_s
-    late = deadline - time.perf_counter() <= SHORTEST_SOLVE_S
-    return problem.make_plan(
-        found.replica_counts,
-        step_s=found.max_s + overhead_s,
-        bound_s=found.bound_s + overhead_s,
-        planner="exact",
-        solve_s=time.perf_counter() - started,
-        num_nodes=found.num_nodes,
-        status=status_of(gap_of(problem, found.max_s, found.bound_s), target_gap, late=late),
-    )
+    return found
 
 
 def _relaxed(problem: PlanningProblem, target_gap: float, deadline: float) -> Search:
@@ -219,7 +227,6 @@ def _search(search: Search, origin: str, *, cutting: bool = False, deciding: boo
     dive(search, lower, upper, replica_s, cutting=cutting)
     if deciding:
         _decide_at_once(search, before_s)
-    _polish(search)
 
 
 def _choose(search: Search, replica_s: float) -> tuple[tuple[int, ...] | None, float]:
@@ -255,7 +262,6 @@ def _nearer(search: Search, fractions: Sequence[float], *, cutting: bool) -> Non
             lower = upper = search.best.replica_counts
         if dive_key(search, lower, upper, replica_s, cutting=cutting) not in search.dived:
             dive(search, lower, upper, replica_s, cutting=cutting)
-            _polish(search)
         if search.best.max_s < before_s * (1 - balance.IMPROVEMENT):
             num_vain = 0  # the same part of what is left may be gained again
         else:
@@ -298,13 +304,3 @@ def _decide_at_once(search: Search, before_s: float) -> None:
     """Tries what a plan better than `before_s` leaves to decide."""
     if search.best.max_s < before_s and search.gap() <= NEARLY * search.target_gap:
         closing.close(search, **AT_ONCE)
-
-
-def _polish(search: Search) -> None:
-    """Improves on the best plan's share-out where that is one small model and could end the search, once."""
-    best = search.best
-    if best.share.loads.size > rounding.POLISH_CELLS or search.is_polished or search.is_done():
-        return
-    if best.max_s <= PROMISING * search.goal_s():
-        search.offer_share(rounding.polished(search.problem, best.rounded(), search.goal_s(), deadline=search.deadline))
-        search.is_polished = True

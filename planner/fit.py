@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import nnls
 
 from planner.cost import NUM_COEFFICIENTS, ConfigCost, CostPoint, FitError, PackedPoint
 from planner.plan import ParallelConfig
@@ -58,10 +57,8 @@ def fit_coefficients(points: Sequence[CostPoint]) -> tuple[tuple[float, ...], Fi
         raise ValueError("fit_coefficients: expected positive seconds")
     used = list(TERMS_BY_WORTH[: num_terms(len(fitted))])
     scaled = _terms(fitted)[:, used] / np.array([[point.seconds] for point in fitted])
-    norms = np.linalg.norm(scaled, axis=0)
-    solution, _ = nnls(scaled / norms, np.ones(len(fitted)))
     coefficients = np.zeros(NUM_COEFFICIENTS)
-    coefficients[used] = solution / norms
+    coefficients[used] = _least_squares(scaled)
     return tuple(coefficients.tolist()), _held_out_error(coefficients, [point for point in points if point.held_out])
 
 
@@ -85,10 +82,16 @@ def fit_packed(points: Sequence[PackedPoint]) -> tuple[float, ...]:
     """Coefficients (p1..p4) of packed micro-batches, none negative, of least squared relative error."""
     seconds = np.array([point.seconds for point in points])
     terms = np.array([[p.rows * p.length**2, p.squares, p.rows * p.length, 1.0] for p in points])
-    scaled = terms / seconds[:, None]
+    return tuple(_least_squares(terms / seconds[:, None]).tolist())
+
+
+def _least_squares(scaled: np.ndarray) -> np.ndarray:
+    """The coefficients, none negative, with which the terms of each point, over its seconds, come nearest to one."""
+    from scipy.optimize import nnls  # SciPy is loaded only where something is fitted
+
     norms = np.linalg.norm(scaled, axis=0)
-    solution, _ = nnls(scaled / norms, np.ones(len(points)))
-    return tuple((solution / norms).tolist())
+    solution, _ = nnls(scaled / norms, np.ones(len(scaled)))
+    return solution / norms
 
 
 def num_terms(num_points: int) -> int:

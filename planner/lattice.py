@@ -6,6 +6,9 @@ remainder: by default (b, b/2, b/4), rounded up, without repeats. Fewer of them 
 
 from __future__ import annotations
 
+Shape = tuple[int, int]
+"""Of a micro-batch: rows, and the tokens that each is padded to."""
+
 DEFAULT_ROW_OPTIONS = 3
 """Row counts compiled for one bucket on one config: the full one and two halvings."""
 

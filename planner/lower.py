@@ -6,14 +6,12 @@ import dataclasses
 from collections.abc import Iterable
 
 from planner.errors import UserError
+from planner.lattice import Shape
 from planner.plan import ParallelConfig, Plan
 
 SHRINK = 7 / 8
 """A micro-batch that ran out of memory is followed by those of at most this share of its tokens: predicted and real
 bytes differ by less, and each try costs compiling new shapes."""
-
-
-Shape = tuple[int, int]
 
 
 def lower_capacities(

@@ -6,16 +6,16 @@ import dataclasses
 import time
 
 from planner.batching import choose_batching, packed_prices
-from planner.bucket_choice import DEFAULT_COMPILE_S, DEFAULT_STEPS, BucketRow, best_row, choose_num_buckets
+from planner.bucket_choice import BucketRow, best_row, choose_num_buckets
 from planner.constraints import Constraints
 from planner.cost import CostTable
+from planner.defaults import DEFAULT_COMPILE_S, DEFAULT_MAX_BUCKETS, DEFAULT_SAMPLES, DEFAULT_STEPS
 from planner.errors import UserError
 from planner.lattice import DEFAULT_ROW_OPTIONS
 from planner.plan import MIXED, Plan
 from planner.planners import solver
 from planner.problem import DEFAULT_NUM_BUCKETS, DEFAULT_TIME_LIMIT_S, build_problem
-from planner.robust import DEFAULT_SAMPLES, Robust, solve_robust
-from planner.simulate import DEFAULT_MAX_BUCKETS
+from planner.robust import Robust, solve_robust
 from planner.workload import Workload
 
 DEFAULT_PLANNER = "exact"

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from planner.batching import BATCHINGS
-from planner.bucket_choice import DEFAULT_COMPILE_S, DEFAULT_STEPS
+from planner.defaults import DEFAULT_COMPILE_S, DEFAULT_STEPS
 from planner.errors import UserError
 from planner.lattice import MAX_ROW_OPTIONS
 from planner.plan import REMATS

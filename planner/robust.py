@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from planner import balance
+from planner.defaults import DEFAULT_SAMPLES
 from planner.dispatch import GAP_LIMIT
 from planner.errors import UserError
 from planner.plan import Plan
@@ -31,7 +32,6 @@ from planner.simulate import batch
 
 MEAN = "mean"
 OBJECTIVES = "mean or a percentile p1 to p99"
-DEFAULT_SAMPLES = 64
 DEFAULT_SEED = 10_000
 """Of the batches that plans are chosen on: not that of simulations, which would else judge a plan on them."""
 

@@ -3,7 +3,6 @@
 A dive solves the master for the replicas and counts that are left, finds patterns for those counts, hands out the
 patterns that the master uses whole times (else the one that it uses most), and starts over. What is left at the end
 goes to the replicas that finish it earliest; `planner.local_search` and `planner.resplit` improve the share-out.
-Polishing is a model of its own (`planner.balance_model`).
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from planner import balance, balance_model, prices
+from planner import balance, prices
 from planner.balance import Share
 from planner.cuts import Cut, violated
 from planner.local_search import improve
@@ -39,15 +38,6 @@ NEARLY_MOST = 0.6
 
 THRIFT = 0.3
 """Share of the counts that a dive's master gives up to leave all devices free: room for what rounding leaves over."""
-
-
-POLISH_CELLS = 100
-"""Replicas times buckets up to which a share-out is polished: small models solve quickly."""
-
-POLISH_NODES = 40
-POLISH_LIMIT_S = 0.3
-POLISH_GAP = 1e-3
-"""Limits of one model."""
 
 RESPLITS, MOST_RESPLITS = 16, 250
 """Pairs for each replica, and in all, whose loads a dive shares out anew at the end: more end no search sooner."""
@@ -290,28 +280,3 @@ def _repaired(
         found = improve(table, loads, time_limit_s=improve_s, good_s=replica_s)
         best = min(best, found, key=lambda candidate: candidate.max_s)
     return best
-
-
-def polished(problem: ReplicaProblem, rounded: RoundedShare, goal_s: float, *, deadline: float) -> RoundedShare:
-    """Improves on a share-out by a model of all its replicas until they end by `goal_s`, the deadline, or in vain."""
-    kinds = [problem.configs[config] for config in rounded.replicas]
-    counts = rounded.share.loads.sum(axis=0).tolist()
-    table = balance.tables(kinds, counts)
-    share = rounded.share
-    while share.max_s > goal_s and len(kinds) > 1:
-        left_s = deadline - time.perf_counter()
-        if left_s <= 0:
-            break
-        better, _ = balance_model.refine(
-            kinds,
-            table,
-            counts,
-            share,
-            time_limit_s=min(POLISH_LIMIT_S, left_s),
-            gap_limit=POLISH_GAP,
-            node_limit=POLISH_NODES,
-        )
-        if better.max_s >= share.max_s * (1 - balance.IMPROVEMENT):
-            break  # it would be the same model again
-        share = better
-    return RoundedShare(replicas=rounded.replicas, share=share)

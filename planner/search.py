@@ -77,7 +77,6 @@ class Search:
       bound_s: no plan's slowest replica takes less, step overhead excluded.
       dived: dives that were made, and are not made again.
       rng: what is drawn in the search is drawn from here.
-      is_polished: whether the best plan's share-out was polished.
       level: the last proven level of `planner.closing`.
       settled: replica counts that may attain what was asked for, with what is known of them.
       hurries: whether to decide at once about what would end the search.
@@ -93,7 +92,6 @@ class Search:
     best: Settled | None = None
     dived: set[DiveKey] = dataclasses.field(default_factory=set)
     rng: np.random.Generator = dataclasses.field(default_factory=lambda: np.random.default_rng(0))
-    is_polished: bool = False
     level: Level | None = None
     settled: dict[tuple[int, ...], Settled] = dataclasses.field(default_factory=dict)
     hurries: bool = False
@@ -149,7 +147,6 @@ class Search:
         """
         if self.best is None or _slowest_first(share) < _slowest_first(self.best.share):
             self.best = Settled(replica_counts=tuple(replica_counts), share=share, bound_s=0.0)
-            self.is_polished = False
 
     def offer_share(self, rounded: RoundedShare) -> None:
         counts = np.bincount(rounded.replicas, minlength=len(self.problem.configs)).tolist()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from planner.cost import CostTable
+from planner.defaults import DEFAULT_DISPATCH_TIME_LIMIT_S, DEFAULT_MAX_BUCKETS
 from planner.dispatch import dispatch
 from planner.errors import UserError
 from planner.evaluate import evaluate
@@ -16,10 +17,6 @@ from planner.plan import Plan
 from planner.problem import usable_config
 from planner.timeline import Timeline, step_timeline
 from planner.workload import Workload
-
-DEFAULT_MAX_BUCKETS = 16
-DEFAULT_DISPATCH_TIME_LIMIT_S = 30.0
-"""A safety net, see `planner.dispatch.dispatch`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

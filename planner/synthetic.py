@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy.special import logsumexp
 
 from planner.errors import UserError
 from planner.lobra_files import LobraTask, csv_rows
@@ -189,6 +188,8 @@ def _tilted(
 
     Newton's method on  min over l  log sum q exp(l f) + 1/2 sum penalty l^2, whose gradient is E[f] + penalty l.
     """
+    from scipy.special import logsumexp  # SciPy is loaded only where lengths are made up
+
     log_base = _log_normal(support, statistics.mean, spread) + np.log(widths)
     log_base -= logsumexp(log_base)
     f = _moment_errors(support, statistics, spread)

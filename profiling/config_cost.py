@@ -11,8 +11,9 @@ from typing import TypeVar
 from lobra_jax.at_once import at_once
 from planner.cost import ConfigCost, CostPoint
 from planner.fit import fitted_cost
+from planner.lattice import Shape
 from planner.plan import ParallelConfig
-from profiling.grid import Shape, held_out_shape
+from profiling.grid import held_out_shape
 from profiling.measure import Bench, Setup, fixed_bytes, program_limit_bytes
 from profiling.memory import Capacity, DoesNotFitError, find_capacity
 from profiling.timing import slots, time_steps

@@ -29,9 +29,9 @@ from lobra_jax.mesh import split_layers
 from lobra_jax.models.remat import MLP_CHUNK_TOKENS
 from planner.cost import ConfigCost, CostPoint
 from planner.fit import fitted_cost
+from planner.lattice import Shape
 from planner.plan import ParallelConfig
 from profiling.device_specs import DeviceSpec, Efficiency
-from profiling.grid import Shape
 from profiling.measure import Setup, make_replica, program_limit_bytes
 from profiling.memory import find_capacity
 from profiling.work import Product, Work, attention_flops, kept_bytes, traced_work

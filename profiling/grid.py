@@ -13,11 +13,9 @@ import numpy as np
 
 from lobra_jax.models.config import LlamaConfig
 from planner.errors import UserError
+from planner.lattice import Shape
 from planner.plan import ParallelConfig
 from planner.workload import Workload
-
-Shape = tuple[int, int]
-"""(rows, length) of a micro-batch."""
 
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 LENGTH_ALIGN = 16

@@ -25,8 +25,9 @@ from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.weights import EMBEDDING_STD, WeightSource, weight_shapes
 from lobra_jax.optim import init_state
 from lobra_jax.replica import Replica, ReplicaRun
+from planner.lattice import Shape
 from planner.plan import ParallelConfig
-from profiling.grid import HostShare, Shape, host_share
+from profiling.grid import HostShare, host_share
 from profiling.made_up import random_like, random_params
 
 FILLER_SIZE = 65_521

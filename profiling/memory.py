@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from profiling.grid import Shape, align_capacity, between_shapes, full_shapes, probe_shapes
+from planner.lattice import Shape
+from profiling.grid import align_capacity, between_shapes, full_shapes, probe_shapes
 
 MAX_TRIES = 6
 """Capacities that are tried at most; each costs a compilation or two."""

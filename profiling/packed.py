@@ -11,10 +11,11 @@ import numpy as np
 from lobra_jax.data.batches import MicroBatchArrays, Segments
 from planner.cost import PackedCost, PackedPoint
 from planner.fit import fit_packed
+from planner.lattice import Shape
 from planner.packing import max_segments, max_tasks, packed_shapes
 from planner.plan import ParallelConfig
 from profiling.config_cost import Searched, together
-from profiling.grid import Shape, align_capacity
+from profiling.grid import align_capacity
 from profiling.measure import Bench, Setup, made_up_batch, program_limit_bytes
 from profiling.timing import slots, time_steps
 

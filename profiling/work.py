@@ -21,8 +21,8 @@ from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.llama import abstract_stage
 from lobra_jax.sharding import StageSharding
 from lobra_jax.stage import StageFunctions, StageLayout, stage_layout
+from planner.lattice import Shape
 from planner.plan import ParallelConfig
-from profiling.grid import Shape
 from profiling.measure import Setup
 
 ATTENTION_BATCH_DIMS = 2

@@ -16,6 +16,8 @@ import planner
 from lobra_jax import __version__
 
 JAX_FAMILY = {"jax", "jaxlib", "flax", "optax", "orbax"}
+PLANNING = {"numba", "scipy", "pyscipopt"}
+"""What only planning and dispatching need; Numba compiles when the planner is first loaded, for seconds."""
 
 
 def modules_of(package: ModuleType) -> list[str]:
@@ -39,9 +41,14 @@ def test_the_whole_planner_loads_without_jax_or_the_runtime() -> None:
     assert not loaded_by(modules_of(planner)) & (JAX_FAMILY | {"lobra_jax", "profiling"})
 
 
-def test_config_and_data_load_without_jax_or_a_solver() -> None:
+def test_config_and_data_load_without_jax_or_what_plans() -> None:
     names = ["lobra_jax.config", *modules_of(lobra_jax.data)]
-    assert not loaded_by(names) & (JAX_FAMILY | {"pyscipopt", "matplotlib", "profiling"})
+    assert not loaded_by(names) & (JAX_FAMILY | PLANNING | {"matplotlib", "profiling"})
+
+
+def test_commands_that_plan_nothing_load_without_what_plans() -> None:
+    names = ["lobra_jax.cli", "lobra_jax.commands.tokenize", "lobra_jax.commands.export", "lobra_jax.export"]
+    assert not loaded_by(names) & PLANNING
 
 
 def test_the_runtime_loads_without_profiling() -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from lobra_jax.run_folder import CONFIG_FILE
+
 
 @click.command(
     epilog="\b\nExample:\n"
@@ -26,7 +28,7 @@ def export(run: Path, task: str, out: Path, best: bool, merged: bool) -> None:
     from lobra_jax.models.weights import weight_shapes
 
     folder = task_folder(run, task, best=best)
-    config = load_config(run / "config.yaml", check_files=False)
+    config = load_config(run / CONFIG_FILE, check_files=False)
     if not merged:
         export_adapter(folder, out, base_model_name(config.model.preset, config.model.path))
         click.echo(f"{out}: adapter of task {task}")

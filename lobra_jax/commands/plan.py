@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lobra_jax.run_folder import CONFIG_FILE, COSTS_FILE, LENGTHS_FILE, METRICS_FILE, PLAN_FILE
 from planner.compare import Compared, compare_tables, comparison_lines, load_compared
 from planner.cost import CostTable
 from planner.errors import UserError
@@ -104,12 +105,12 @@ def plan(
 
 def _check(run: Path, flags: PlanningFlags, console: Any) -> None:
     """Prints whether the run's plan is still good for the lengths in its metrics."""
+    from planner.defaults import DEFAULT_SAMPLES
     from planner.drift import GOOD_SHARE, check_drift
     from planner.plan import Plan
     from planner.plan_output import times_text
-    from planner.robust import DEFAULT_SAMPLES
 
-    present, costs = Plan.load(run / "plan.yaml"), CostTable.load(run / "costs.json")
+    present, costs = Plan.load(run / PLAN_FILE), CostTable.load(run / COSTS_FILE)
     seen, num_steps = seen_lengths(run, present.buckets[-1])
     constraints = _run_flags(run, flags).constraints
     with console.status("planning for the lengths seen"):
@@ -139,7 +140,7 @@ def _run_flags(run: Path, flags: PlanningFlags) -> PlanningFlags:
     """The flags, with what the run's own config says where a flag was not given."""
     from lobra_jax.config import load_config
 
-    path = run / "config.yaml"
+    path = run / CONFIG_FILE
     return merged_flags(load_config(path, check_files=False), flags) if path.is_file() else flags
 
 
@@ -151,9 +152,9 @@ def seen_lengths(run: Path, longest: int) -> tuple[Workload, int]:
     Raises:
       UserError: no metrics there, or none of a task's lengths in them.
     """
-    from lobra_jax.metrics import METRICS_FILE, read_metrics
+    from lobra_jax.metrics import read_metrics
 
-    planned = {task.name: task.batch_size for task in Workload.load(run / "lengths.json").tasks}
+    planned = {task.name: task.batch_size for task in Workload.load(run / LENGTHS_FILE).tasks}
     seen: dict[str, dict[int, int]] = {}
     steps = set()
     metrics, expected = run / METRICS_FILE, "a run that has trained a step: lobra train first"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lobra_jax.commands.options import config_options
+from lobra_jax.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, COSTS_FILE, LENGTHS_FILE, PLAN_FILE
 from planner.errors import UserError
 from planner.files import check_folder
 from planner.inputs import beside, found_beside
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
     from planner.plan import Plan
     from planner.workload import Workload
 
-CONFIG_FILE = "config.yaml"
-PLAN_FILE = "plan.yaml"
-COSTS_FILE = "costs.json"
-LENGTHS_FILE = "lengths.json"
 MEASURED_FILES = (CONFIG_FILE, COSTS_FILE, f"{COSTS_FILE}.partial")
 """What a run leaves that was stopped while it measured; the next one may go on from it."""
 
@@ -150,7 +147,7 @@ def _check_out(out: Path, resume: bool) -> None:
     if resume:
         if not (out / PLAN_FILE).is_file():
             raise UserError("nothing to resume", file=out, key="--resume", expected="a run directory of `lobra train`")
-    elif out.exists() and (not out.is_dir() or any(path.name not in MEASURED_FILES for path in out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(path.name.removesuffix(NEW_SUFFIX) not in MEASURED_FILES for path in out.iterdir())):
         raise UserError("already exists", file=out, key="--out", expected="a new or empty directory, or --resume")
 
 
@@ -349,7 +346,6 @@ def _check_checkpoint(
     from lobra_jax.checkpoint import Checkpoints
     from lobra_jax.run_state import run_metadata
     from lobra_jax.trace_steps import check_steps
-    from lobra_jax.train import CHECKPOINTS_FOLDER
 
     with Checkpoints(out / CHECKPOINTS_FOLDER, keep=config.training.keep_checkpoints) as checkpoints:
         checkpoints.check(run_metadata(config, model, data, {}))

@@ -29,7 +29,12 @@ from lobra_jax.config.fields import (
 )
 from lobra_jax.models.config import TARGETS
 from lobra_jax.peft_folder import read_peft_spec
-from planner.bucket_choice import DEFAULT_COMPILE_S
+from planner.defaults import (
+    DEFAULT_COMPILE_S,
+    DEFAULT_DISPATCH_TIME_LIMIT_S,
+    DEFAULT_MAX_BUCKETS,
+    DEFAULT_SAMPLES,
+)
 from planner.lattice import DEFAULT_ROW_OPTIONS
 from planner.plan import REMATS
 
@@ -348,14 +353,15 @@ class PlannerConfig(Section):
     """For a plan."""
     robust: str = Field(default="off", pattern=r"^(off|mean|p[1-9][0-9]?)$")
     """mean, or a percentile from p1 to p99: choose the plan by that of the step time over sampled batches."""
-    samples: Count = 64
+    samples: Count = DEFAULT_SAMPLES
     """Batches sampled for that."""
     dispatch: Literal["balance", "group", "uniform"] = "balance"
     """Sequences to replicas: balance, group (the smallest replica that fits) or uniform."""
-    max_dispatch_buckets: Count = 16
+    max_dispatch_buckets: Count = DEFAULT_MAX_BUCKETS
     """Most padded lengths in one step."""
-    dispatch_time_limit_s: Positive = 30.0
-    """For one step's dispatch."""
+    dispatch_time_limit_s: Positive = DEFAULT_DISPATCH_TIME_LIMIT_S
+    """SCIP, which is asked where few replicas and padded lengths leave a gap, stops so many seconds after the dispatch
+    began. A safety net: nothing else in a dispatch is timed."""
 
 
 class TrainingConfig(Section):
@@ -407,10 +413,3 @@ class RunConfig(Section):
                 expected="planner.dispatch: balance, which is what packed rows are dealt out by",
             )
         return self
-
-    def task(self, name: str) -> TaskConfig:
-        """The task called `name`; `KeyError` if there is none."""
-        for task in self.tasks:
-            if task.name == name:
-                return task
-        raise KeyError(name)

@@ -106,7 +106,7 @@ def load_tokenizer(
     digest = hashlib.sha256(content + json.dumps(used, sort_keys=True).encode()).hexdigest()[:32]
     bos_id = None if bos is None else encoder.token_to_id(bos)
     eos_id = encoder.token_to_id(eos)
-    assert eos_id is not None, "checked by _special"
+    assert eos_id is not None, "checked by _checked"
     return TextTokenizer(
         encoder=encoder,
         bos_id=bos_id,

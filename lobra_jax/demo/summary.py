@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from lobra_jax.demo import DEFAULT_STEPS
 from lobra_jax.demo.baseline import Predicted
-from lobra_jax.metrics import METRICS_FILE, read_metrics
+from lobra_jax.metrics import read_metrics
 from lobra_jax.report import Summary, Table
+from lobra_jax.run_folder import METRICS_FILE
 from planner.plan import Plan
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from lobra_jax.chunks import num_chunks
 from lobra_jax.low_rank import LOW_RANK
 from lobra_jax.models.attention import FLASH_FORWARD
 
@@ -66,9 +67,8 @@ in_turn.defvjp(lambda x, adapters: ((x, adapters), None), lambda _, d: jax.lax.o
 
 
 def mlp_chunks(rows: int, length: int) -> int:
-    """The fewest equal chunks along the length of at most MLP_CHUNK_TOKENS tokens each (at least one position)."""
-    wanted = max(1, -(-rows * length // MLP_CHUNK_TOKENS))
-    return next(n for n in range(min(wanted, length), length + 1) if length % n == 0)
+    """Chunks of a feed-forward whose activations are made anew."""
+    return num_chunks(rows, length, MLP_CHUNK_TOKENS)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -57,45 +57,16 @@ class Picture:
     caption: str
 
 
-def write_report(run_folder: str | Path, *, summary: Summary | None = None) -> Path:
-    """Makes the pictures and the page of a run; returns the page's path.
+def write_report(run_folder: str | Path, *, summary: Summary) -> Path:
+    """Makes the pictures and the page of a run, which opens with `summary`; returns the page's path.
 
-    Without `summary` the page opens with the tasks' first and last held-out losses. Raises UserError when the folder
-    is no run directory, has no step yet, or a file in it is damaged.
+    Raises UserError when the folder is no run directory, has no step yet, or a file in it is damaged.
     """
     run = load_run(run_folder)
     pictures = _write_pictures(run)
     path = run.folder / REPORT_FILE
-    path.write_text(_html(run, summary or run_summary(run), pictures), encoding="utf-8")
+    path.write_text(_html(run, summary, pictures), encoding="utf-8")
     return path
-
-
-def run_summary(run: Run) -> Summary:
-    """What the records alone tell: losses by task, and the means over steps."""
-    rows = []
-    for name in run.task_names:
-        losses = [record["loss"] for record in run.evals if record["task"] == name and record["loss"] is not None]
-        trained = [record for record in run.tasks if record["task"] == name]
-        change = f"{losses[-1] / losses[0] - 1:+.1%}" if len(losses) > 1 else "-"
-        first, last = (f"{losses[0]:.3f}", f"{losses[-1]:.3f}") if losses else ("-", "-")
-        rows.append((name, first, last, change, f"{sum(r['tokens'] for r in trained):,}", str(len(trained))))
-    number = len(run.steps)
-    total = sum(record["seconds"]["total"] for record in run.steps)
-    return Summary(
-        title=f"Run of {run.plan.model}",
-        lines=(
-            f"{number} steps, {total:.1f} s, {sum(r['gpu_seconds'] for r in run.steps):.1f} device-seconds;"
-            f" padding {sum(r['padding_share'] for r in run.steps) / number:.1%},"
-            f" idle {sum(r['idle_share'] for r in run.steps) / number:.1%} (means over steps).",
-        ),
-        tables=(
-            Table(
-                title="Tasks",
-                head=("task", "held-out loss before", "after", "change", "tokens trained", "steps"),
-                rows=tuple(rows),
-            ),
-        ),
-    )
 
 
 def _write_pictures(run: Run) -> list[Picture]:

@@ -8,12 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lobra_jax.metrics import METRICS_FILE, read_metrics
+from lobra_jax.metrics import read_metrics
+from lobra_jax.run_folder import METRICS_FILE, PLAN_FILE, TIMELINE_FILE
 from planner.errors import UserError
 from planner.plan import Plan
-
-PLAN_FILE = "plan.yaml"
-TIMELINE_FILE = "timeline.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

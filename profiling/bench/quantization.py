@@ -24,6 +24,7 @@ from lobra_jax.devices import set_accelerator_flags
 from lobra_jax.models.config import PRESETS, QUANTIZATIONS, TARGETS, LlamaConfig
 from planner.errors import UserError
 from planner.files import check_out, write_json
+from planner.lattice import Shape
 from planner.plan import REMATS, ParallelConfig
 from profiling.bench.options import command_line, parse_shapes
 from profiling.bench.provenance import provenance
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from lobra_jax.models.weights import WeightSource
     from profiling.measure import Bench, Setup
 
-Shape = tuple[int, int]
 
 FP8_MATMUL = "__cublas$lt$matmul$f8"
 """What XLA calls a float8 matmul that it has handed to cuBLASLt."""

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lobra_jax.program_names import Program, program_of
-from lobra_jax.schedule import BACKWARD, FORWARD, FUSED
-from lobra_jax.timeline import FORWARD_SHARE
+from lobra_jax.schedule import BACKWARD, FORWARD, FORWARD_SHARE, FUSED
 from profiling.trace.events import Event
 from profiling.trace.sweep import Window, union_ns
 

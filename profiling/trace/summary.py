@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lobra_jax.program_names import program_of
+from lobra_jax.run_folder import TRACE_FOLDER, TRACED_RUN_FILE
 from lobra_jax.schedule import FUSED
-from lobra_jax.trace_steps import TRACE_FOLDER, TRACED_RUN_FILE
 from planner.errors import UserError
 from profiling.trace.events import Event, Trace, find_trace, read_trace
 from profiling.trace.kernel_classes import CLASSES, TRANSFER, kernel_class

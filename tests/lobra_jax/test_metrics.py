@@ -11,6 +11,7 @@ from lobra_jax.metrics import (
     PhaseSeconds,
     StepRecord,
     TaskRecord,
+    convert_bar,
     length_counts,
     progress_bar,
     read_metrics,
@@ -204,6 +205,19 @@ def test_the_progress_bar_is_silent_where_nobody_watches(capsys: pytest.CaptureF
     with progress_bar(1) as advance:
         advance(step_record(1))
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("delay_s", "shown"), [(0.0, "2/2"), (60.0, "")])
+def test_the_conversion_bar_counts_tensors_where_it_takes_long(
+    delay_s: float, shown: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr("lobra_jax.metrics.CONVERT_BAR_DELAY_S", delay_s)
+    with convert_bar(2) as advance:
+        advance()
+        advance()
+    written = capsys.readouterr().err
+    assert shown in written and bool(written) == bool(shown)
 
 
 def test_length_counts_round_up_and_keep_every_sequence():

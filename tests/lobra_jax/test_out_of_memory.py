@@ -18,7 +18,7 @@ import pytest
 import safetensors.numpy
 
 from lobra_jax import engine as engine_module
-from lobra_jax import memory, reduce, replica
+from lobra_jax import free_memory, memory, reduce, replica
 from lobra_jax.config import RunConfig
 from lobra_jax.data.batches import global_batch
 from lobra_jax.engine import Engine
@@ -317,9 +317,9 @@ def test_there_is_room_where_a_step_fits_beside_what_devices_hold_and_shall_hold
         ):
             by_device = {device: free(stage) for stage, devices in enumerate(stages) for device in devices}
             with monkeypatch.context() as patch:
-                patch.setattr(memory, "free_bytes", lambda device, limit, by_device=by_device: by_device[device])
-                assert memory.has_room(replica_, shapes, beside=dict.fromkeys(by_device, beside)) == expected
-    held = memory.bytes_by_device(engine.state.tasks)
+                patch.setattr(free_memory, "free_bytes", lambda device, limit, by_device=by_device: by_device[device])
+                assert free_memory.has_room(replica_, shapes, beside=dict.fromkeys(by_device, beside)) == expected
+    held = free_memory.bytes_by_device(engine.state.tasks)
     assert sum(held.values()) == sum(leaf.nbytes for leaf in jax.tree.leaves(engine.state.tasks))
 
 
@@ -345,10 +345,10 @@ def wide(world):
 
 def test_devices_that_would_wait_for_one_without_room_are_asked_first(wide, monkeypatch):
     wide.warm_up()  # devices that do not tell what they hold are not asked
-    monkeypatch.setattr(memory, "free_bytes", lambda *_: 1)
+    monkeypatch.setattr(free_memory, "free_bytes", lambda *_: 1)
     wide.warm_up()
-    monkeypatch.setattr(memory, "HEAP_BYTES", 4 * TOO_MANY)
-    monkeypatch.setattr(memory, "_temporary_bytes", lambda *_: 4 * TOO_MANY)
+    monkeypatch.setattr(free_memory, "HEAP_BYTES", 4 * TOO_MANY)
+    monkeypatch.setattr(free_memory, "_temporary_bytes", lambda *_: 4 * TOO_MANY)
     (shape,) = wide.replicas[0].training_shapes
     with pytest.raises(OutOfMemoryError) as raised:
         wide.warm_up()
@@ -360,10 +360,10 @@ def test_devices_that_would_wait_for_one_without_room_are_asked_first(wide, monk
 
 def test_room_is_asked_for_in_pieces_on_each_device_of_a_stage():
     devices = jax.devices()[2:5]
-    row = memory.ROW_BYTES
-    made = memory.on_each_device(jax.sharding.Mesh(devices, "tensor"), 4 * row + 1, piece_bytes=2 * row)
+    row = free_memory.ROW_BYTES
+    made = free_memory.on_each_device(jax.sharding.Mesh(devices, "tensor"), 4 * row + 1, piece_bytes=2 * row)
     expected = [dict.fromkeys(devices, size) for size in (2 * row, 2 * row, row)]
-    assert [memory.bytes_by_device(piece) for piece in made] == expected
+    assert [free_memory.bytes_by_device(piece) for piece in made] == expected
 
 
 def test_what_travels_to_several_devices_of_a_stage_counts_beside_a_second_state(wide):
@@ -374,7 +374,7 @@ def test_what_travels_to_several_devices_of_a_stage_counts_beside_a_second_state
     assert set(travel) == set(replica_.submesh.devices)
     assert set(travel.values()) == {2 * whole + memory.leaf_bytes(layout.adapters)}
     assert whole == sum(leaf.nbytes for leaf in jax.tree.leaves(wide.state.adapters))
-    state = memory.bytes_by_device((wide.state.tasks, wide.state.alive))
+    state = free_memory.bytes_by_device((wide.state.tasks, wide.state.alive))
     assert wide._second_state == {device: state[device] + travel.get(device, 0) for device in state}
 
 

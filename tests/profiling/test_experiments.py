@@ -8,11 +8,12 @@ import pytest
 from click.testing import CliRunner
 
 from planner.cost import CostTable
+from planner.defaults import DEFAULT_SAMPLES
 from planner.evaluate import evaluate
 from planner.plan import ParallelConfig
 from planner.planners import solver
 from planner.problem import build_problem
-from planner.robust import DEFAULT_SAMPLES, DEFAULT_SEED, replica_counts, sampled_counts, step_times
+from planner.robust import DEFAULT_SEED, replica_counts, sampled_counts, step_times
 from planner.simulate import batch
 from planner.workload import Workload
 from profiling import experiments

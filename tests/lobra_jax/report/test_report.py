@@ -23,6 +23,7 @@ SHAPES = (
     ((4, 512), (2, 512), (8, 128), (8, 128)),
     ((1, 2048), (1, 512)),
 )
+SUMMARY = Summary(title="A run")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def run_folder(tmp_path: Path, plan: Plan) -> Path:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory, plan: Plan) -> Path:
     """report.html of the run, for tests that only read."""
-    return write_report(_write_run(tmp_path_factory.mktemp("run"), plan))
+    return write_report(_write_run(tmp_path_factory.mktemp("run"), plan), summary=SUMMARY)
 
 
 def _write_run(tmp_path: Path, plan: Plan) -> Path:
@@ -138,12 +139,6 @@ def test_report_embeds_every_picture_it_writes(report: Path) -> None:
     assert not re.search(r'(src|href)="(?!data:)', page)
 
 
-def test_report_tabulates_losses_before_and_after(report: Path) -> None:
-    cells = _cells(report.read_text())
-    start = cells.index("signatures")
-    assert cells[start : start + 6] == ["signatures", "5.100", "3.235", "-36.6%", "12,000", "12"]
-
-
 def test_report_escapes_what_the_run_says(report: Path) -> None:
     page = report.read_text()
     assert "&lt;done&gt;" in page and "<done>" not in page
@@ -158,18 +153,18 @@ def test_report_opens_with_the_given_summary(run_folder: Path) -> None:
 
 def test_report_without_a_timeline_says_so(run_folder: Path) -> None:
     (run_folder / "timeline.json").unlink()
-    page = write_report(run_folder).read_text()
+    page = write_report(run_folder, summary=SUMMARY).read_text()
     assert "No timeline was recorded" in page
     assert page.count("data:image/png;base64,") == len(PICTURES) - 2
 
 
-def test_report_leaves_out_losses_that_were_not_finite(run_folder: Path) -> None:
+def test_report_draws_a_run_with_losses_that_were_not_finite(run_folder: Path) -> None:
     with (run_folder / "metrics.jsonl").open("a") as file:
         record = {"step": 13, "task": "errors", "task_step": 13, "loss": None, "tokens": 10}
         file.write(json.dumps({"kind": "eval", **record}) + "\n")
         file.write(json.dumps({"kind": "task", **record, "sequences": 1, "lr": 0.01, "grad_norm": None}) + "\n")
-    cells = _cells(write_report(run_folder).read_text())
-    assert cells[cells.index("errors") + 3] == "-36.6%"
+    page = write_report(run_folder, summary=SUMMARY).read_text()
+    assert page.count("data:image/png;base64,") == len(PICTURES)
 
 
 def test_timeline_knows_each_replicas_micro_batches(run_folder: Path) -> None:
@@ -183,7 +178,7 @@ def test_a_replica_without_work_is_drawn_idle(run_folder: Path) -> None:
     raw = json.loads((run_folder / "timeline.json").read_text())
     raw["replicas"][0].update(stages=[[]], predicted_stages=[[]])
     (run_folder / "timeline.json").write_text(json.dumps(raw))
-    write_report(run_folder)
+    write_report(run_folder, summary=SUMMARY)
     timeline = load_run(run_folder).timeline
     assert timeline is not None and timeline.replicas[0].shapes == ()
 
@@ -191,13 +186,13 @@ def test_a_replica_without_work_is_drawn_idle(run_folder: Path) -> None:
 def test_report_of_a_run_without_steps_is_a_users_mistake(run_folder: Path) -> None:
     (run_folder / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="metrics.jsonl: no step is recorded"):
-        write_report(run_folder)
+        write_report(run_folder, summary=SUMMARY)
 
 
 def test_report_of_a_damaged_timeline_names_the_file(run_folder: Path) -> None:
     (run_folder / "timeline.json").write_text('{"step": 1}')
     with pytest.raises(UserError, match="timeline.json: bad timeline"):
-        write_report(run_folder)
+        write_report(run_folder, summary=SUMMARY)
 
 
 def test_a_table_with_a_short_row_is_refused() -> None:
