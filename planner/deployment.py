@@ -32,10 +32,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from planner import balance, choice, closing, config_subsets, rebuild
+from planner import balance, choice, closing, config_subsets, one_kind, rebuild
 from planner.bracket import bracket
 from planner.config_subsets import Found
 from planner.dominance import without_dominated
+from planner.local_search import improve
 from planner.plan import Plan
 from planner.problem import PlanningProblem
 from planner.relaxation import Level, Relaxation, least_conceivable_s
@@ -79,6 +80,9 @@ HALFWAY = 0.5
 
 NEARLY = 1.6
 """Multiple of the wanted gap within which a better plan may do: what it leaves to decide is tried at once."""
+
+FLEET_ROUNDS = 32
+"""Rounds of local search on fleets of one kind: enough to tell whether one is of interest."""
 
 HOPELESS = 0.99
 """Replica counts that serve less than this share of the counts, fractionally, are not dived for."""
@@ -168,6 +172,7 @@ def _searched(search: Search) -> None:
     """Steps 2 to 4, what is quick and often enough first; there is a best plan then."""
     if search.is_bracketed:
         _search(search, FREE, deciding=False)
+    _try_one_kind(search)
     if search.best is None:
         fallback = settle(search.problem, homogeneous(search.problem), deadline=search.deadline)
         search.offer(fallback.replica_counts, fallback.share)
@@ -192,6 +197,19 @@ def _searched(search: Search) -> None:
     _rebuild(search, most_vain=LAST_MOST_VAIN)
     if search.best.max_s < before_s:
         closing.close(search, **THOROUGHLY)
+
+
+def _try_one_kind(search: Search) -> None:
+    """Takes a fleet of one kind where that is better than what a dive found: these it may miss by far."""
+    problem = search.problem
+    if any(problem.pinned_counts):
+        return
+    for bound_s, config, count in one_kind.fleets(problem):
+        if search.best is not None and (bound_s >= search.best.max_s or search.is_done()):
+            return
+        table = balance.tables([problem.configs[config]] * count, problem.counts)
+        share = improve(table, balance.list_schedule(table, problem.counts), max_rounds=FLEET_ROUNDS)
+        search.offer([count if number == config else 0 for number in range(len(problem.configs))], share)
 
 
 def homogeneous(problem: PlanningProblem) -> tuple[int, ...]:

@@ -9,11 +9,23 @@ from __future__ import annotations
 import time
 
 from planner import balance
-from planner.deployment import least_conceivable_s
 from planner.dispatch import GAP_LIMIT
 from planner.plan import Plan
 from planner.problem import PlanningProblem
+from planner.relaxation import least_conceivable_s
 from planner.share_out import share_out
+
+
+def fleets(problem: PlanningProblem) -> list[tuple[float, int, int]]:
+    """(proven least seconds, config, replicas) of as many replicas of one config as there is room for, the least first;
+    of configs that fit the last bucket."""
+    longest = len(problem.buckets) - 1
+    out = []
+    for number, usable in enumerate(problem.configs):
+        count = problem.num_devices // usable.num_devices
+        if count and usable.fits(longest):
+            out.append((balance.quick_bound_s([usable] * count, problem.counts), number, count))
+    return sorted(out)
 
 
 def solve(problem: PlanningProblem) -> Plan:
@@ -22,14 +34,8 @@ def solve(problem: PlanningProblem) -> Plan:
     Configs are looked at from the least bound up, until the next cannot be better, or the time limit.
     """
     started = time.perf_counter()
-    longest = len(problem.buckets) - 1
-    bounds = []
-    for number, usable in enumerate(problem.configs):
-        count = problem.num_devices // usable.num_devices
-        if count and usable.fits(longest):
-            bounds.append((balance.quick_bound_s([usable] * count, problem.counts), number, count))
     best_s, chosen, status = float("inf"), (0, 0), "complete"
-    for bound_s, number, count in sorted(bounds):
+    for bound_s, number, count in fleets(problem):
         if bound_s >= best_s:
             break
         if best_s < float("inf") and time.perf_counter() - started >= problem.time_limit_s:

@@ -12,7 +12,7 @@ import click
 from lobra_jax.commands.options import config_options
 from lobra_jax.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, COSTS_FILE, LENGTHS_FILE, PLAN_FILE
 from planner.errors import UserError
-from planner.files import check_folder
+from planner.files import NEW_SUFFIX, check_folder
 from planner.inputs import beside, found_beside
 
 if TYPE_CHECKING:
@@ -147,8 +147,13 @@ def _check_out(out: Path, resume: bool) -> None:
     if resume:
         if not (out / PLAN_FILE).is_file():
             raise UserError("nothing to resume", file=out, key="--resume", expected="a run directory of `lobra train`")
-    elif out.exists() and (not out.is_dir() or any(path.name.removesuffix(NEW_SUFFIX) not in MEASURED_FILES for path in out.iterdir())):
+    elif out.exists() and (not out.is_dir() or not _only_measured(out)):
         raise UserError("already exists", file=out, key="--out", expected="a new or empty directory, or --resume")
+
+
+def _only_measured(out: Path) -> bool:
+    """Whether a folder has nothing but what measuring left, or was about to."""
+    return all(path.name.removesuffix(NEW_SUFFIX) in MEASURED_FILES for path in out.iterdir())
 
 
 def _check_plan(path: Path, config: RunConfig) -> None:

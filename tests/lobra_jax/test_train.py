@@ -325,6 +325,14 @@ def test_a_task_whose_loss_is_not_finite_stops_alone(world, finished, tmp_path, 
     assert events == ["long"]
 
 
+def test_what_a_kill_left_while_a_file_was_written_is_no_run(world, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.yaml.new").write_text("mod")
+    result = train(world, out, "--tasks", "short", "--set", "tasks.short.steps=1")
+    assert result.exit_code == 0, result.output
+
+
 def test_a_run_directory_is_never_overwritten(world, finished):
     before = (finished / "metrics.jsonl").read_bytes()
     result = train(world, finished)

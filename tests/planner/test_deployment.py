@@ -351,3 +351,14 @@ def test_replica_counts_settled_in_too_short_a_time_are_settled_again(monkeypatc
     problem = build_problem(counted_workload(counts), cost_table(*costs), 8, buckets=BUCKETS, time_limit_s=60)
     plan = deployment.solve(problem, target_gap=0.0)
     assert max(limits) > 0.03 and plan.predicted.status == "optimal"
+
+
+def test_a_fleet_of_one_kind_is_taken_where_dives_miss_it(monkeypatch):
+    """Two wide replicas here end long before as many narrow ones as there are devices for."""
+    narrow = config_cost(ParallelConfig(tp=1, pp=1, remat="none"), 64, per_token=9e-3)
+    wide = config_cost(ParallelConfig(tp=4, pp=1, remat="none"), 256, per_token=1e-3)
+    odd = config_cost(ParallelConfig(tp=2, pp=1, remat="none"), 64, per_token=8e-3)
+    problem = build_problem(counted_workload((20, 9, 5)), cost_table(narrow, wide, odd), 8, buckets=BUCKETS)
+    monkeypatch.setattr(deployment, "dive", lambda *_, **__: None)
+    monkeypatch.setattr(closing, "close", lambda *_, **__: None)
+    assert str(deployment.solve(problem)) == "2x(tp4,pp1,none)"
