@@ -16,7 +16,7 @@ from lobra_jax.data.templates import RecordError, render, with_columns
 from lobra_jax.data.tokenizer import load_tokenizer
 from planner.errors import UserError
 
-GZIP = gzip.compress(b'{"text": "a"}\n' * 9)
+GZIP = gzip.compress(b'{"text": "a"}\n' * 9, mtime=0)
 RECORDS = [
     {"prompt": 'a "quoted", comma', "completion": "b\nsecond line"},
     {"prompt": "ä ö \U0001f600", "completion": "] } , ["},
