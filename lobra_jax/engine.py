@@ -51,6 +51,10 @@ from planner.plan import Plan
 ReplicaBatches = Sequence[Sequence[MicroBatchArrays]]
 """[replica][micro-batch], each replica's most expensive first."""
 
+STEPS_WATCHED = 3
+"""Steps at a time that threads wait for, one for each stage and one for the new adapters: that before the last, which is
+not yet recorded, the last, and the one being issued."""
+
 NOTHING_GIVEN: Mapping[int, TaskAdapter] = types.MappingProxyType({})
 
 
@@ -135,7 +139,7 @@ class Engine:
         self._spread: list[list[Adapters]]
         num_stages = sum(replica.parallel.pp for replica in self.replicas)
         self._issuers = ThreadPoolExecutor(len(self.replicas), thread_name_prefix="issue")
-        self._watchers = ThreadPoolExecutor(3 * (num_stages + 1), thread_name_prefix="watch")
+        self._watchers = ThreadPoolExecutor(STEPS_WATCHED * (num_stages + 1), thread_name_prefix="watch")
         self._abandoned = threading.Event()
         self._previous_ready: Future | None = None
         self._unsettled: IssuedStep | None = None
