@@ -52,8 +52,8 @@ ReplicaBatches = Sequence[Sequence[MicroBatchArrays]]
 """[replica][micro-batch], each replica's most expensive first."""
 
 STEPS_WATCHED = 3
-"""Steps at a time that threads wait for, one for each stage and one for the new adapters: that before the last, which is
-not yet recorded, the last, and the one being issued."""
+"""Steps at a time that threads wait for, one for each stage and one for the new adapters: that before the last, which
+is not yet recorded, the last, and the one being issued."""
 
 NOTHING_GIVEN: Mapping[int, TaskAdapter] = types.MappingProxyType({})
 
