@@ -66,7 +66,7 @@ def check_steps(tasks: Sequence[TaskConfig], position: Mapping[str, Any], done: 
       UserError: naming the task.
     """
     for task in tasks:
-        before = position["steps"][task.name]
+        before = position.get("steps", {}).get(task.name, task.steps)  # checkpoints of before do not tell
         taken = min(before, done)
         if task.steps == before or (task.steps >= taken and taken == done):
             continue

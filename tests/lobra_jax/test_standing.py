@@ -61,6 +61,13 @@ def test_a_task_that_has_just_ended_may_go_on():
     check_steps([task("a", 9)], position, 4, Path("run/checkpoints/4"))
 
 
+def test_a_checkpoint_that_does_not_tell_its_steps_is_taken():
+    position = Standing(tasks=[task("a", 4)]).position()
+    del position["steps"]
+    check_steps([task("a", 4)], position, 2, Path("run/checkpoints/2"))
+    check_steps([task("a", 1)], position, 2, Path("run/checkpoints/2"))  # it may have been done by then
+
+
 def test_a_task_is_evaluated_at_its_interval_and_after_its_last_step(tmp_path):
     (tmp_path / "held_out.jsonl").write_text("{}\n")
     own = task("a", 5, eval_files=[str(tmp_path / "held_out.jsonl")], eval_interval=2)
