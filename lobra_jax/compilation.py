@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from lobra_jax.host import host_cores
+from lobra_jax.kept_programs import CACHE_READ, KEPT_READ
 
 ALL_CORES, MOST_THREADS = 16, 32
 """Compilations at a time: one for each core up to the first, then for every other core up to the second. With 64 on as
@@ -23,15 +24,14 @@ SWITCH_S = 5e-4
 """For how long a thread keeps the interpreter at a start while others wait for it: a tenth of Python's default."""
 
 _COMPILED_OR_READ = "/jax/core/compile/backend_compile_duration"
-_READ = "/jax/compilation_cache/cache_hits"
 
 
 class CompilationCount:
     """Programs made ready in this process since the counter was made.
 
     Attributes:
-      total: compiled, or read from the persistent cache.
-      from_cache: those read from the persistent cache.
+      total: compiled, or read from JAX's cache or as they were kept.
+      from_cache: those read.
     """
 
     def __init__(self) -> None:
@@ -47,9 +47,10 @@ class CompilationCount:
                 self.total += 1
 
     def _on_event(self, name: str, **_: Any) -> None:
-        if name == _READ:
+        if name in (CACHE_READ, KEPT_READ):
             with self._lock:
                 self.from_cache += 1
+                self.total += name == KEPT_READ  # as to the other, JAX tells how long it took too
 
 
 def compile_threads() -> int:

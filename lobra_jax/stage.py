@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from lobra_jax.kept_programs import Programs, describe, kept
 from lobra_jax.lora import Adapters, RowInputs, TaskInputs, row_inputs
 from lobra_jax.loss import weighted_row_losses, weighted_token_losses
 from lobra_jax.models.llama import AbstractStage
@@ -55,41 +56,30 @@ class BatchInputs:
     segments: SegmentInputs | None = None
 
 
-@jax.tree_util.register_pytree_node_class
 class Residuals:
-    """What a forward program keeps for its backward.
+    """How what a forward program keeps for its backward is put together again: learnt when the forward is traced.
 
     Residuals that are the program's own inputs (weights, adapters) are left out and put back by position, or each
     micro-batch in flight would carry a copy of the weights.
     """
 
-    def __init__(self, arrays: Sequence[Array], tree: Any, input_slots: tuple[int | None, ...]) -> None:
-        self.arrays = arrays
-        self.tree = tree
-        self.input_slots = input_slots
+    def __init__(self) -> None:
+        self._tree: Any = None
+        self._input_slots: tuple[int | None, ...] = ()
 
-    @classmethod
-    def of(cls, vjp: Callable, inputs: Any) -> Residuals:
-        """Takes a `jax.vjp` function apart; `inputs` is the pytree that `restore` will get again."""
+    def take_apart(self, vjp: Callable, inputs: Any) -> tuple[Array, ...]:
+        """The arrays of a `jax.vjp` function; `inputs` is the pytree that `restore` will get again."""
         slots = {id(leaf): slot for slot, leaf in enumerate(jax.tree.leaves(inputs))}
-        leaves, tree = jax.tree.flatten(vjp)
+        leaves, self._tree = jax.tree.flatten(vjp)
         # Were JAX to hand out other objects for its inputs, every micro-batch in flight would hold the weights.
         assert any(id(leaf) in slots for leaf in leaves), "no residual is an input: the weights would be carried along"
-        input_slots = tuple(slots.get(id(leaf)) for leaf in leaves)
-        arrays = tuple(leaf for leaf, slot in zip(leaves, input_slots, strict=True) if slot is None)
-        return cls(arrays, tree, input_slots)
+        self._input_slots = tuple(slots.get(id(leaf)) for leaf in leaves)
+        return tuple(leaf for leaf, slot in zip(leaves, self._input_slots, strict=True) if slot is None)
 
-    def restore(self, inputs: Any) -> Callable:
-        arrays, given = iter(self.arrays), jax.tree.leaves(inputs)
-        leaves = [next(arrays) if slot is None else given[slot] for slot in self.input_slots]
-        return jax.tree.unflatten(self.tree, leaves)
-
-    def tree_flatten(self) -> tuple[tuple[Array, ...], tuple]:
-        return tuple(self.arrays), (self.tree, self.input_slots)
-
-    @classmethod
-    def tree_unflatten(cls, aux: tuple, arrays: Sequence[Array]) -> Residuals:
-        return cls(arrays, *aux)
+    def restore(self, arrays: Sequence[Array], inputs: Any) -> Callable:
+        remaining, given = iter(arrays), jax.tree.leaves(inputs)
+        leaves = [next(remaining) if slot is None else given[slot] for slot in self._input_slots]
+        return jax.tree.unflatten(self._tree, leaves)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,24 +141,25 @@ class StageFunctions:
         return jax.vjp(function, adapters, x)
 
     def forward(
-        self, params: Params, adapters: Adapters, tasks: TaskInputs, x: Array, batch: BatchInputs
-    ) -> tuple[Array, Residuals, Array]:
-        """(hidden [B, L, D], residuals, done): `done` is a scalar by which the end can be awaited."""
+        self, residuals: Residuals, params: Params, adapters: Adapters, tasks: TaskInputs, x: Array, batch: BatchInputs
+    ) -> tuple[Array, tuple[Array, ...], Array]:
+        """(hidden [B, L, D], what `residuals` took apart, done): `done` is a scalar by which the end can be awaited."""
         y, vjp = self._differentiated(lambda a, x: self._hidden(params, a, tasks, x, batch), adapters, x)
-        return y, Residuals.of(vjp, (params, adapters, tasks, batch)), _done()
+        return y, residuals.take_apart(vjp, (params, adapters, tasks, batch)), _done()
 
     def backward(
         self,
+        residuals: Residuals,
         gradients: Adapters,
         params: Params,
         adapters: Adapters,
         tasks: TaskInputs,
         batch: BatchInputs,
-        residuals: Residuals,
+        arrays: tuple[Array, ...],
         dy: Array,
     ) -> tuple[Adapters, Array | None, Array]:
-        """(gradients, dx or None on the first stage, done)."""
-        d_adapters, *dx = residuals.restore((params, adapters, tasks, batch))(dy)
+        """(gradients, dx or None on the first stage, done); `arrays` are what the forward's `residuals` took apart."""
+        d_adapters, *dx = residuals.restore(arrays, (params, adapters, tasks, batch))(dy)
         return jax.tree.map(jnp.add, gradients, d_adapters), dx[0] if dx else None, _done()
 
     def fused(
@@ -202,6 +193,18 @@ class StageLayout:
     adapters: Mapping[str, Any]
     tasks: TaskInputs
     dtype: Any
+
+    @property
+    def devices(self) -> list[Any]:
+        return list(self.functions.sharding.mesh.devices.flat)
+
+    def made_of(self, what: str, rows: int, length: int, packed: bool) -> list[str]:
+        """In words, all that the programs of that shape are traced from, but for sources, versions and flags."""
+        f = self.functions
+        stage = (f.abstract.config, f.abstract.layers, f.abstract.quantization, f.remat, f.dropout, f.dora, f.num_tasks)
+        arrays = (self.params, self.adapters, self.tasks, self.batch(rows, length, packed=packed))
+        shape = f"{what} {rows}x{length} packed={packed} {jnp.dtype(self.dtype)} by_rows={f.sharding.by_rows}"
+        return [shape, repr(stage), f"{f.sharding.mesh.axis_names}{f.sharding.mesh.axis_types}", describe(arrays)]
 
     def with_remat(self, remat: str) -> StageLayout:
         return dataclasses.replace(self, functions=dataclasses.replace(self.functions, remat=remat))
@@ -290,7 +293,19 @@ class StageProgram:
 
 
 def compile_training(layout: StageLayout, rows: int, length: int, *, packed: bool = False) -> StageProgram:
-    """Compiles what training needs for a [rows, length] micro-batch. Thread-safe; XLA releases the interpreter."""
+    """What training needs for a [rows, length] micro-batch, compiled or as kept. Thread-safe."""
+    make = functools.partial(_training, layout, rows, length, packed)
+    return StageProgram.of(**kept(layout.made_of("training", rows, length, packed), layout.devices, make))
+
+
+def compile_evaluation(layout: StageLayout, rows: int, length: int) -> jax.stages.Compiled:
+    """The loss-only program for a [rows, length] micro-batch, compiled or as kept."""
+    make = functools.partial(_evaluation, layout, rows, length)
+    return kept(layout.made_of(EVALUATION, rows, length, False), layout.devices, make)[EVALUATION]
+
+
+def _training(layout: StageLayout, rows: int, length: int, packed: bool) -> Programs:
+    """Compiles them; XLA releases the interpreter."""
     f = layout.functions
     batch = layout.batch(rows, length, packed=packed)
     hidden = layout.hidden(rows, length)
@@ -303,26 +318,31 @@ def compile_training(layout: StageLayout, rows: int, length: int, *, packed: boo
         fused = jax.jit(named(f.fused, FUSED, detail), donate_argnums=0, out_shardings=shardings)
         with _TRACING:
             lowered = fused.lower(layout.adapters, layout.params, layout.adapters, layout.tasks, x, batch)
-        return StageProgram.of(fused=lowered.compile(options))
-    done = f.sharding.replicated
-    jitted = jax.jit(named(f.forward, FORWARD, detail), out_shardings=(hidden.sharding, None, done))
+        return {FUSED: lowered.compile(options)}
+    done, residuals = f.sharding.replicated, Residuals()
+    jitted = jax.jit(
+        named(functools.partial(f.forward, residuals), FORWARD, detail), out_shardings=(hidden.sharding, None, done)
+    )
     with _TRACING:
         lowered = jitted.lower(layout.params, layout.adapters, layout.tasks, x, batch)
     forward = lowered.compile(options)
-    residuals = jax.tree.map(
+    kept_arrays = jax.tree.map(
         lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
         lowered.out_info[1],
         forward.output_shardings[1],
     )
     shardings = (gradients, dx, done)
-    jitted = jax.jit(named(f.backward, BACKWARD, detail), donate_argnums=0, out_shardings=shardings)
+    jitted = jax.jit(
+        named(functools.partial(f.backward, residuals), BACKWARD, detail), donate_argnums=0, out_shardings=shardings
+    )
     with _TRACING:
-        lowered = jitted.lower(layout.adapters, layout.params, layout.adapters, layout.tasks, batch, residuals, hidden)
-    return StageProgram.of(forward=forward, backward=lowered.compile(options))
+        lowered = jitted.lower(
+            layout.adapters, layout.params, layout.adapters, layout.tasks, batch, kept_arrays, hidden
+        )
+    return {FORWARD: forward, BACKWARD: lowered.compile(options)}
 
 
-def compile_evaluation(layout: StageLayout, rows: int, length: int) -> jax.stages.Compiled:
-    """Compiles the loss-only program for a [rows, length] micro-batch."""
+def _evaluation(layout: StageLayout, rows: int, length: int) -> Programs:
     f = layout.functions
     batch = layout.batch(rows, length)
     hidden = layout.hidden(rows, length)
@@ -332,4 +352,4 @@ def compile_evaluation(layout: StageLayout, rows: int, length: int) -> jax.stage
     evaluate = jax.jit(named(f.evaluate, EVALUATION, detail), out_shardings=out)
     with _TRACING:
         lowered = evaluate.lower(layout.params, layout.adapters, layout.tasks, x, batch)
-    return lowered.compile(f.sharding.compiler_options)
+    return {EVALUATION: lowered.compile(f.sharding.compiler_options)}

@@ -238,3 +238,9 @@ def world() -> World:
         gradients=step_gradients,
         difference=relative_difference,
     )
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch):
+    """Tests change functions that are traced, which programs kept by an earlier test would not know of."""
+    monkeypatch.setattr("lobra_jax.kept_programs.programs_folder", lambda: None)

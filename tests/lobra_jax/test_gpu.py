@@ -158,31 +158,59 @@ def test_unlike_replicas_agree_with_one(reference, shapes, remat):
     assert distance(found, reference[1]) < 1e-5
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 2)])
-def test_a_second_engine_finds_its_programs_in_the_cache(shape, tmp_path):
+@pytest.fixture
+def cache(tmp_path):
+    """JAX's compilation cache, which takes every program, in the folder that it returns."""
     from jax.experimental.compilation_cache import compilation_cache
 
-    from lobra_jax.compilation import CompilationCount
     from lobra_jax.devices import find_programs_again
 
-    if shape[0] * shape[1] > len(jax.devices()):
-        pytest.skip(f"needs more than {len(jax.devices())} devices")
     before = {name: getattr(jax.config, name) for name in CACHE_SETTINGS}
     compilation_cache.reset_cache()
     for name, value in zip(CACHE_SETTINGS, (str(tmp_path), 0.0, False), strict=True):
         jax.config.update(name, value)
     find_programs_again()
-    try:
-        count = CompilationCount()
-        gradients([(*shape, "dots")], jnp.bfloat16)
-        first = count.total - count.from_cache
-        gradients([(*shape, "dots")], jnp.bfloat16)
-        again = count.total - count.from_cache - first
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+    yield tmp_path
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 2)])
+def test_a_second_engine_finds_its_programs_in_the_cache(shape, cache):
+    from lobra_jax.compilation import CompilationCount
+
+    if shape[0] * shape[1] > len(jax.devices()):
+        pytest.skip(f"needs more than {len(jax.devices())} devices")
+    count = CompilationCount()
+    gradients([(*shape, "dots")], jnp.bfloat16)
+    first = count.total - count.from_cache
+    gradients([(*shape, "dots")], jnp.bfloat16)
+    again = count.total - count.from_cache - first
     assert first > 0 and again == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 2)])
+def test_programs_kept_train_the_same_without_being_traced(shape, cache, monkeypatch):
+    """Also those that were kept when they came from JAX's cache."""
+    from lobra_jax import kept_programs
+    from lobra_jax.stage import StageFunctions
+
+    if shape[0] * shape[1] > len(jax.devices()):
+        pytest.skip(f"needs more than {len(jax.devices())} devices")
+    folder = cache / "stages"
+    monkeypatch.setattr(kept_programs, "programs_folder", lambda: folder)
+    losses, expected = gradients([(*shape, "dots")], jnp.bfloat16)
+    num_files = len(list(folder.iterdir()))
+    for file in folder.iterdir():
+        file.unlink()
+    gradients([(*shape, "dots")], jnp.bfloat16)
+    assert len(list(folder.iterdir())) == num_files == shape[1]
+    for name in ("forward", "backward", "fused"):
+        monkeypatch.setattr(StageFunctions, name, lambda *_: pytest.fail("traced"))
+    found_losses, found = gradients([(*shape, "dots")], jnp.bfloat16)
+    np.testing.assert_allclose(found_losses, losses, rtol=1e-6)
+    assert distance(found, expected) < 1e-3  # bf16: XLA's kernels may add up in any order
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 2)])

@@ -25,3 +25,9 @@ def tiny_config_json():
             "tie_word_embeddings": False,
         }
     )
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch):
+    """Tests change functions that are traced, which programs kept by an earlier test would not know of."""
+    monkeypatch.setattr("lobra_jax.kept_programs.programs_folder", lambda: None)
