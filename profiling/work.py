@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from lobra_jax.mesh import make_submesh
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.llama import abstract_stage
 from lobra_jax.sharding import StageSharding
-from lobra_jax.stage import StageFunctions, StageLayout, stage_layout
+from lobra_jax.stage import Residuals, StageFunctions, StageLayout, stage_layout
 from planner.lattice import Shape
 from planner.plan import ParallelConfig
 from profiling.measure import Setup
@@ -152,10 +153,9 @@ def _bytes(aval: Any) -> int:
 def _residual_bytes(setup: Setup, remat: str, num_layers: int) -> int:
     layout = _layout(setup, remat, range(num_layers), num_layers + 1)
     batch = layout.batch(ROWS, LENGTH)
-    _, residuals, _ = jax.eval_shape(
-        layout.functions.forward, layout.params, layout.adapters, layout.tasks, batch.tokens, batch
-    )
-    return sum(_bytes(leaf) for leaf in residuals.arrays if _is_of_tokens(leaf.shape))
+    forward = functools.partial(layout.functions.forward, Residuals())
+    _, kept, _ = jax.eval_shape(forward, layout.params, layout.adapters, layout.tasks, batch.tokens, batch)
+    return sum(_bytes(leaf) for leaf in kept if _is_of_tokens(leaf.shape))
 
 
 def _is_of_tokens(shape: Sequence[int]) -> bool:

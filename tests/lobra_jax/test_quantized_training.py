@@ -1,6 +1,7 @@
 """Training on a quantised base: the numerical contract holds, and no dense copy of the weights is kept."""
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from lobra_jax.models.quantized import SCALE, block_dim, dequantized, quantized
 from lobra_jax.models.weights import ArrayWeights, RandomWeights, weight_shapes, whole
 from lobra_jax.replica import Replica, ReplicaRun
 from lobra_jax.sharding import TARGET_AXES
+from lobra_jax.stage import Residuals
 from planner.errors import UserError
 from planner.plan import ParallelConfig
 
@@ -152,9 +154,10 @@ def program_bytes(quantization):
     layout, last = replica.layouts
     batch = layout.batch(1, 4)
     arguments = (layout.params, layout.adapters, layout.tasks)
-    forward = jax.jit(layout.functions.forward).lower(*arguments, batch.tokens, batch)
+    kept = Residuals()
+    forward = jax.jit(functools.partial(layout.functions.forward, kept)).lower(*arguments, batch.tokens, batch)
     residuals = forward.out_info[1]
-    backward = jax.jit(layout.functions.backward).lower(
+    backward = jax.jit(functools.partial(layout.functions.backward, kept)).lower(
         layout.adapters, *arguments, batch, residuals, layout.hidden(1, 4)
     )
     programs = [forward, backward]

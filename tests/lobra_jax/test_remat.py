@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -17,7 +18,7 @@ from lobra_jax.models import attention, llama
 from lobra_jax.models import remat as remat_module
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.weights import RandomWeights
-from lobra_jax.stage import BatchInputs, StageFunctions, StageLayout, stage_layout
+from lobra_jax.stage import BatchInputs, Residuals, StageFunctions, StageLayout, stage_layout
 from planner.plan import REMATS, ParallelConfig
 
 MODEL = LlamaConfig(
@@ -95,10 +96,9 @@ def kept_bytes(remat: str, dtype) -> float:
     """For a token and layer: what a first stage's forward hands to its backward."""
     layout = layout_of(remat, range(LAYERS), dtype)
     batch = layout.batch(ROWS, LENGTH)
-    _, residuals, _ = jax.eval_shape(
-        layout.functions.forward, layout.params, layout.adapters, layout.tasks, batch.tokens, batch
-    )
-    of_tokens = [leaf for leaf in residuals.arrays if leaf.size >= ROWS * LENGTH and leaf.shape[0] == ROWS]
+    forward = functools.partial(layout.functions.forward, Residuals())
+    _, kept, _ = jax.eval_shape(forward, layout.params, layout.adapters, layout.tasks, batch.tokens, batch)
+    of_tokens = [leaf for leaf in kept if leaf.size >= ROWS * LENGTH and leaf.shape[0] == ROWS]
     return sum(leaf.size * leaf.dtype.itemsize for leaf in of_tokens) / (ROWS * LENGTH * LAYERS)
 
 
