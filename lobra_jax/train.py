@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from lobra_jax.checkpoint import CheckpointMetadata, Checkpoints
-from lobra_jax.compilation import CompilationCount, at_start
+from lobra_jax.compilation import CompilationCount, after_start, at_start
 from lobra_jax.config import RunConfig, TaskConfig
 from lobra_jax.data.batches import TaskData
 from lobra_jax.export import base_model_name
@@ -207,7 +207,7 @@ class Trainer:
         self.room.on_lowered.append(lowered)
         if done == 0:
             self._evaluate(0, self.task_configs, feeder, metrics)
-        with self.tracer, progress_bar(self.num_steps, done=done) as advance:
+        with after_start(), self.tracer, progress_bar(self.num_steps, done=done) as advance:
             while self._pending is not None or not self.standing.is_over(self._step):
                 try:
                     self._turn(feeder, checkpoints, metrics, advance)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 from lobra_jax.at_once import at_once
+from lobra_jax.compilation import after_start
 from planner.cost import ConfigCost, CostPoint
 from planner.fit import fitted_cost
 from planner.lattice import Shape
@@ -134,7 +135,9 @@ def together(
         at_once(executor, [bench.place for bench in benches])
         if len(benches) > 1:
             at_once(executor, warm_ups)
-        futures = [executor.submit(timing) for timing in timings]
+        with after_start():
+            futures = [executor.submit(timing) for timing in timings]
+            wait(futures)
     for future in futures:
         if future.exception() is None:
             keep(future.result())

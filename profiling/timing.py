@@ -10,6 +10,7 @@ so the difference of two T gives the slowest slot, whatever the stages' balance.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
@@ -21,7 +22,11 @@ MANY_OF_QUICK = 12
 SLOW_RUN_S = 0.25
 """Without a pipeline, one micro-batch this slow tells its slot alone: what a step costs besides is noise to it."""
 SHAPE_BUDGET_S = 1.5
-"""No further repeat of a shape is begun after this."""
+"""No further repeat of a shape is begun after this, where there are two that agree."""
+AGREEMENT = 0.03
+"""Readings agree if two of them are no further apart: one alone may have had the host look away for half a second."""
+TO_BE_SURE = 3
+"""Readings of which the median is taken even where no two agree."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,19 +41,31 @@ class StepTimes:
 def time_steps(run: Callable[[int], float], *, pp: int, repeats: int) -> StepTimes:
     """Times a shape; `run(m)` runs one step of m micro-batches and returns its seconds.
 
-    The first run is not counted (buffers are allocated). There are fewer repeats where they take long.
+    The first run is not counted (buffers are allocated). There are fewer repeats where they take long. Unless
+    one is asked for, two that agree are waited for, of three at most.
     """
     run(1)
     ones = [run(1)]
     many = MANY_OF_QUICK if ones[0] < QUICK_RUN_S else MANY
     manys = [] if pp == 1 and ones[0] >= SLOW_RUN_S else [run(many)]
-    while len(ones) < repeats and sum(ones) + sum(manys) < SHAPE_BUDGET_S:
+    while _wants_another(ones, manys, repeats):
         ones.append(run(1))
         if manys:
             manys.append(run(many))
     if not manys:
         return StepTimes(one_s=statistics.median(ones))
     return StepTimes(one_s=statistics.median(ones), many=many, many_s=statistics.median(manys))
+
+
+def _wants_another(ones: Sequence[float], manys: Sequence[float], repeats: int) -> bool:
+    if len(ones) < repeats and sum(ones) + sum(manys) < SHAPE_BUDGET_S:
+        return True
+    is_unsure = not _agree(ones) or (len(manys) > 0 and not _agree(manys))
+    return repeats > 1 and is_unsure and len(ones) < TO_BE_SURE
+
+
+def _agree(readings: Sequence[float]) -> bool:
+    return any(y <= (1 + AGREEMENT) * x for x, y in itertools.pairwise(sorted(readings)))
 
 
 def slot_s(times: StepTimes, *, pp: int, fixed_s: float = 0.0) -> float:

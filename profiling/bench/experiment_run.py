@@ -17,7 +17,7 @@ from typing import Any
 import click
 import jax
 
-from lobra_jax.compilation import CompilationCount, compile_threads
+from lobra_jax.compilation import CompilationCount, after_start, compile_threads
 from lobra_jax.config import RunConfig, model_config
 from lobra_jax.data.batches import GlobalBatch, TaskData
 from lobra_jax.devices import peak_bytes
@@ -143,7 +143,7 @@ def _run(scene: Scene, plan: Plan, timeline: Path) -> dict[str, Any]:
     jax.block_until_ready([replica.params for replica in engine.replicas])
     placed = time.perf_counter()
     engine.warm_up(None if on_host else engine.shapes())
-    with Feeder(scene.tasks, plan, scene.costs, scene.config.planner) as feeder:
+    with after_start(), Feeder(scene.tasks, plan, scene.costs, scene.config.planner) as feeder:
         loop = _Loop(scene, engine, feeder, optimizers, compilations)
         records = loop.run(timeline)
     return {

@@ -2,11 +2,12 @@
 
 import gc
 import sys
+import weakref
 
 import pytest
 
 from lobra_jax import compilation
-from lobra_jax.compilation import at_start, compile_threads
+from lobra_jax.compilation import after_start, at_start, compile_threads
 
 
 @pytest.mark.parametrize(
@@ -32,3 +33,20 @@ def test_python_makes_room_at_a_start_and_then_does_as_before():
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_python_looks_for_no_garbage_among_what_a_start_left():
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+
+    left, garbage = [[] for _ in range(100_000)], weakref.ref(Cycle())
+    frozen = gc.get_freeze_count()
+    with pytest.raises(ValueError, match="failed"), after_start():
+        assert garbage() is None
+        assert gc.get_freeze_count() >= frozen + len(left)
+        later = weakref.ref(Cycle())
+        gc.collect()
+        assert later() is None
+        raise ValueError("failed")
+    assert gc.get_freeze_count() == 0

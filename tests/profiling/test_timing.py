@@ -65,4 +65,21 @@ def test_slow_shapes_are_run_fewer_times():
     quick, slow, slowest = Clock(QUICK_RUN_S / 5), Clock(SLOW_RUN_S), Clock(60.0)
     for run in (quick, slow, slowest):
         time_steps(run, pp=1, repeats=5)
-    assert sum(quick.calls) > sum(slow.calls) > sum(slowest.calls) == 2
+    assert sum(quick.calls) > sum(slow.calls) > sum(slowest.calls) == 3
+    once = Clock(60.0)
+    time_steps(once, pp=1, repeats=1)
+    assert sum(once.calls) == 2
+
+
+@pytest.mark.parametrize("slot", [QUICK_RUN_S / 5, SLOW_RUN_S, 3.0])
+@pytest.mark.parametrize("disturbed", [1, 2, 3, 4])
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_a_reading_during_which_the_host_looked_away_does_not_count(slot, disturbed, repeats):
+    clock = Clock(slot)
+
+    def run(num_micro_batches):
+        return clock(num_micro_batches) + (0.4 + slot / 2 if len(clock.calls) == disturbed + 1 else 0.0)
+
+    times = time_steps(run, pp=1, repeats=repeats)
+    assert slot_s(times, pp=1) == pytest.approx(slot)
+    assert len(clock.calls) <= 8
