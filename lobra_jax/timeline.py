@@ -10,7 +10,8 @@ from typing import Any
 from lobra_jax.replica import Replica
 from lobra_jax.schedule import BACKWARD, FORWARD, FORWARD_SHARE, one_f_one_b, simulate
 from lobra_jax.step_times import ActionTime, StepResult
-from planner.cost import ConfigCost, CostTable
+from planner.config_cost import ConfigCost
+from planner.cost import CostTable
 from planner.dispatch import Dispatch
 from planner.files import write_whole
 from planner.plan import Plan

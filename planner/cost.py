@@ -1,19 +1,4 @@
-"""The cost table (`costs.json`: measured seconds and bytes) and the cost model fitted to it.
-
-Micro-batch time follows LobRA, appendix D: for a config c, rows b and padded length s,
-
-    t_c(b, s) = (c1 b + c2) s^2 + (c3 b + c4) s + c5 b + c6      [seconds, the slowest stage's slot]
-
-and a replica that runs micro-batches m_1..m_n in one step takes
-
-    T_c = fixed_s + sum_i t_c(m_i) + (pp - 1) max_i t_c(m_i)     (0 if it has none)
-
-A packed micro-batch of b rows of s tokens, whose sequences' lengths have the sum of squares q, takes, where it was
-measured (`PackedCost`),
-
-    t_c(b, s, q) = p1 b s^2 + p2 q + p3 b s + p4
-
-p1 where attention goes over whole rows and masks (no flash kernel), p2 where it goes over each sequence alone.
+"""The cost table, `costs.json`: measured seconds and bytes, and the cost model fitted to them (`planner.config_cost`).
 
 `step_overhead_s` (gradient sum over replicas, update, new adapters out) is paid once a step by all.
 """
@@ -22,157 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from planner.config_cost import (
+    NUM_COEFFICIENTS,
+    NUM_PACKED_COEFFICIENTS,
+    ConfigCost,
+    CostPoint,
+    FitError,
+    PackedCost,
+    PackedPoint,
+    ShapeTime,
+    mixed,
+)
 from planner.files import write_json
-from planner.plan import MIXED, REMATS, ParallelConfig, ReplicaGroup, first_that_holds
+from planner.plan import REMATS, ParallelConfig, ReplicaGroup
 from planner.reading import MISSING, Value, load_json
 
 COST_TABLE_VERSION = 1
-NUM_COEFFICIENTS = 6
-NUM_PACKED_COEFFICIENTS = 4
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CostPoint:
-    """One measured shape: `rows` sequences padded to `length` tokens; `held_out` points are not fitted."""
-
-    rows: int
-    length: int
-    seconds: float
-    peak_bytes: int
-    held_out: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FitError:
-    """Relative error |predicted - measured| / measured over the held-out points."""
-
-    mean: float
-    max: float
-    num_held_out: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PackedPoint:
-    """One measured packed shape: `rows` of `length` tokens, `squares` the sum of its sequences' squared lengths."""
-
-    rows: int
-    length: int
-    squares: int
-    seconds: float
-    peak_bytes: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PackedCost:
-    """What is known of packed micro-batches on one config: capacity in tokens, coefficients, the points behind them."""
-
-    capacity_tokens: int
-    coefficients: tuple[float, ...]
-    points: tuple[PackedPoint, ...] = ()
-
-    def __post_init__(self) -> None:
-        if len(self.coefficients) != NUM_PACKED_COEFFICIENTS:
-            raise ValueError(f"packed: {len(self.coefficients)} coefficients, expected {NUM_PACKED_COEFFICIENTS}")
-        _check_numbers("packed", self.capacity_tokens, self.coefficients)
-
-    def micro_batch_s(self, rows: int, length: int, squares: float) -> float:
-        """Seconds that one packed micro-batch occupies the slowest stage."""
-        p1, p2, p3, p4 = self.coefficients
-        return p1 * rows * length * length + p2 * squares + p3 * rows * length + p4
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ConfigCost:
-    """What is known of one parallel config: capacity in tokens, fitted coefficients, the points behind them.
-
-    `packed`: the same of packed micro-batches, None where they were not measured.
-    """
-
-    config: ParallelConfig
-    capacity_tokens: int
-    coefficients: tuple[float, ...]
-    fixed_s: float = 0.0
-    points: tuple[CostPoint, ...] = ()
-    fit_error: FitError | None = None
-    packed: PackedCost | None = None
-
-    def __post_init__(self) -> None:
-        if len(self.coefficients) != NUM_COEFFICIENTS:
-            raise ValueError(f"{self.config}: {len(self.coefficients)} coefficients, expected {NUM_COEFFICIENTS}")
-        _check_numbers(f"{self.config}", self.capacity_tokens, self.coefficients)
-        if not 0 <= self.fixed_s < math.inf:
-            raise ValueError(f"{self.config}: fixed_s = {self.fixed_s}, expected seconds >= 0")
-
-    @property
-    def capacities(self) -> tuple[int, ...]:
-        """Tokens of a micro-batch that each of the config's policies holds."""
-        return (self.capacity_tokens,)
-
-    def of_length(self, length: int) -> ConfigCost:
-        """What is known of the policy that runs micro-batches of a padded length: see `MixedCost`."""
-        return self
-
-    def holding(self, capacities: Sequence[int]) -> ConfigCost:
-        """The same with these capacities, one for each policy."""
-        return dataclasses.replace(self, capacity_tokens=capacities[-1])
-
-    def micro_batch_s(self, rows: int, length: int) -> float:
-        """Seconds that one micro-batch of `rows` x `length` tokens occupies the slowest stage."""
-        c1, c2, c3, c4, c5, c6 = self.coefficients
-        return (c1 * rows + c2) * length * length + (c3 * rows + c4) * length + c5 * rows + c6
-
-    def replica_s(self, shapes: Iterable[tuple[int, int]]) -> float:
-        """Seconds of one step on a replica that runs micro-batches of these (rows, length); 0 without any."""
-        return self.slots_s([self.micro_batch_s(rows, length) for rows, length in shapes])
-
-    def slots_s(self, slots: Sequence[float]) -> float:
-        """Seconds of one step on a replica whose micro-batches take these seconds each; 0 without any."""
-        if not slots:
-            return 0.0
-        return self.fixed_s + sum(slots) + (self.config.pp - 1) * max(slots)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MixedCost(ConfigCost):
-    """A config of several policies, made by `mixed`; a length is run with the first of `parts` that holds it.
-
-    What it shares with other configs' costs is of the last part, `fixed_s` the largest of all.
-    """
-
-    parts: tuple[ConfigCost, ...]
-
-    @property
-    def capacities(self) -> tuple[int, ...]:
-        return tuple(part.capacity_tokens for part in self.parts)
-
-    def of_length(self, length: int) -> ConfigCost:
-        return self.parts[first_that_holds(self.capacities, length)]
-
-    def holding(self, capacities: Sequence[int]) -> ConfigCost:
-        return mixed([part.holding([one]) for part, one in zip(self.parts, capacities, strict=True)])
-
-    def micro_batch_s(self, rows: int, length: int) -> float:
-        return self.of_length(length).micro_batch_s(rows, length)
-
-
-def mixed(parts: Sequence[ConfigCost]) -> ConfigCost:
-    """The costs of a config with the policies of all `parts`, which have the same tp and no pipeline.
-
-    Padded micro-batches only.
-    """
-    last = parts[-1]
-    return MixedCost(
-        config=last.config.with_remat(MIXED.join(part.config.remat for part in parts)),
-        capacity_tokens=last.capacity_tokens,
-        coefficients=last.coefficients,
-        fixed_s=max(part.fixed_s for part in parts),
-        parts=tuple(parts),
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -277,15 +131,9 @@ class CostTable:
             )
 
 
-def _check_numbers(name: str, capacity_tokens: object, coefficients: Sequence[float]) -> None:
-    if isinstance(capacity_tokens, bool) or not isinstance(capacity_tokens, numbers.Integral) or capacity_tokens < 1:
-        raise ValueError(f"{name}: capacity_tokens = {capacity_tokens!r}, expected an integer >= 1")
-    if not all(math.isfinite(c) for c in coefficients):
-        raise ValueError(f"{name}: coefficients = {list(coefficients)}, expected finite numbers")
-
-
 def _config_to_dict(cost: ConfigCost) -> dict[str, Any]:
     packed = {} if cost.packed is None else {"packed": dataclasses.asdict(cost.packed)}
+    lattice = {"lattice": [dataclasses.asdict(time) for time in cost.lattice]} if cost.lattice else {}
     return {
         **dataclasses.asdict(cost.config),
         "capacity_tokens": cost.capacity_tokens,
@@ -294,6 +142,7 @@ def _config_to_dict(cost: ConfigCost) -> dict[str, Any]:
         "fit_error": None if cost.fit_error is None else dataclasses.asdict(cost.fit_error),
         "points": [dataclasses.asdict(point) for point in cost.points],
         **packed,
+        **lattice,
     }
 
 
@@ -308,7 +157,7 @@ def _read_config(item: Value) -> ConfigCost:
     place, item = item, item.called(config)
     if len(config.remats) > 1:
         raise item.field("remat").refused("one policy, mixtures are made of them")
-    error, points, packed = item.given("fit_error"), item.given("points"), item.given("packed")
+    error, points, packed, lattice = map(item.given, ("fit_error", "points", "packed", "lattice"))
     with place.checked():
         return ConfigCost(
             config=config,
@@ -318,6 +167,7 @@ def _read_config(item: Value) -> ConfigCost:
             fit_error=None if error is None else _read_fit_error(error),
             points=() if points is None else tuple(map(_read_point, points.items("a list of points"))),
             packed=None if packed is None else _read_packed(packed),
+            lattice=() if lattice is None else tuple(map(_read_time, lattice.items("a list of measured shapes"))),
         )
 
 
@@ -350,6 +200,15 @@ def _read_point(item: Value) -> CostPoint:
     )
 
 
+def _read_time(item: Value) -> ShapeTime:
+    item.only(TIME_KEYS)
+    rows, length = (item.field(name).integer(least=1) for name in ("rows", "length"))
+    seconds = item.field("seconds")
+    if seconds.seconds() == 0:
+        raise seconds.refused("seconds > 0")
+    return ShapeTime(rows=rows, length=length, seconds=seconds.seconds())
+
+
 def _read_packed(item: Value) -> PackedCost:
     item.no_slips(PACKED_KEYS)
     points = item.given("points")
@@ -378,5 +237,5 @@ def _keys(kind: type) -> frozenset[str]:
 EXPECTED_FILE = "a costs.json of `lobra profile`"
 TABLE_KEYS = _keys(CostTable) - {"file"} | {"version"}
 CONFIG_KEYS = _keys(ConfigCost) - {"config"} | _keys(ParallelConfig)
-FIT_ERROR_KEYS, POINT_KEYS = _keys(FitError), _keys(CostPoint)
+FIT_ERROR_KEYS, POINT_KEYS, TIME_KEYS = _keys(FitError), _keys(CostPoint), _keys(ShapeTime)
 PACKED_KEYS, PACKED_POINT_KEYS = _keys(PackedCost), _keys(PackedPoint)

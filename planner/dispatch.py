@@ -26,7 +26,8 @@ import numpy as np
 from planner import balance
 from planner.balance import Tables
 from planner.bucketing import choose_buckets
-from planner.cost import ConfigCost, CostTable
+from planner.config_cost import ConfigCost
+from planner.cost import CostTable
 from planner.errors import UserError
 from planner.plan import Plan
 from planner.problem import UsableConfig, usable_config

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from planner.config_cost import ConfigCost
 from planner.constraints import Constraints
-from planner.cost import ConfigCost, CostTable
+from planner.cost import CostTable
 from planner.dispatch import MicroBatch, dispatch
 from planner.evaluate import prediction_violations
 from planner.other_plans import BEST, Alternative, left_out, other_plans

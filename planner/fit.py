@@ -1,4 +1,4 @@
-"""Fits the six coefficients of the cost model (planner.cost) to measured shapes and reports the held-out error."""
+"""Fits the six coefficients of `planner.config_cost` to measured shapes and reports the held-out error."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from planner.cost import NUM_COEFFICIENTS, ConfigCost, CostPoint, FitError, PackedPoint
+from planner.config_cost import NUM_COEFFICIENTS, ConfigCost, CostPoint, FitError, PackedPoint
 from planner.plan import ParallelConfig
 
 HOLD_OUT_EVERY = 5

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from planner.cost import ConfigCost, CostPoint, CostTable
+from planner.config_cost import ConfigCost, CostPoint
+from planner.cost import CostTable
 from planner.errors import UserError
 from planner.fit import fit_coefficients, hold_out
 from planner.plan import ParallelConfig, ReplicaGroup

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 
-from planner.cost import ConfigCost, mixed
+from planner.config_cost import ConfigCost, mixed
 from planner.plan import REMATS, ParallelConfig
 
 

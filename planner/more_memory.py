@@ -6,7 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from planner.cost import ConfigCost, CostTable
+from planner.config_cost import ConfigCost
+from planner.cost import CostTable
 from planner.errors import UserError
 
 MORE_BYTES = 10 * 1024**3

@@ -19,7 +19,8 @@ import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
-from planner.cost import ConfigCost, CostTable, PackedCost
+from planner.config_cost import ConfigCost, PackedCost
+from planner.cost import CostTable
 from planner.dispatch import Dispatch, MicroBatch
 from planner.errors import UserError
 from planner.packing import ROW_ALIGN, packed_shapes

@@ -20,8 +20,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from planner.bucketing import bucket_lengths
+from planner.config_cost import ConfigCost
 from planner.constraints import Constraints, allowed_configs, check_pins_hold, parse_replicas, pinned_counts
-from planner.cost import ConfigCost, CostTable
+from planner.cost import CostTable
 from planner.errors import UserError
 from planner.lattice import DEFAULT_ROW_OPTIONS, row_options, split_rows
 from planner.mix_remats import mix_remats

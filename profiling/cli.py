@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lobra_jax.config import RunConfig
-    from planner.cost import ConfigCost, CostTable
+    from planner.config_cost import ConfigCost
+    from planner.cost import CostTable
     from planner.plan import ParallelConfig
     from profiling.measure import Setup
     from profiling.table import Header
@@ -36,7 +37,8 @@ CORES_A_SEARCH = 3
 
 @click.command(
     epilog="\b\nExample:\n  lobra profile --config run.yaml --out costs.json\n"
-    "  lobra profile --config run.yaml --estimate h200 --devices 4 --out costs.json"
+    "  lobra profile --config run.yaml --estimate h200 --devices 4 --out costs.json\n"
+    "  lobra profile --config run.yaml --plan plan.yaml --out plan.costs.json"
 )
 @config_options
 @click.option("--out", metavar="FILE", type=click.Path(path_type=Path), required=True, help="The costs.json to write.")
@@ -56,6 +58,13 @@ CORES_A_SEARCH = 3
 @click.option(
     "--devices", type=click.IntRange(min=1), help="With --estimate: how many; by default devices.num_devices."
 )
+@click.option(
+    "--plan",
+    "plan_path",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Time this plan's own micro-batches instead, into the costs that it was made from.",
+)
 def profile(config_path: Path, overrides: tuple[str, ...], out: Path, **options: Any) -> None:
     """Measure parallel configs on these devices into a cost table.
 
@@ -65,6 +74,9 @@ def profile(config_path: Path, overrides: tuple[str, ...], out: Path, **options:
 
     With --estimate nothing is measured, allocated or run: times come from published numbers of the device and from the
     work counted in traced programs, padded ones only. `lobra bench estimate` tells how far off such a table is.
+
+    With --plan every micro-batch that the plan's replicas may run is timed: the costs of the plan, with these times in
+    place of fitted ones, foretell its steps better and let dispatch share them out more evenly.
     """
     from rich.console import Console
 
@@ -74,6 +86,12 @@ def profile(config_path: Path, overrides: tuple[str, ...], out: Path, **options:
 
     check_out(out)
     config = load_config(config_path, overrides, check_files=options["lengths"] is None)
+    if (plan_path := options.pop("plan_path")) is not None:
+        from profiling.refine import run_refine
+
+        _refuse_beside_plan(options)
+        run_refine(config, plan_path, out, Console(), repeats=options["repeats"])
+        return
     estimate, devices = options.pop("estimate"), options.pop("devices")
     if estimate is not None:
         from profiling.estimate_table import run_estimate
@@ -89,6 +107,13 @@ def profile(config_path: Path, overrides: tuple[str, ...], out: Path, **options:
     earlier = None if path is None else config_costs(config, path, config_path)
     configure(config.devices, cache_dir=config.data.cache_dir)
     run_profile(config, out, Console(), earlier=earlier, **options)
+
+
+def _refuse_beside_plan(options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        if name != "repeats" and value is not None:
+            key = f"--{name.replace('_', '-')}"
+            raise UserError("not with --plan", key=key, value=str(value), expected="--repeats alone beside it")
 
 
 def run_profile(

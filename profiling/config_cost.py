@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from lobra_jax.at_once import at_once
 from lobra_jax.compilation import after_start
-from planner.cost import ConfigCost, CostPoint
+from planner.config_cost import ConfigCost, CostPoint
 from planner.fit import fitted_cost
 from planner.lattice import Shape
 from planner.plan import ParallelConfig

@@ -27,7 +27,7 @@ from lobra_jax.loss import MAX_CHUNK_TOKENS
 from lobra_jax.memory import leaf_bytes
 from lobra_jax.mesh import split_layers
 from lobra_jax.models.remat import MLP_CHUNK_TOKENS
-from planner.cost import ConfigCost, CostPoint
+from planner.config_cost import ConfigCost, CostPoint
 from planner.fit import fitted_cost
 from planner.lattice import Shape
 from planner.plan import ParallelConfig

@@ -24,8 +24,9 @@ import click
 import numpy as np
 
 from planner import task_fused
+from planner.config_cost import ConfigCost
 from planner.constraints import Constraints
-from planner.cost import ConfigCost, CostTable
+from planner.cost import CostTable
 from planner.files import check_folder, write_json, writing
 from planner.lobra_files import LobraTask, parse_plan_lists
 from planner.plan import Plan

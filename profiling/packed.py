@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from lobra_jax.data.batches import MicroBatchArrays, Segments
-from planner.cost import PackedCost, PackedPoint
+from planner.config_cost import PackedCost, PackedPoint
 from planner.fit import fit_packed
 from planner.lattice import Shape
 from planner.packing import max_segments, max_tasks, packed_shapes

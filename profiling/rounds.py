@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from planner.cost import ConfigCost
+from planner.config_cost import ConfigCost
 from planner.plan import ParallelConfig
 from profiling.ahead import Searches
 from profiling.config_cost import Searched, time_configs

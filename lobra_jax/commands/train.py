@@ -183,13 +183,7 @@ def _costs(
     that of the run directory in which the plan lies, else measured now."""
     from planner.cost import CostTable
 
-    path = config.planner.costs
-    if resume:
-        path = out / COSTS_FILE
-    elif plan_path is not None and beside(plan_path, "costs").is_file():
-        path = beside(plan_path, "costs")
-    elif plan_path is not None and path is None:
-        path = found_beside(plan_path, "costs")
+    path = out / COSTS_FILE if resume else costs_path(config, plan_path)
     if path is None:
         measured = out / COSTS_FILE
         path = measured if measured.is_file() else _measure(config, config_path, out)
@@ -206,6 +200,15 @@ def _costs(
             expected=f"{model.name} {model.fingerprint}",
         )
     return costs
+
+
+def costs_path(config: RunConfig, plan_path: Path | None) -> Path | None:
+    """Where the costs of a plan given by hand are: see `_costs`; None where nothing says."""
+    if plan_path is not None and beside(plan_path, "costs").is_file():
+        return beside(plan_path, "costs")
+    if plan_path is not None and config.planner.costs is None:
+        return found_beside(plan_path, "costs")
+    return config.planner.costs
 
 
 def check_measured(costs: CostTable, config: RunConfig, path: Path) -> None:
@@ -294,19 +297,24 @@ def _plan(
         plan = load_plan(path, None, costs=costs, workload=workload)
         if plan.model != costs.model:
             raise UserError("plan of another model", file=path, key="model", value=plan.model, expected=costs.model)
-        for group in plan.replicas:
-            try:
-                costs.of(group)
-            except KeyError:
-                raise UserError(
-                    "the cost table lacks a config of the plan",
-                    file=path,
-                    key="replicas",
-                    value=str(group.config),
-                    expected="one of " + ", ".join(str(c) for c in sorted(cost.config for cost in costs.configs)),
-                ) from None
+        check_costs_of(plan, costs, path)
         return plan
     return _make_plan(config, workload, costs)
+
+
+def check_costs_of(plan: Plan, costs: CostTable, path: Path) -> None:
+    """Refuses a plan, of the file `path`, with a config that the cost table lacks."""
+    for group in plan.replicas:
+        try:
+            costs.of(group)
+        except KeyError:
+            raise UserError(
+                "the cost table lacks a config of the plan",
+                file=path,
+                key="replicas",
+                value=str(group.config),
+                expected="one of " + ", ".join(str(c) for c in sorted(cost.config for cost in costs.configs)),
+            ) from None
 
 
 def _make_plan(config: RunConfig, workload: Workload, costs: CostTable) -> Plan:

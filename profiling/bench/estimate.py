@@ -15,7 +15,8 @@ from typing import Any
 
 import click
 
-from planner.cost import ConfigCost, CostTable
+from planner.config_cost import ConfigCost
+from planner.cost import CostTable
 from planner.errors import UserError
 from planner.files import check_out, write_json
 from profiling.bench.provenance import provenance

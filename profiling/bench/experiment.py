@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lobra_jax.config import RunConfig
     from planner.constraints import Constraints
     from planner.cost import CostTable
+    from planner.plan import Plan
     from planner.problem import PlanningProblem
     from planner.workload import Workload
     from profiling.bench.experiment_record import Results
@@ -57,6 +58,7 @@ COSTS_FILE = "costs.json"
 @click.option(
     "--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Readings of a shape's costs."
 )
+@click.option("--refine", is_flag=True, help="Time each plan's own micro-batches first, as lobra profile --plan does.")
 def main(
     config_path: Path, overrides: tuple[str, ...], out: Path, costs_path: Path | None, systems: str, **options: Any
 ) -> None:
@@ -83,10 +85,12 @@ def main(
         "lobra bench experiment",
         {"config": config_path, **_numbered("set", overrides), "systems": systems, "costs": costs_path, **options},
     )
-    results = Results.begin(out / "experiment.json", set_up(scene, remat=options["remat"]), command)
+    refine = options["repeats"] if options["refine"] else 0
+    shared = set_up(scene, remat=options["remat"], refined=options["refine"])
+    results = Results.begin(out / "experiment.json", shared, command)
     costs.save(out / COSTS_FILE)
     for key in chosen:
-        _run_system(key, scene, costs, results, out, options["remat"])
+        _run_system(key, scene, costs, results, out, options["remat"], refine)
     print_table(results, chosen)
     failed = results.failed(chosen)
     if failed:
@@ -166,8 +170,11 @@ def _scene(config: RunConfig, costs: CostTable) -> Scene:
     return Scene(config=config, tasks=load_tasks(config), costs=costs, devices=tuple(run_devices(config.devices)))
 
 
-def _run_system(key: str, scene: Scene, costs: CostTable, results: Results, out: Path, remat: str) -> None:
-    """Runs what the results lack of a system, keeping each part as soon as it is done."""
+def _run_system(key: str, scene: Scene, costs: CostTable, results: Results, out: Path, remat: str, refine: int) -> None:
+    """Runs what the results lack of a system, keeping each part as soon as it is done.
+
+    `refine`: readings of each of a plan's micro-batches before its steps; 0 for none.
+    """
     from lobra_jax.data.load import workload_of
 
     system = SYSTEMS[key]
@@ -176,12 +183,12 @@ def _run_system(key: str, scene: Scene, costs: CostTable, results: Results, out:
         if name in results:
             click.echo(f"{name}: was run before")
             continue
-        results.keep(name, _run_part(name, system, part, scene, costs, out, remat))
+        results.keep(name, _run_part(name, system, part, scene, costs, out, remat, refine))
         click.echo(results.line(name))
 
 
 def _run_part(
-    name: str, system: System, workload: Workload, scene: Scene, costs: CostTable, out: Path, remat: str
+    name: str, system: System, workload: Workload, scene: Scene, costs: CostTable, out: Path, remat: str, refine: int
 ) -> dict[str, Any]:
     """What was measured, or {"failed": why}: a system that cannot run these tasks on these devices is a result too."""
     from profiling.bench.experiment_run import FailedError, run_part
@@ -212,9 +219,23 @@ def _run_part(
     click.echo(f"{name}: {plan}")
     try:
         scene = scene.only([task.name for task in workload.tasks])
+        if refine:
+            scene = _refined(scene, plan, refine)
         return run_part(scene, plan, out / f"timeline-{name.replace('/', '-')}.json")
     except FailedError as error:
         return {"failed": str(error), "replicas": str(plan)}
+
+
+def _refined(scene: Scene, plan: Plan, repeats: int) -> Scene:
+    """With costs that know the plan's own micro-batches, of which nothing stays on the devices."""
+    from profiling.bench.experiment_run import failing_without_room
+    from profiling.cli import make_setup
+    from profiling.plan_shapes import refined, time_shapes, wanted_shapes
+
+    setup = make_setup(scene.config, None, plan.buckets[-1], repeats, None, None)
+    with failing_without_room():
+        times = time_shapes(setup, wanted_shapes(plan), lambda _: None)
+    return dataclasses.replace(scene, costs=refined(scene.costs, plan, times))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ WHAT = (
 )
 
 
-def set_up(scene: Scene, *, remat: str) -> dict[str, Any]:
+def set_up(scene: Scene, *, remat: str, refined: bool) -> dict[str, Any]:
     """What results must have in common to be compared."""
     config, model = scene.config, model_config(scene.config)
     costs = json.dumps(scene.costs.to_dict(), sort_keys=True)
@@ -52,6 +52,7 @@ def set_up(scene: Scene, *, remat: str) -> dict[str, Any]:
         "warm_up_steps": NUM_WARM_UPS,
         "timed_steps": scene.num_steps,
         "remat": remat,
+        "refined": refined,
         "padded_lengths": {"buckets": str(config.planner.buckets), "num_buckets": config.planner.num_buckets},
         "row_options": config.planner.row_options,
         "costs_of": {

@@ -6,11 +6,12 @@ sum and update are part of it. When a part is done, nothing of it is left on the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,24 @@ NUM_WARM_UPS = 2
 
 class FailedError(Exception):
     """A part that did not run to its end; the text says why. Nothing of it is left on the devices."""
+
+
+@contextlib.contextmanager
+def failing_without_room() -> Iterator[None]:
+    """What a device has no room for inside is a `FailedError`."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        failure = "out of device memory for weights and adapters"
+    except OutOfMemoryError as error:
+        failure = str(error)
+    else:
+        return
+    # Out here the frames of the failed attempt, which hold its arrays, are gone.
+    gc.collect()
+    raise FailedError(failure)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

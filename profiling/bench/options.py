@@ -41,8 +41,12 @@ def parse_names(key: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
 
 
 def command_line(command: str, options: Mapping[str, Any]) -> str:
-    """The call that gives a result again; options that were not given are left out."""
-    given = [f"--{name.replace('_', '-')} {value}" for name, value in options.items() if value is not None]
+    """The call that gives a result again; options that were not given, and flags that are off, are left out."""
+    given = [
+        f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}"
+        for name, value in options.items()
+        if value is not None and value is not False
+    ]
     return " ".join([command, *given])
 
 

@@ -22,7 +22,8 @@ from lobra_jax.data.batches import TaskData, TaskSampler, task_key
 from lobra_jax.data.dataset import TokenStore, whole
 from lobra_jax.lora_spec import LoraSpec
 from lobra_jax.models.config import LlamaConfig
-from planner.cost import ConfigCost, CostTable
+from planner.config_cost import ConfigCost
+from planner.cost import CostTable
 from planner.files import check_out, write_json
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
 from profiling.bench.provenance import provenance

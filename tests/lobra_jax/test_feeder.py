@@ -7,7 +7,8 @@ import pytest
 
 from lobra_jax.config import PlannerConfig
 from lobra_jax.feeder import Feeder, evaluation_shapes
-from planner.cost import ConfigCost, CostTable
+from planner.config_cost import ConfigCost
+from planner.cost import CostTable
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
 
 NARROW, WIDE = (ParallelConfig(tp=tp, pp=1, remat="none") for tp in (1, 2))

@@ -28,7 +28,8 @@ from lobra_jax.optim import step_inputs
 from lobra_jax.out_of_memory import Failure, OutOfMemoryError
 from lobra_jax.train import Inputs, train
 from planner import lower
-from planner.cost import ConfigCost, CostTable
+from planner.config_cost import ConfigCost
+from planner.cost import CostTable
 from planner.errors import UserError
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
 

@@ -12,7 +12,8 @@ from lobra_jax.commands.plan import planned_devices
 from lobra_jax.config import load_config
 from lobra_jax.models.config import PRESETS
 from planner import drift
-from planner.cost import ConfigCost, CostTable
+from planner.config_cost import ConfigCost
+from planner.cost import CostTable
 from planner.plan import ParallelConfig, Plan
 from planner.workload import TaskLengths, Workload
 

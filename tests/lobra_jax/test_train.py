@@ -25,7 +25,8 @@ from lobra_jax.models.weights import RandomWeights
 from lobra_jax.peft_folder import read_peft_adapter, write_peft_adapter
 from lobra_jax.room import Room
 from lobra_jax.train import Trainer
-from planner.cost import ConfigCost, CostTable, PackedCost
+from planner.config_cost import ConfigCost, PackedCost
+from planner.cost import CostTable
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
 from planner.workload import Workload
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner import deployment
-from planner.cost import ConfigCost, CostTable
+from planner.config_cost import ConfigCost
+from planner.cost import CostTable
 from planner.equal_share import best_homogeneous, evenly_split_s, solve_equal_share, split_evenly
 from planner.errors import UserError
 from planner.evaluate import plan_violations

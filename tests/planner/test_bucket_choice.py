@@ -9,7 +9,8 @@ from rich.console import Console
 
 from planner import planning
 from planner.bucket_choice import NUM_SAMPLES, best_row, bucket_rows, choose_num_buckets, num_programs
-from planner.cost import ConfigCost, CostTable
+from planner.config_cost import ConfigCost
+from planner.cost import CostTable
 from planner.dispatch import dispatch
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
 from planner.plan_output import plan_and_write

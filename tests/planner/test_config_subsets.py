@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner import config_subsets, deployment
+from planner.config_cost import ConfigCost
 from planner.config_subsets import Found
 from planner.constraints import Constraints
-from planner.cost import ConfigCost, CostTable
+from planner.cost import CostTable
 from planner.plan import ParallelConfig
 from planner.problem import build_problem
 from planner.workload import TaskLengths, Workload

@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from planner import config_subsets, deployment
+from planner.config_cost import ConfigCost
 from planner.constraints import Constraints, parse_replicas
-from planner.cost import ConfigCost, CostTable
+from planner.cost import CostTable
 from planner.errors import UserError
 from planner.evaluate import plan_violations
 from planner.plan import ParallelConfig

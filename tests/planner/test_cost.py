@@ -1,11 +1,13 @@
 """Cost tables and histograms with values that cannot be are refused in one line that names file, key and value."""
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
+from planner.config_cost import ConfigCost, ShapeTime, mixed
 from planner.cost import CostTable
 from planner.errors import UserError
 from planner.explain import explain
@@ -112,6 +114,10 @@ FIRST = "configs[0] (tp{tp},pp{pp},{remat})".format(**TABLE["configs"][0])
         (("configs", 0, "points"), [{"rows": 1}], f"{FIRST}.points[0].length: missing"),
         (("configs", 0, "points"), [{"row": 1}], f"{FIRST}.points[0]: unknown key 'row'"),
         (("configs", 0, "fit_error"), "x", f"{FIRST}.fit_error: bad value (got 'x')"),
+        (("configs", 0, "lattice"), [{"rows": 1, "length": 8}], f"{FIRST}.lattice[0].seconds: missing"),
+        (("configs", 0, "lattice"), [{"rows": 1, "length": 8, "seconds": 0}], f"{FIRST}.lattice[0].seconds: bad value"),
+        (("configs", 0, "lattice"), [{"rows": 0, "length": 8, "seconds": 1}], f"{FIRST}.lattice[0].rows: bad value"),
+        (("configs", 0, "lattice"), [{"row": 1}], f"{FIRST}.lattice[0]: unknown key 'row'"),
         (("configs", 0, "packed"), {"capacity_tokens": 9}, f"{FIRST}.packed.coefficients: missing"),
     ],
 )
@@ -183,3 +189,27 @@ def test_keys_that_the_format_does_not_have_are_let_be(tmp_path):
     raw = copy.deepcopy(TABLE) | {"remark": "of mine"}
     raw["configs"][0]["remark"] = 1
     assert CostTable.load(written(tmp_path, raw)) == CostTable.from_dict(TABLE)
+
+
+def test_micro_batches_that_were_timed_take_what_they_took_and_others_what_is_fitted(tmp_path):
+    table = CostTable.load(written(tmp_path, TABLE))
+    cost = table.configs[0]
+    timed = dataclasses.replace(cost, lattice=(ShapeTime(rows=2, length=512, seconds=9.5),))
+    path = tmp_path / "timed.json"
+    dataclasses.replace(table, configs=(timed, *table.configs[1:])).save(path)
+    read = CostTable.load(path)
+    assert read.configs == (timed, *table.configs[1:])
+    assert read.configs[0].micro_batch_s(2, 512) == 9.5
+    assert read.configs[0].micro_batch_s(1, 512) == cost.micro_batch_s(1, 512)
+    assert read.configs[0].holding([600]).micro_batch_s(2, 512) == 9.5
+    assert "lattice" not in TABLE["configs"][0] and "lattice" not in table.to_dict()["configs"][0]
+
+
+def test_a_config_of_several_policies_has_the_times_of_each():
+    def cost(remat, capacity, seconds):
+        lattice = (ShapeTime(rows=1, length=32, seconds=seconds), ShapeTime(rows=1, length=64, seconds=2 * seconds))
+        config = ParallelConfig(tp=1, pp=1, remat=remat)
+        return ConfigCost(config=config, capacity_tokens=capacity, coefficients=(0, 0, 1, 0, 0, 0), lattice=lattice)
+
+    both = mixed([cost("none", 32, 5.0), cost("full", 64, 7.0)])
+    assert [both.micro_batch_s(1, length) for length in (16, 32, 64)] == [16, 5.0, 14.0]

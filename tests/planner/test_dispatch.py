@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from planner import balance, balance_model, scip
-from planner.cost import ConfigCost, CostTable
+from planner.config_cost import ConfigCost, ShapeTime
+from planner.cost import CostTable
 from planner.dispatch import METHODS, MicroBatch, dispatch
 from planner.errors import UserError
 from planner.evaluate import evaluate, plan_violations
@@ -39,6 +40,18 @@ def make_costs(fixed_s=1e-3):
     )
 
 
+def measured(costs, plan, seed):
+    """The costs with every micro-batch of the plan timed, half or twice as long as is fitted."""
+    rng = np.random.default_rng(seed)
+    shapes = {g.config: g.shapes(plan.buckets, num_options=plan.row_options) for g in plan.replicas}
+    configs = []
+    for cost in costs.configs:
+        times = {(b, s): rng.uniform(0.5, 2.0) * cost.micro_batch_s(b, s) for b, s in shapes.get(cost.config, ())}
+        lattice = tuple(ShapeTime(rows=b, length=s, seconds=seconds) for (b, s), seconds in times.items())
+        configs.append(dataclasses.replace(cost, lattice=lattice))
+    return dataclasses.replace(costs, configs=tuple(configs))
+
+
 def make_plan(counts, buckets, row_options=3):
     groups = tuple(
         ReplicaGroup(count=count, config=ParallelConfig(tp=tp, pp=pp, remat="none"), capacity_tokens=capacity)
@@ -61,10 +74,10 @@ def steps(draw):
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(steps(), st.sampled_from(METHODS), st.integers(1, 6))
-def test_dispatch_serves_every_sequence_once_within_capacity(step, method, max_buckets):
+@given(steps(), st.sampled_from(METHODS), st.integers(1, 6), st.none() | st.integers(0, 99))
+def test_dispatch_serves_every_sequence_once_within_capacity(step, method, max_buckets, seed):
     plan, lengths, tasks = step
-    costs = make_costs()
+    costs = make_costs() if seed is None else measured(make_costs(), plan, seed)
     out = dispatch(plan, costs, lengths, tasks, method=method, max_buckets=max_buckets, time_limit_s=0.05)
     served = [i for batches in out.replicas for batch in batches for i in batch.sequences]
     assert sorted(served) == list(range(len(lengths)))
@@ -74,10 +87,10 @@ def test_dispatch_serves_every_sequence_once_within_capacity(step, method, max_b
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(steps())
-def test_balance_is_never_worse_than_its_heuristic_nor_better_than_its_bound(step):
+@given(steps(), st.none() | st.integers(0, 99))
+def test_balance_is_never_worse_than_its_heuristic_nor_better_than_its_bound(step, seed):
     plan, lengths, tasks = step
-    costs = make_costs()
+    costs = make_costs() if seed is None else measured(make_costs(), plan, seed)
     quick = dispatch(plan, costs, lengths, tasks, max_buckets=8, time_limit_s=0.0)
     solved = dispatch(plan, costs, lengths, tasks, max_buckets=8, time_limit_s=0.1)
     assert max(solved.predicted_s) <= max(quick.predicted_s) * (1 + 1e-9)

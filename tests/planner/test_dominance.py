@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from planner import deployment
-from planner.cost import ConfigCost, CostTable
+from planner.config_cost import ConfigCost
+from planner.cost import CostTable
 from planner.dominance import undominated, without_dominated
 from planner.plan import ParallelConfig
 from planner.problem import Constraints, build_problem

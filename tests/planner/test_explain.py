@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from planner import one_kind, other_plans, task_fused
-from planner.cost import ConfigCost, CostTable
+from planner.config_cost import ConfigCost
+from planner.cost import CostTable
 from planner.errors import UserError
 from planner.explain import explain, in_seconds
 from planner.explain_html import html as page

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from planner.cost import CostPoint
+from planner.config_cost import CostPoint
 from planner.fit import fit_coefficients, hold_out
 
 TRUE = (2e-9, 0.0, 3e-6, 1e-7, 0.0, 2e-3)

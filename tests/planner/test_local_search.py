@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from planner import balance
 from planner.balance import IMPROVEMENT
-from planner.cost import ConfigCost
+from planner.config_cost import ConfigCost
 from planner.local_search import MAX_CHUNKS, SWAP_PARTNERS, improve
 from planner.plan import ParallelConfig
 from planner.problem import usable_config

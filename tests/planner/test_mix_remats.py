@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.batching import packed_problem
+from planner.config_cost import ConfigCost, CostPoint, PackedCost
 from planner.constraints import Constraints
-from planner.cost import ConfigCost, CostPoint, CostTable, PackedCost
+from planner.cost import CostTable
 from planner.deployment import solve
 from planner.dispatch import dispatch
 from planner.drift import check_drift

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from planner.cost import ConfigCost, CostPoint, CostTable
+from planner.config_cost import ConfigCost, CostPoint
+from planner.cost import CostTable
 from planner.errors import UserError
 from planner.explain import explain
 from planner.more_memory import MORE_BYTES, extra_bytes, with_more_memory

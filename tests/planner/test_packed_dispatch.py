@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.batching import choose_batching
-from planner.cost import ConfigCost, CostTable, PackedCost
+from planner.config_cost import ConfigCost, PackedCost
+from planner.cost import CostTable
 from planner.errors import UserError
 from planner.evaluate import evaluate
 from planner.packed_dispatch import least_s, packed_dispatch, packed_replicas

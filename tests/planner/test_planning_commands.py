@@ -7,7 +7,8 @@ import pytest
 from click.testing import CliRunner
 
 from planner.cli import explain, simulate
-from planner.cost import ConfigCost, CostTable
+from planner.config_cost import ConfigCost
+from planner.cost import CostTable
 from planner.errors import UserError
 from planner.inputs import beside
 from planner.plan import ParallelConfig, Plan, ReplicaGroup

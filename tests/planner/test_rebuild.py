@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from planner import balance, deployment, rebuild
 from planner.balance import Share
-from planner.cost import ConfigCost, CostTable
+from planner.config_cost import ConfigCost
+from planner.cost import CostTable
 from planner.plan import ParallelConfig
 from planner.problem import Constraints, build_problem
 from planner.rounding import RoundedShare

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.bracket import bracket
+from planner.config_cost import ConfigCost
 from planner.constraints import Constraints
-from planner.cost import ConfigCost, CostTable
+from planner.cost import CostTable
 from planner.cuts import Cut, of_patterns
 from planner.patterns import lattice_of, slots_of
 from planner.plan import ParallelConfig

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from planner import drift
+from planner.config_cost import ConfigCost
 from planner.constraints import Constraints
-from planner.cost import ConfigCost, CostTable
+from planner.cost import CostTable
 from planner.drift import check_drift
 from planner.errors import UserError
 from planner.plan import ParallelConfig, Plan, ReplicaGroup

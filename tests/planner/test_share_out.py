@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from planner import balance, prices, tighten
 from planner.bucketing import bucket_lengths
-from planner.cost import ConfigCost, CostTable
+from planner.config_cost import ConfigCost
+from planner.cost import CostTable
 from planner.dispatch import GAP_LIMIT, dispatch
 from planner.fill import fill
 from planner.pattern_share import pattern_share

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from planner.cost import ConfigCost, CostTable
+from planner.config_cost import ConfigCost
+from planner.cost import CostTable
 from planner.errors import UserError
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
 from planner.simulate import batch, check_plan, replica_names, simulate

@@ -2,7 +2,8 @@
 
 import pytest
 
-from planner.cost import ConfigCost, CostTable
+from planner.config_cost import ConfigCost
+from planner.cost import CostTable
 from planner.plan import ParallelConfig
 from planner.planners import PLANNERS, make_plan
 from planner.workload import TaskLengths, Workload

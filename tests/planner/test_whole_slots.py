@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner import prices, tighten
-from planner.cost import ConfigCost
+from planner.config_cost import ConfigCost
 from planner.plan import ParallelConfig
 from planner.problem import usable_config
 from planner.whole_slots import least_covers

@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from lobra_jax.cli import main
 from lobra_jax.config import load_config, model_config
 from lobra_jax.out_of_memory import Failure, OutOfMemoryError
-from planner.cost import ConfigCost, CostTable
+from planner.config_cost import ConfigCost
+from planner.cost import CostTable
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
 from profiling.bench import experiment_run
 

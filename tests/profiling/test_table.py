@@ -2,7 +2,7 @@
 
 import pytest
 
-from planner.cost import ConfigCost, CostPoint
+from planner.config_cost import ConfigCost, CostPoint
 from planner.errors import UserError
 from planner.plan import ParallelConfig
 from profiling.table import Header, Progress, load_partial, measure_all, partial_path, save_partial
