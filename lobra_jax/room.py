@@ -81,7 +81,7 @@ class Room:
 
         Rewrites the run's plan, says it in one line, and compiles the new shapes.
         """
-        plan, message = lowered(self.plan, self._training_shapes(), failures, longest=self.longest, doing=doing)
+        plan, message = lowered(self.plan, self.training_shapes(), failures, longest=self.longest, doing=doing)
         self.engine.plan = plan
         plan.save(self.plan_path)
         self.say(message)
@@ -95,12 +95,13 @@ class Room:
         evaluation = nothing if self.eval_replicas is None else evaluation_shapes(self.plan, self.eval_replicas)
         programs = 0
         with compile_bar() as advance:
-            for done, total in self.engine.compile(self._training_shapes(), evaluation, num_threads=compile_threads()):
+            for done, total in self.engine.compile(self.training_shapes(), evaluation, num_threads=compile_threads()):
                 programs = total
                 advance(done, total)
         return programs
 
-    def _training_shapes(self) -> list[list[Shape]]:
+    def training_shapes(self) -> list[list[Shape]]:
+        """Of the micro-batches that the plan may run, by replica."""
         if self.batching == "packed":
             return [list(replica.shapes) for replica in packed_replicas(self.plan, self.costs)]
         return self.engine.shapes()

@@ -17,7 +17,7 @@ PAUSE_MARK = "lobra pause"
 """The host turns to something else than steps: the next begins when it is issued."""
 
 FIRST_TRACEABLE = 2
-"""The first step runs each program for the first time."""
+"""The first step still is a warm-up: it runs on the state as it was made, others as updates leave it."""
 
 _FORM = re.compile(r"(\d+)-(\d+)")
 _EXPECTED = "FIRST-LAST, such as 3-4"
@@ -50,5 +50,5 @@ def check_steps(steps: TracedSteps, *, done: int, num_steps: int) -> None:
     earliest = done + FIRST_TRACEABLE
     if earliest <= steps.first and steps.last <= num_steps:
         return
-    expected = f"steps from {earliest}, as the first runs every program for the first time, to {num_steps}"
+    expected = f"steps from {earliest}, as the first is a warm-up, to {num_steps}"
     raise UserError("steps that cannot be traced", key="--trace", value=str(steps), expected=expected)

@@ -130,7 +130,7 @@ class Trainer:
             except BaseException:
                 self.engine.abandon_compiling()
                 raise
-        self.room.within("warm-up", self.engine.warm_up)
+        self.room.within("warm-up", self._warm_up)
         self._compiled = self.compilations.total
         record = StartRecord(
             step=done,
@@ -141,6 +141,10 @@ class Trainer:
         )
         self.say(str(record))
         return record
+
+    def _warm_up(self) -> None:
+        """Of a traced run also every program of a micro-batch: its first run, which takes longer, is not traced."""
+        self.engine.warm_up(None if self.inputs.trace is None else self.room.training_shapes())
 
     def _place(self) -> None:
         """Base weights, and the adapters to start from."""

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from lobra_jax.cli import main
+from lobra_jax.engine import Engine
 from lobra_jax.metrics import read_metrics
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.hf import save_hf
@@ -243,6 +244,21 @@ def test_traced_steps_are_there_even_if_the_run_was_killed(resumed):
     assert any("backward" in stage["phases"] for stage in first["stages"])
 
 
+def test_programs_of_a_traced_run_are_run_once_before_its_steps(world, tmp_path, monkeypatch):
+    asked = []
+
+    def warm_up(self, shapes=None):
+        asked.append(shapes)
+        return before(self, shapes)
+
+    before = Engine.warm_up
+    monkeypatch.setattr(Engine, "warm_up", warm_up)
+    for name, options in (("plain", ()), ("traced", ("--trace", "2-2"))):
+        result = train(world, tmp_path / name, *options)
+        assert result.exit_code == 0, result.output
+    assert asked[0] is None and all(asked[1])
+
+
 def test_starts_say_how_many_programs_came_from_the_cache(resumed):
     out, killed, output = resumed
     starts = read_metrics(out / "metrics.jsonl", "start")
@@ -258,7 +274,7 @@ def test_starts_say_how_many_programs_came_from_the_cache(resumed):
     [
         ("3", "not a range of steps (got '3'); expected FIRST-LAST, such as 3-4"),
         ("4-3", "not a range of steps"),
-        ("1-2", "steps that cannot be traced (got '1-2'); expected steps from 2, as the first runs"),
+        ("1-2", "steps that cannot be traced (got '1-2'); expected steps from 2, as the first is a"),
         ("2-7", "to 6"),
     ],
 )
