@@ -130,6 +130,7 @@ def step_record(
         predicted_step_s=max(prepared.dispatch.predicted_s) + costs.step_overhead_s,
         num_micro_batches=tuple(len(own) for own in prepared.dispatch.replicas),
         compilations=compilations,
+        first_runs=result.first_runs,
     )
 
 

@@ -62,6 +62,7 @@ class StepRecord:
       gpu_seconds: devices of the plan x the step's wall time.
       predicted_s, measured_s, num_micro_batches: one value a replica, in the plan's order.
       compilations: programs compiled during this step (0 after warm-up).
+      first_runs: programs of micro-batches that ran for the first time, which takes longer than predicted.
     """
 
     kind: ClassVar[str] = "step"
@@ -78,6 +79,7 @@ class StepRecord:
     predicted_step_s: float
     num_micro_batches: tuple[int, ...]
     compilations: int
+    first_runs: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

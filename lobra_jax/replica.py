@@ -62,13 +62,15 @@ class Issued:
 class ReplicaRun:
     """One step of one replica, filled while it is issued: gradient sums by stage, losses [T] by micro-batch.
 
-    `watch` is told of each action as soon as it was issued, if there is one.
+    `watch` is told of each action as soon as it was issued, if there is one. `first_runs` counts shapes whose programs
+    had not run before, which takes longer.
     """
 
     gradients: list[Adapters]
     watch: Watch | None = None
     losses: list[Array] = dataclasses.field(default_factory=list)
     issued: list[Issued] = dataclasses.field(default_factory=list)
+    first_runs: int = 0
 
     def note(self, issued: Issued) -> None:
         self.issued.append(issued)
@@ -136,6 +138,7 @@ class Replica:
         self._training: dict[Shape, tuple[StageProgram, ...]] = {}
         self._remats: dict[Shape, str] = {}
         self._evaluation: dict[Shape, tuple[jax.stages.Compiled, ...]] = {}
+        self._have_run: set[Shape] = set()
         self._lock = threading.Lock()
         self._zeros = [
             jax.jit(
@@ -237,6 +240,7 @@ class Replica:
             )
         with self._lock:
             self._training[shape], self._remats[shape] = programs, remat
+            self._have_run.discard(shape)
 
     def _compile_evaluation(self, shape: Shape) -> None:
         with blaming(self.index, shape):
@@ -327,6 +331,8 @@ class Replica:
                 program = self._training[shape][stage]
                 if m not in batches:
                     batches[m] = self.place_batch(micro_batches[m])
+                    run.first_runs += shape not in self._have_run
+                    self._have_run.add(shape)
                 batch = batches[m][stage]
                 fixed = (self.params[stage], adapters[stage], tasks[stage])
                 if action.phase == BACKWARD:

@@ -40,6 +40,7 @@ class StepResult:
       execute_s: from the step's start on the devices to the end of the slowest replica's last micro-batch.
       sum_update_s: from there to the new adapters on every replica.
       total_s: the step, host_wait_s + execute_s + sum_update_s.
+      first_runs: micro-batches' programs, over all replicas, that had not run before.
       actions: [replica][action], measured.
     """
 
@@ -53,6 +54,7 @@ class StepResult:
     execute_s: float
     sum_update_s: float
     total_s: float
+    first_runs: int
     actions: tuple[tuple[ActionTime, ...], ...]
 
 
@@ -97,6 +99,7 @@ def step_result(
         execute_s=execute_s,
         sum_update_s=ready - start - execute_s,
         total_s=host_wait_s + ready - start,
+        first_runs=sum(run.first_runs for run in runs),
         actions=actions,
     )
 

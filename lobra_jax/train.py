@@ -396,9 +396,10 @@ class Trainer:
 
 
 def _progress_line(record: StepRecord, num_steps: int) -> str:
+    new = f", {record.first_runs} programs for the first time" if record.first_runs else ""
     return (
         f"step {record.step}/{num_steps}: {record.tokens / record.seconds.total:,.0f} tokens/s, "
-        f"{record.seconds.total:.2f} s (predicted {record.predicted_step_s:.2f}), idle {record.idle_share:.0%}, "
+        f"{record.seconds.total:.2f} s (predicted {record.predicted_step_s:.2f}{new}), idle {record.idle_share:.0%}, "
         f"padding {record.padding_share:.0%}"
     )
 

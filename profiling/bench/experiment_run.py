@@ -273,4 +273,5 @@ def _step(record: StepRecord, late_s: Sequence[float]) -> dict[str, Any]:
         "predicted_replica_s": list(record.predicted_s),
         "replica_late_s": list(late_s),
         "compilations": record.compilations,
+        "first_runs": record.first_runs,
     }

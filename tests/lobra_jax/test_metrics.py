@@ -36,6 +36,7 @@ def step_record(step: int, *, total_s: float = 0.5) -> StepRecord:
         predicted_step_s=0.45,
         num_micro_batches=(3, 0),
         compilations=0,
+        first_runs=0,
     )
 
 

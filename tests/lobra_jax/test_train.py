@@ -257,6 +257,12 @@ def test_programs_of_a_traced_run_are_run_once_before_its_steps(world, tmp_path,
         result = train(world, tmp_path / name, *options)
         assert result.exit_code == 0, result.output
     assert asked[0] is None and all(asked[1])
+    plain, traced = (
+        [record["first_runs"] for record in read_metrics(tmp_path / name / "metrics.jsonl", "step")]
+        for name in ("plain", "traced")
+    )
+    assert plain[0] > 0 and sum(plain) <= len(asked[1][0])
+    assert not any(traced)
 
 
 def test_starts_say_how_many_programs_came_from_the_cache(resumed):
