@@ -85,6 +85,7 @@ class Explanation:
       doubts: sentences on what in the plan's own prediction does not agree with itself, or with costs and lengths.
       alternatives: other plans on the same batch, fastest first; those on other devices last.
       num_kept_in: kinds of replica that were not left out in turn.
+      timed: whether micro-batches of a plan were timed (`lobra profile --plan`), and others are fitted.
     """
 
     plan: Plan
@@ -97,6 +98,7 @@ class Explanation:
     doubts: tuple[str, ...]
     alternatives: tuple[Alternative, ...]
     num_kept_in: int = 0
+    timed: bool = False
 
     @property
     def gap(self) -> float | None:
@@ -144,7 +146,8 @@ def explain(
         found = other_plans(plan, step_s, problem, workload, timed, on_progress or (lambda _: None))
         bound_s = next((a.plan.predicted.bound_s for a in found if a.change == BEST and a.plan is not None), None)
         alternatives = tuple(sorted(found, key=lambda a: (not a.same_devices, a.step_s or float("inf"))))
-    doubts = _doubts(plan, step_s, share_bound_s + costs.step_overhead_s)
+    timed = any(cost.lattice for cost in costs.configs)
+    doubts = _doubts(plan, step_s, share_bound_s + costs.step_overhead_s, timed)
     proven_s = bound_s
     if proven_s is None and plan.predicted is not None and not doubts:
         proven_s = plan.predicted.bound_s
@@ -161,6 +164,7 @@ def explain(
         doubts=doubts,
         alternatives=alternatives,
         num_kept_in=len({group.config for group in plan.replicas}) - len(left_out(plan)) if compare else 0,
+        timed=timed,
     )
 
 
@@ -235,7 +239,7 @@ def limits(plan: Plan, replicas: Sequence[ReplicaTime], overhead_s: float, share
     return tuple(said)
 
 
-def _doubts(plan: Plan, step_s: float, least_s: float) -> tuple[str, ...]:
+def _doubts(plan: Plan, step_s: float, least_s: float, timed: bool) -> tuple[str, ...]:
     """`least_s` is proven: no share-out of the batch over these replicas gives a shorter step."""
     said = [f"In the plan, {violation}." for violation in prediction_violations(plan)]
     made = plan.predicted
@@ -245,6 +249,8 @@ def _doubts(plan: Plan, step_s: float, least_s: float) -> tuple[str, ...]:
             "with padded rows"
         )
         others = "it was made for others, for packed rows, or changed by hand"
+        if timed:
+            others = f"it was made before micro-batches were timed (lobra profile --plan), or {others[3:]}"
         if made.step_s < least_s:
             said.append(f"{differs} and, proven, no less than {in_seconds(least_s)}: {others}.")
         elif made.step_s < step_s:

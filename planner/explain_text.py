@@ -53,6 +53,10 @@ OTHERS_NOTE = (
     "nothing. All kinds of replica in the cost table may be used, whatever constraints the plan was made under."
 )
 
+TIMED_NOTE = (
+    "Micro-batches of one plan were timed (lobra profile --plan); those that it does not have are foretold by "
+    "what is fitted, which may be off by some per cent."
+)
 CUT_SHORT_NOTE = "cut short: its time was up before its search ended; with a longer --time-limit it may be better."
 
 
@@ -227,7 +231,7 @@ def alternative_name(other: Alternative) -> str:
 
 def other_notes(explanation: Explanation) -> tuple[str, ...]:
     """What to know of the other plans."""
-    notes = [OTHERS_NOTE]
+    notes = [OTHERS_NOTE, TIMED_NOTE] if explanation.timed else [OTHERS_NOTE]
     if explanation.num_kept_in:
         kept = explanation.num_kept_in
         notes.append(

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from planner import one_kind, other_plans, task_fused
-from planner.config_cost import ConfigCost
+from planner.config_cost import ConfigCost, ShapeTime
 from planner.cost import CostTable
 from planner.errors import UserError
 from planner.explain import explain, in_seconds
@@ -371,3 +371,23 @@ def test_page_is_well_formed_self_contained_and_escaped():
 def test_costs_of_another_model_are_refused():
     with pytest.raises(UserError, match="plan of another model"):
         explain(UNBALANCED, dataclasses.replace(COSTS, model="n"), WORKLOAD)
+
+
+def test_costs_with_timed_micro_batches_say_so():
+    made = Prediction(step_s=9.0, bound_s=9.0, gap=0.0, gpu_seconds=36.0, solve_s=0.1)
+    chosen = plan((1, WIDE), (2, NARROW), predicted=made)
+    lattice = tuple(
+        ShapeTime(rows=rows, length=length, seconds=0.125)
+        for rows, length in chosen.replicas[1].shapes(chosen.buckets, num_options=chosen.row_options)
+    )
+    timed = [dataclasses.replace(one, lattice=lattice) if one.config == NARROW else one for one in COSTS.configs]
+    plain = explain(chosen, COSTS, WORKLOAD)
+    explanation = explain(chosen, dataclasses.replace(COSTS, configs=tuple(timed)), WORKLOAD)
+    assert not plain.timed and explanation.timed
+    assert "lobra profile --plan" not in text(plain) and text(explanation).count("lobra profile --plan") == 2
+    narrow = [
+        replica for replica in explanation.replicas if replica.config == str(NARROW) and replica.num_micro_batches
+    ]
+    assert narrow
+    for replica in narrow:
+        assert replica.seconds == pytest.approx(1e-2 + 0.125 * replica.num_micro_batches)
