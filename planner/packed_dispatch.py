@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import linprog
-from scipy.sparse import coo_array
 
 from planner.config_cost import ConfigCost, PackedCost
 from planner.cost import CostTable
@@ -155,6 +153,9 @@ def least_s(replicas: Sequence[PackedReplica], lengths: np.ndarray) -> float:
     sum_k x_kj = N_j, and sum_j (tokens_j s_k + squares_j p2_k) x_kj <= n_k T, s_k the least seconds a token there.
     Lengths are rounded down to groups.
     """
+    from scipy.optimize import linprog  # SciPy is loaded only where rows are packed
+    from scipy.sparse import coo_array
+
     if len(lengths) == 0:
         return 0.0
     values, counts = np.unique(np.maximum(lengths // ROW_ALIGN * ROW_ALIGN, 1), return_counts=True)
