@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
@@ -35,6 +35,9 @@ from planner.plan import REMATS, ParallelConfig, Plan, ReplicaGroup
 from planner.workload import TaskLengths, Workload
 from profiling.bench.options import command_line
 from profiling.bench.provenance import provenance
+
+if TYPE_CHECKING:
+    from profiling.measure import Setup
 
 LENGTHS = Path(__file__).resolve().parents[2] / "configs" / "lengths" / "lobra_six_tasks.json"
 SMALL = LlamaConfig(
@@ -98,9 +101,18 @@ class Case:
               help="Largest micro-batch, as of lobra profile.")  # fmt: skip
 @click.option("--steps", type=click.IntRange(min=1), default=6, show_default=True, help="Timed steps each way.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of lengths and batches.")
+@click.option("--refine", is_flag=True, help="Time the padded micro-batches before, as lobra profile --plan does.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the result as JSON.")
 def main(
-    model: str, layers: int | None, dtype: str, remat: str, rank: int, steps: int, out: Path | None, **options: Any
+    model: str,
+    layers: int | None,
+    dtype: str,
+    remat: str,
+    rank: int,
+    steps: int,
+    refine: bool,
+    out: Path | None,
+    **options: Any,
 ) -> None:
     """Run the same steps with padded and with packed rows."""
     check_out(out)
@@ -112,7 +124,8 @@ def main(
     case = Case(model=shape, dtype=dtype, spec=spec, config=config, **options)
     tasks = _tasks(case)
     workload = Workload.from_samples({t.name: (t.sampler.batch_size, t.train.lengths.tolist()) for t in tasks})
-    costs = _measure(case, len(tasks), workload)
+    setup = _setup(case, len(tasks), workload)
+    costs = _measure(setup, case)
     capacity = costs[config].capacity_tokens
     if capacity < workload.max_length:
         expected = f"at most {capacity}, which memory has room for with both ways at once"
@@ -123,6 +136,10 @@ def main(
         replicas=(ReplicaGroup(count=1, config=config, capacity_tokens=capacity),),
         buckets=planning_buckets(workload, NUM_BUCKETS),
     )
+    if refine:
+        from profiling.plan_shapes import refined, time_shapes, wanted_shapes
+
+        costs = refined(costs, plan, time_shapes(setup, wanted_shapes(plan), lambda _: None))
     choice = choose_batching(plan, costs, workload, seed=case.seed, max_buckets=NUM_BUCKETS)
     click.echo(str(choice))
     rows = _run(case, tasks, plan, costs, steps)
@@ -133,7 +150,15 @@ def main(
             f"(predicted {row['predicted_step_s']:.3f} s)"
         )
     if out is not None:
-        given = {"model": model, "layers": layers, "dtype": dtype, "remat": remat, "rank": rank, "steps": steps}
+        given = {
+            "model": model,
+            "layers": layers,
+            "dtype": dtype,
+            "remat": remat,
+            "rank": rank,
+            "steps": steps,
+            "refine": refine,
+        }
         record = {
             "what": "the same steps with padded and with packed rows; medians over steps; costs measured before",
             "command": command_line("lobra bench packing", given | options),
@@ -168,21 +193,19 @@ def _store(case: Case, task: TaskLengths, rng: np.random.Generator) -> TokenStor
     return TokenStore(tokens=tokens, trainable=trainable, offsets=offsets, sources=np.arange(len(lengths)))
 
 
-def _measure(case: Case, num_tasks: int, workload: Workload) -> CostTable:
+def _setup(case: Case, num_tasks: int, workload: Workload) -> Setup:
     import jax
     import jax.numpy as jnp
 
     from lobra_jax.compilation import compile_threads
     from lobra_jax.devices import memory_limit
-    from profiling.config_cost import measure_config
     from profiling.grid import default_lengths
     from profiling.measure import Setup
-    from profiling.packed import measure_packed
 
     device = jax.devices()[0]
     on_host = device.platform == "cpu"
     limit_bytes = memory_limit(DevicesConfig(memory_bytes=HOST_LIMIT_BYTES if on_host else None), device)
-    setup = Setup(
+    return Setup(
         model=case.model,
         dtype=jnp.dtype(case.dtype),
         num_tasks=num_tasks,
@@ -200,6 +223,12 @@ def _measure(case: Case, num_tasks: int, workload: Workload) -> CostTable:
         cores=None,
         num_threads=compile_threads(),
     )
+
+
+def _measure(setup: Setup, case: Case) -> CostTable:
+    from profiling.config_cost import measure_config
+    from profiling.packed import measure_packed
+
     cost = measure_config(setup, case.config)
     cost = dataclasses.replace(cost, packed=measure_packed(setup, case.config, cost.capacity_tokens))
     return CostTable(
