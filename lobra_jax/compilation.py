@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from lobra_jax.host import host_cores
-from lobra_jax.kept_programs import CACHE_READ, KEPT_READ
+from lobra_jax.kept_programs import CACHE_READ, COMPILED_OR_READ, KEPT_READ
 
 ALL_CORES, MOST_THREADS = 16, 32
 """Compilations at a time: one for each core up to the first, then for every other core up to the second. With 64 on as
@@ -22,8 +22,6 @@ many cores XLA's readings of kernels' variants on a GPU were off, and some progr
 
 SWITCH_S = 5e-4
 """For how long a thread keeps the interpreter at a start while others wait for it: a tenth of Python's default."""
-
-_COMPILED_OR_READ = "/jax/core/compile/backend_compile_duration"
 
 
 class CompilationCount:
@@ -42,7 +40,7 @@ class CompilationCount:
         jax.monitoring.register_event_listener(self._on_event)
 
     def _on_duration(self, name: str, _seconds: float, **_: Any) -> None:
-        if name == _COMPILED_OR_READ:
+        if name == COMPILED_OR_READ:
             with self._lock:
                 self.total += 1
 
@@ -83,8 +81,11 @@ def after_start() -> Iterator[None]:
     """For steps: Python no longer looks for garbage among what the start left, only among what came since.
 
     Tracing leaves 18,000 objects of each program of a 7B model. A look through those of 45 takes most of a second, in
-    which nothing is issued, and would come at any time.
+    which nothing is issued, and would come at any time. Inside another one it does nothing.
     """
+    if gc.get_freeze_count():
+        yield
+        return
     gc.collect()
     gc.freeze()
     try:

@@ -300,6 +300,8 @@ def compile_training(layout: StageLayout, rows: int, length: int, *, packed: boo
 
 def compile_evaluation(layout: StageLayout, rows: int, length: int) -> jax.stages.Compiled:
     """The loss-only program for a [rows, length] micro-batch, compiled or as kept."""
+    quiet = dataclasses.replace(layout.functions, dropout=False, remat="none")
+    layout = dataclasses.replace(layout, functions=quiet)  # the same whatever training's are
     make = functools.partial(_evaluation, layout, rows, length)
     return kept(layout.made_of(EVALUATION, rows, length, False), layout.devices, make)[EVALUATION]
 

@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import os
+import re
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +154,7 @@ def files_of(replica, shape=SHAPES[0], *, packed=False):
 def test_other_programs_are_not_taken_for_them(world, keep, name):
     usual, other = files_of(make(world.model)), files_of(make(world.model, **CHANGES[name]))
     assert len(usual) == len(other) == 2
-    assert not usual & other
+    assert len(usual & other) == (name == "policy")  # of which an evaluation makes no use
 
 
 def test_other_models_and_shapes_are_not_taken_for_them(world, keep):
@@ -172,27 +174,95 @@ def test_other_flags_settings_and_sources_are_not_taken_for_them(world, keep, mo
         assert not usual & files_of(replica)
     with setting("jax_default_matmul_precision", "highest"):
         assert not usual & files_of(replica)
-    monkeypatch.setattr(kept_programs, "_sources", kept_programs._sources.__wrapped__)  # remembers what it read
-    assert usual == files_of(replica)
-    for name in ("SOURCES", "LIBRARIES"):
+    for name, value in {"_SOURCES": "others", "LIBRARIES": ("jax",), "_fingerprint": lambda _: "others"}.items():
         with monkeypatch.context() as patch:
-            patch.setattr(kept_programs, name, getattr(kept_programs, name)[:1])
+            patch.setattr(kept_programs, name, value)
             assert not usual & files_of(replica)
+    assert usual == files_of(replica)
 
 
-def test_what_cannot_be_read_or_written_is_said_and_compiled(world, keep, monkeypatch):
+def test_the_digest_of_sources_is_of_their_names_and_texts(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(kept_programs, "SOURCES", ("kept_here",))
+    file = tmp_path / "kept_here" / "inner" / "one.py"
+    file.parent.mkdir(parents=True)
+    digests = []
+    for text in ("a = 1", "a = 2"):
+        file.write_text(text)
+        digests.append(kept_programs.sources())
+    assert digests[-1] == kept_programs.sources()
+    file.rename(file.with_name("two.py"))
+    assert len({*digests, kept_programs.sources()}) == 3
+
+
+def test_nothing_is_kept_once_sources_were_changed(world, keep, monkeypatch):
+    """What is in memory may then be of either."""
+    monkeypatch.setattr(kept_programs, "sources", lambda: "edited")
+    compile_evaluation(make(world.model).layouts[0], *SHAPES[0])
+    assert not list(keep.iterdir())
+
+
+def test_what_cannot_be_read_or_written_is_said_and_made_anew(world, keep, monkeypatch, caplog):
     layout = make(world.model).layouts[0]
     compile_evaluation(layout, *SHAPES[0])
     (file,) = keep.iterdir()
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.warns(UserWarning, match=f"{file.name} cannot be read: .*; compiled anew"):
-        compile_evaluation(layout, *SHAPES[0])
+    compile_evaluation(layout, *SHAPES[0])
+    assert re.search(f"{file.name} cannot be read: .*; made anew", caplog.text)
     assert len(file.read_bytes()) > len(whole) // 2
+    caplog.clear()
     monkeypatch.setattr(kept_programs, "programs_folder", lambda: file)  # a file is no folder
-    unread = pytest.warns(UserWarning, match="Not a directory; compiled anew")
-    with unread, pytest.warns(UserWarning, match="programs are not kept in .*exists"):
+    compile_evaluation(layout, *SHAPES[0])
+    assert "Not a directory; made anew" in caplog.text and "programs are not kept in" in caplog.text
+
+
+def test_what_is_damaged_goes_though_nothing_takes_its_place(world, keep, monkeypatch):
+    layout = make(world.model).layouts[0]
+    compile_evaluation(layout, *SHAPES[0])
+    (file,) = keep.iterdir()
+    file.write_bytes(b"")
+    monkeypatch.setattr(kept_programs, "_write", lambda *_: None)
+    compile_evaluation(layout, *SHAPES[0])
+    assert not list(keep.iterdir())
+
+
+def test_programs_that_jax_cannot_take_apart_are_at_hand_all_the_same(world, keep, monkeypatch, caplog):
+    def refuse(_):
+        raise NotImplementedError("const_args")
+
+    monkeypatch.setattr(kept_programs.serialize_executable, "serialize", refuse)
+    assert compile_evaluation(make(world.model).layouts[0], *SHAPES[0]) is not None
+    assert "programs are not kept" in caplog.text and "const_args" in caplog.text
+    assert not list(keep.iterdir())
+
+
+def test_no_room_to_load_a_program_is_no_damage(world, keep, monkeypatch):
+    layout = make(world.model).layouts[0]
+    compile_evaluation(layout, *SHAPES[0])
+    (file,) = keep.iterdir()
+
+    def full(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(kept_programs.serialize_executable, "deserialize_and_load", full)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         compile_evaluation(layout, *SHAPES[0])
+    assert file.is_file()
+
+
+def test_files_that_nobody_reads_are_removed(world, keep):
+    old, new = keep / "old.new", keep / "new"
+    for file, age_s in ((old, 2 * kept_programs.UNUSED_S), (new, kept_programs.UNUSED_S / 2)):
+        file.touch()
+        os.utime(file, 2 * (time.time() - age_s,))
+    layout = make(world.model).layouts[0]
+    compile_evaluation(layout, *SHAPES[0])
+    (kept,) = set(keep.iterdir()) - {new}
+    assert new.is_file() and not old.exists()
+    os.utime(kept, (0, 0))
+    compile_evaluation(layout, *SHAPES[0])
+    assert kept.stat().st_mtime > time.time() - 60  # read, and so in use
 
 
 def test_nothing_is_kept_without_a_compilation_cache_or_of_what_compiles_at_once(world, monkeypatch, tmp_path):
@@ -252,3 +322,37 @@ def test_another_process_finds_them(tmp_path):
     for file in (tmp_path / "xla").glob("*-cache"):
         file.unlink()  # JAX's own
     assert run() == ["5", "5", "4"]
+
+
+LATE = """
+import os, sys
+from pathlib import Path
+early, flags = sys.argv[2] == "early", "--xla_disable_hlo_passes=fusion,cpu-instruction-fusion"
+os.environ["JAX_PLATFORMS"] = "cpu"
+if early:
+    os.environ["XLA_FLAGS"] = flags
+import jax, jax.numpy as jnp
+jax.block_until_ready(jnp.zeros(3) + 1)
+os.environ["XLA_FLAGS"] = flags
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+from lobra_jax.mesh import make_submesh
+from lobra_jax.models.config import PRESETS
+from lobra_jax.replica import Replica
+from planner.plan import ParallelConfig
+submesh = make_submesh(ParallelConfig(tp=1, pp=1, remat="dots"), jax.devices()[:1])
+replica = Replica(index=0, model=PRESETS["tiny"], submesh=submesh, num_tasks=1, max_rank=2, targets=("q",),
+                  dropout=False, dtype=jnp.float32)
+replica.compilations([(1, 8)], [])[0]()
+print(replica.training_programs((1, 8))[0].fused.as_text().count("fusion("))
+"""
+
+
+def test_flags_that_come_too_late_for_xla_do_not_count(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+
+    def fusions(when):
+        command = [sys.executable, "-c", LATE, tmp_path, when]
+        return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+    assert fusions("late") != fusions("early")
