@@ -64,7 +64,7 @@ def packed_prices(costs: CostTable) -> CostTable:
       UserError: there are no packed times.
     """
     configs = []
-    for cost in costs.configs:
+    for cost in costs.fitted().configs:
         if cost.packed is not None:
             p1, p2, p3, p4 = cost.packed.coefficients
             length = max(point.length for point in cost.packed.points) if cost.packed.points else 0
@@ -96,7 +96,8 @@ def choose_batching(
     max_buckets: int,
     num_samples: int = NUM_SAMPLES,
 ) -> BatchingChoice:
-    """Dispatches sampled batches both ways. The same arguments give the same choice."""
+    """Dispatches sampled batches both ways, by what is fitted of either. The same arguments give the same choice."""
+    costs = costs.fitted()
 
     def sampled(batching: str) -> Simulation:
         return simulate(

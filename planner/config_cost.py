@@ -4,7 +4,7 @@ Micro-batch time follows LobRA, appendix D: for a config c, rows b and padded le
 
     t_c(b, s) = (c1 b + c2) s^2 + (c3 b + c4) s + c5 b + c6      [seconds, the slowest stage's slot]
 
-unless that very (b, s) of a plan's lattice was measured (`ConfigCost.lattice`), and a replica that runs micro-batches
+unless micro-batches of that very (b, s) were timed (`ConfigCost.timed`), and a replica that runs micro-batches
 m_1..m_n in one step takes
 
     T_c = fixed_s + sum_i t_c(m_i) + (pp - 1) max_i t_c(m_i)     (0 if it has none)
@@ -94,7 +94,7 @@ class PackedCost:
 class ConfigCost:
     """What is known of one parallel config: capacity in tokens, fitted coefficients, the points behind them.
 
-    `packed`: the same of packed micro-batches, None where they were not measured. `lattice`: micro-batches of a plan,
+    `packed`: the same of packed micro-batches, None where they were not measured. `timed`: micro-batches of a plan,
     which take what they were measured to, whatever is fitted.
     """
 
@@ -105,7 +105,7 @@ class ConfigCost:
     points: tuple[CostPoint, ...] = ()
     fit_error: FitError | None = None
     packed: PackedCost | None = None
-    lattice: tuple[ShapeTime, ...] = ()
+    timed: tuple[ShapeTime, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.coefficients) != NUM_COEFFICIENTS:
@@ -137,7 +137,7 @@ class ConfigCost:
 
     @functools.cached_property
     def _measured_s(self) -> dict[tuple[int, int], float]:
-        return {(time.rows, time.length): time.seconds for time in self.lattice}
+        return {(time.rows, time.length): time.seconds for time in self.timed}
 
     def replica_s(self, shapes: Iterable[tuple[int, int]]) -> float:
         """Seconds of one step on a replica that runs micro-batches of these (rows, length); 0 without any."""

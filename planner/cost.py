@@ -64,6 +64,18 @@ class CostTable:
             raise KeyError(str(config))
         return mixed([self[config.with_remat(remat)] for remat in config.remats])
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether micro-batches of a plan were timed."""
+        return any(cost.timed for cost in self.configs)
+
+    def fitted(self) -> CostTable:
+        """The same without them: what is fitted is as wrong of any plan, timed micro-batches are one plan's."""
+        if not self.is_timed:
+            return self
+        configs = tuple(dataclasses.replace(cost, timed=()) for cost in self.configs)
+        return dataclasses.replace(self, configs=configs)
+
     def of(self, group: ReplicaGroup) -> ConfigCost:
         """The costs of a plan's replicas, at the plan's capacities, on which their policies depend."""
         return self[group.config].holding(group.capacities)
@@ -83,7 +95,8 @@ class CostTable:
         if "estimated" not in self.provenance:
             return None
         device = self.provenance["estimated"]["device"]
-        return f"costs are estimated for {device}, not measured: times and capacities may be off"
+        but = ", but for the micro-batches of a plan" if self.is_timed else ""
+        return f"costs are estimated for {device}, not measured{but}: times and capacities may be off"
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -133,7 +146,7 @@ class CostTable:
 
 def _config_to_dict(cost: ConfigCost) -> dict[str, Any]:
     packed = {} if cost.packed is None else {"packed": dataclasses.asdict(cost.packed)}
-    lattice = {"lattice": [dataclasses.asdict(time) for time in cost.lattice]} if cost.lattice else {}
+    timed = {"timed": [dataclasses.asdict(time) for time in cost.timed]} if cost.timed else {}
     return {
         **dataclasses.asdict(cost.config),
         "capacity_tokens": cost.capacity_tokens,
@@ -142,7 +155,7 @@ def _config_to_dict(cost: ConfigCost) -> dict[str, Any]:
         "fit_error": None if cost.fit_error is None else dataclasses.asdict(cost.fit_error),
         "points": [dataclasses.asdict(point) for point in cost.points],
         **packed,
-        **lattice,
+        **timed,
     }
 
 
@@ -157,7 +170,7 @@ def _read_config(item: Value) -> ConfigCost:
     place, item = item, item.called(config)
     if len(config.remats) > 1:
         raise item.field("remat").refused("one policy, mixtures are made of them")
-    error, points, packed, lattice = map(item.given, ("fit_error", "points", "packed", "lattice"))
+    error, points, packed, timed = map(item.given, ("fit_error", "points", "packed", "timed"))
     with place.checked():
         return ConfigCost(
             config=config,
@@ -167,7 +180,7 @@ def _read_config(item: Value) -> ConfigCost:
             fit_error=None if error is None else _read_fit_error(error),
             points=() if points is None else tuple(map(_read_point, points.items("a list of points"))),
             packed=None if packed is None else _read_packed(packed),
-            lattice=() if lattice is None else tuple(map(_read_time, lattice.items("a list of measured shapes"))),
+            timed=() if timed is None else tuple(map(_read_time, timed.items("a list of timed shapes"))),
         )
 
 

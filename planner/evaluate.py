@@ -226,7 +226,7 @@ def _slot_s(costs: CostTable, group: ReplicaGroup, rows: int, length: int) -> fl
     at = next((key for key, held in policies.items() if held >= length), list(policies)[-1])
     for cost in costs.configs:
         if _key(cost.config) == at:
-            measured = [time.seconds for time in cost.lattice if (time.rows, time.length) == (rows, length)]
+            measured = [time.seconds for time in cost.timed if (time.rows, time.length) == (rows, length)]
             if measured:
                 return measured[-1]
             squared, linear, constant = (

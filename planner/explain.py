@@ -85,7 +85,8 @@ class Explanation:
       doubts: sentences on what in the plan's own prediction does not agree with itself, or with costs and lengths.
       alternatives: other plans on the same batch, fastest first; those on other devices last.
       num_kept_in: kinds of replica that were not left out in turn.
-      timed: whether micro-batches of a plan were timed (`lobra profile --plan`), and others are fitted.
+      fitted_s: where the plan's micro-batches were timed (`lobra profile --plan`), seconds of a step by what is fitted,
+        which is what plans are compared by, and bounds are of; else None.
     """
 
     plan: Plan
@@ -98,12 +99,17 @@ class Explanation:
     doubts: tuple[str, ...]
     alternatives: tuple[Alternative, ...]
     num_kept_in: int = 0
-    timed: bool = False
+    fitted_s: float | None = None
+
+    @property
+    def compared_s(self) -> float:
+        """Seconds of a step as those of other plans are told."""
+        return self.step_s if self.fitted_s is None else self.fitted_s
 
     @property
     def gap(self) -> float | None:
         """Share of the step time that a better plan could save at the most."""
-        return None if self.bound_s is None else max(0.0, (self.step_s - self.bound_s) / self.step_s)
+        return None if self.bound_s is None else max(0.0, (self.compared_s - self.bound_s) / self.compared_s)
 
     @property
     def slowest_s(self) -> float:
@@ -137,26 +143,28 @@ def explain(
     replicas, share_bound_s = replica_times(plan, costs, problem)
     step_s = max(replica.seconds for replica in replicas) + costs.step_overhead_s
     alternatives, bound_s = (), None
+
+    def seconds_of(other: Plan, changed: PlanningProblem) -> float:
+        times, _ = replica_times(other, changed.costs, changed)
+        return max(replica.seconds for replica in times) + changed.costs.step_overhead_s
+
+    fitted_s = seconds_of(plan, problem) if costs.is_timed else None
+    compared_s = step_s if fitted_s is None else fitted_s
     if compare:
-
-        def timed(other: Plan, changed: PlanningProblem) -> float:
-            times, _ = replica_times(other, changed.costs, changed)
-            return max(replica.seconds for replica in times) + changed.costs.step_overhead_s
-
-        found = other_plans(plan, step_s, problem, workload, timed, on_progress or (lambda _: None))
+        found = other_plans(plan, compared_s, problem, workload, seconds_of, on_progress or (lambda _: None))
         bound_s = next((a.plan.predicted.bound_s for a in found if a.change == BEST and a.plan is not None), None)
         alternatives = tuple(sorted(found, key=lambda a: (not a.same_devices, a.step_s or float("inf"))))
-    timed = any(cost.lattice for cost in costs.configs)
-    doubts = _doubts(plan, step_s, share_bound_s + costs.step_overhead_s, timed)
+    least_s = share_bound_s + costs.step_overhead_s if fitted_s is None else 0.0  # of timed micro-batches
+    doubts = _doubts(plan, compared_s, least_s)
     proven_s = bound_s
     if proven_s is None and plan.predicted is not None and not doubts:
         proven_s = plan.predicted.bound_s
-    if proven_s is not None:  # it holds for these replicas, as for all others
+    if proven_s is not None and fitted_s is None:  # it holds for these replicas, as for all others
         share_bound_s = min(max(share_bound_s, proven_s - costs.step_overhead_s), step_s - costs.step_overhead_s)
     return Explanation(
         plan=plan,
         step_s=step_s,
-        bound_s=None if bound_s is None else min(bound_s, step_s),
+        bound_s=None if bound_s is None else min(bound_s, compared_s),
         overhead_s=costs.step_overhead_s,
         counts={length: count for length, count in zip(problem.buckets, problem.counts, strict=True) if count},
         replicas=replicas,
@@ -164,7 +172,7 @@ def explain(
         doubts=doubts,
         alternatives=alternatives,
         num_kept_in=len({group.config for group in plan.replicas}) - len(left_out(plan)) if compare else 0,
-        timed=timed,
+        fitted_s=fitted_s,
     )
 
 
@@ -239,7 +247,7 @@ def limits(plan: Plan, replicas: Sequence[ReplicaTime], overhead_s: float, share
     return tuple(said)
 
 
-def _doubts(plan: Plan, step_s: float, least_s: float, timed: bool) -> tuple[str, ...]:
+def _doubts(plan: Plan, step_s: float, least_s: float) -> tuple[str, ...]:
     """`least_s` is proven: no share-out of the batch over these replicas gives a shorter step."""
     said = [f"In the plan, {violation}." for violation in prediction_violations(plan)]
     made = plan.predicted
@@ -249,8 +257,6 @@ def _doubts(plan: Plan, step_s: float, least_s: float, timed: bool) -> tuple[str
             "with padded rows"
         )
         others = "it was made for others, for packed rows, or changed by hand"
-        if timed:
-            others = f"it was made before micro-batches were timed (lobra profile --plan), or {others[3:]}"
         if made.step_s < least_s:
             said.append(f"{differs} and, proven, no less than {in_seconds(least_s)}: {others}.")
         elif made.step_s < step_s:

@@ -53,10 +53,6 @@ OTHERS_NOTE = (
     "nothing. All kinds of replica in the cost table may be used, whatever constraints the plan was made under."
 )
 
-TIMED_NOTE = (
-    "Micro-batches of one plan were timed (lobra profile --plan); those that it does not have are foretold by "
-    "what is fitted, which may be off by some per cent."
-)
 CUT_SHORT_NOTE = "cut short: its time was up before its search ended; with a longer --time-limit it may be better."
 
 
@@ -109,6 +105,11 @@ def verdict(explanation: Explanation) -> str:
     said = f"A step of the expected batch ({sum(explanation.counts.values())} sequences) takes " + in_seconds(
         explanation.step_s
     )
+    if explanation.fitted_s is not None:
+        said += (
+            " by its micro-batches as they were timed (lobra profile --plan). Plans are made and compared by what is "
+            f"fitted, which says {in_seconds(explanation.fitted_s)}"
+        )
     if explanation.bound_s is None or explanation.gap is None:
         return said + "."
     said += f"; no plan on these devices can take less than {in_seconds(explanation.bound_s)} (proven)."
@@ -231,7 +232,7 @@ def alternative_name(other: Alternative) -> str:
 
 def other_notes(explanation: Explanation) -> tuple[str, ...]:
     """What to know of the other plans."""
-    notes = [OTHERS_NOTE, TIMED_NOTE] if explanation.timed else [OTHERS_NOTE]
+    notes = [OTHERS_NOTE]
     if explanation.num_kept_in:
         kept = explanation.num_kept_in
         notes.append(
@@ -249,7 +250,7 @@ def alternative_cells(explanation: Explanation, other: Alternative) -> tuple[str
     if other.plan is None or other.step_s is None:
         return f"none: {other.note}", NO_VALUE, NO_VALUE
     same = other.plan.replicas == explanation.plan.replicas and other.plan.num_devices == explanation.plan.num_devices
-    difference = f"{other.step_s / explanation.step_s - 1:+.1%}"
+    difference = f"{other.step_s / explanation.compared_s - 1:+.1%}"
     return str(other.plan), three_digits(other.step_s), "the same plan" if same else difference
 
 

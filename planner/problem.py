@@ -205,7 +205,7 @@ def build_problem(
     proposal: bool = True,
     time_limit_s: float = DEFAULT_TIME_LIMIT_S,
 ) -> PlanningProblem:
-    """Checks that a plan exists and puts the instance together.
+    """Checks that a plan exists and puts the instance together, by what is fitted alone (`CostTable.fitted`).
 
     Raises:
       UserError: no config is allowed; the longest length fits none of them, or only configs wider than the devices
@@ -214,7 +214,7 @@ def build_problem(
     """
     if num_devices < 1:
         raise UserError("bad value", key="num_devices", value=num_devices, expected="an integer >= 1")
-    constraints = constraints or Constraints()
+    constraints, costs = constraints or Constraints(), costs.fitted()
     allowed = allowed_configs(costs, num_devices, constraints, workload)
     cap = max(cost.capacity_tokens for cost in allowed)
     padded = bucket_lengths(workload, buckets, num_buckets=num_buckets, max_capacity_tokens=cap)

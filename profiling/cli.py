@@ -85,8 +85,9 @@ def profile(config_path: Path, overrides: tuple[str, ...], out: Path, **options:
     from lobra_jax.devices import configure
 
     check_out(out)
-    config = load_config(config_path, overrides, check_files=options["lengths"] is None)
-    if (plan_path := options.pop("plan_path")) is not None:
+    plan_path = options.pop("plan_path")
+    config = load_config(config_path, overrides, check_files=options["lengths"] is None and plan_path is None)
+    if plan_path is not None:
         from profiling.refine import run_refine
 
         _refuse_beside_plan(options)

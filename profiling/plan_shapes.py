@@ -18,7 +18,7 @@ from planner.plan import ParallelConfig, Plan
 from profiling.config_cost import together
 from profiling.measure import Bench, Setup
 from profiling.rounds import rounds_of
-from profiling.timing import slots, time_steps
+from profiling.timing import slot_s, time_steps
 
 Timed = tuple[ParallelConfig, tuple[ShapeTime, ...]]
 
@@ -33,9 +33,14 @@ def wanted_shapes(plan: Plan) -> dict[ParallelConfig, tuple[Shape, ...]]:
 
 
 def time_shapes(
-    setup: Setup, wanted: Mapping[ParallelConfig, Sequence[Shape]], on_config: Callable[[ParallelConfig], object]
+    setup: Setup,
+    wanted: Mapping[ParallelConfig, Sequence[Shape]],
+    costs: CostTable,
+    on_config: Callable[[ParallelConfig], object] = lambda _: None,
 ) -> dict[ParallelConfig, tuple[ShapeTime, ...]]:
     """Slot seconds of the shapes of each config, as many configs side by side as there are devices for.
+
+    What a step costs besides, `fixed_s` of `costs`, is left out of them. `on_config` is told of each config done.
 
     More rows of a length are never told to take less: a smaller micro-batch could as well be run as the larger.
     """
@@ -54,7 +59,10 @@ def time_shapes(
         together(
             benches,
             [functools.partial(_run_once, b, wanted[c]) for (c, _), b in zip(placed, benches, strict=True)],
-            [functools.partial(_time, setup, c, b, wanted[c]) for (c, _), b in zip(placed, benches, strict=True)],
+            [
+                functools.partial(_time, setup, c, b, wanted[c], costs[c].fixed_s)
+                for (c, _), b in zip(placed, benches, strict=True)
+            ],
             keep,
         )
     return found
@@ -62,8 +70,8 @@ def time_shapes(
 
 def refined(costs: CostTable, plan: Plan, times: Mapping[ParallelConfig, tuple[ShapeTime, ...]]) -> CostTable:
     """The table with these times in place of all that it had of a plan's micro-batches; it says whose they are."""
-    configs = tuple(dataclasses.replace(cost, lattice=times.get(cost.config, ())) for cost in costs.configs)
-    provenance = {**costs.provenance, "lattice_of": str(plan)}
+    configs = tuple(dataclasses.replace(cost, timed=times.get(cost.config, ())) for cost in costs.configs)
+    provenance = {**costs.provenance, "timed_plan": str(plan)}
     return dataclasses.replace(costs, configs=configs, provenance=provenance)
 
 
@@ -72,13 +80,12 @@ def _run_once(bench: Bench, shapes: Sequence[Shape]) -> None:
         bench.step_s(shape, 1)
 
 
-def _time(setup: Setup, config: ParallelConfig, bench: Bench, shapes: Sequence[Shape]) -> Timed:
-    times = {
-        shape: time_steps(lambda m, shape=shape: bench.step_s(shape, m), pp=config.pp, repeats=setup.repeats)
-        for shape in shapes
-    }
-    seconds, _ = slots(times, pp=config.pp)
+def _time(setup: Setup, config: ParallelConfig, bench: Bench, shapes: Sequence[Shape], fixed_s: float) -> Timed:
     factor = setup.share(config).factor
+    seconds: dict[Shape, float] = {}
+    for shape in shapes:
+        times = time_steps(lambda m, shape=shape: bench.step_s(shape, m), pp=config.pp, repeats=setup.repeats)
+        seconds[shape] = slot_s(times, pp=config.pp, fixed_s=fixed_s / factor)
     longest: dict[int, float] = {}
     out = []
     for rows, length in sorted(seconds):

@@ -27,8 +27,13 @@ def run_refine(config: RunConfig, plan_path: Path, out: Path, console: Console, 
     from lobra_jax.config import model_config
     from lobra_jax.devices import configure
     from planner.cost import CostTable
+    from planner.inputs import beside
     from planner.plan import Plan
 
+    if out.exists() and plan_path.exists() and out.samefile(plan_path):
+        raise UserError(
+            "the plan itself", key="--out", value=str(out), expected=f"{beside(plan_path, 'costs').name}, say"
+        )
     if config.training.batching == "packed":
         value, expected = config.training.batching, "padded or auto: packed micro-batches are not timed one by one"
         raise UserError("not with --plan", key="training.batching", value=value, expected=expected)
@@ -45,6 +50,7 @@ def run_refine(config: RunConfig, plan_path: Path, out: Path, console: Console, 
     if plan.model != costs.model:
         raise UserError("plan of another model", file=plan_path, key="model", value=plan.model, expected=costs.model)
     check_costs_of(plan, costs, plan_path)
+    _check_capacities(plan, plan_path, costs, path)
     configure(config.devices, cache_dir=config.data.cache_dir)
     _time_and_write(config, plan, plan_path, costs, path, out, console, repeats)
 
@@ -59,20 +65,45 @@ def _time_and_write(
     console: Console,
     repeats: int,
 ) -> None:
+    import jax
+
+    from lobra_jax.out_of_memory import OutOfMemoryError, is_out_of_memory
     from profiling.cli import make_setup, progress_bar
     from profiling.plan_shapes import refined, time_shapes, wanted_shapes
 
     started = time.perf_counter()
-    setup = make_setup(config, None, plan.buckets[-1], repeats, None, None)
+    lengths = ",".join(map(str, plan.buckets))
+    setup = make_setup(config, lengths, plan.buckets[-1], repeats, None, None)
     _check_devices(setup, plan, plan_path, costs, costs_file)
     wanted = wanted_shapes(plan)
     with progress_bar(console, len(wanted), 0) as advance:
-        times = time_shapes(setup, wanted, lambda done: advance(done, costs[done]))
+        try:
+            times = time_shapes(setup, wanted, costs, lambda done: advance(done, costs[done]))
+        except OutOfMemoryError as error:
+            raise _no_room(str(error), plan_path) from error
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise _no_room("out of device memory for weights and adapters", plan_path) from error
     new = refined(costs, plan, times)
     new.save(out)
     for parallel in wanted:
         console.print(_change_line(parallel, costs[parallel], new[parallel]), highlight=False)
     console.print(f"{time.perf_counter() - started:.1f} s in all; written to {out}", highlight=False)
+
+
+def _no_room(problem: str, plan_path: Path) -> UserError:
+    expected = "a plan whose capacity_tokens fit: lobra profile again, and lobra plan"
+    return UserError(problem, file=plan_path, key="replicas", expected=expected)
+
+
+def _check_capacities(plan: Plan, plan_path: Path, costs: CostTable, costs_file: Path) -> None:
+    for group in plan.replicas:
+        held = costs[group.config].capacities
+        if any(tokens > most for tokens, most in zip(group.capacities, held, strict=True)):
+            expected = f"at most {'/'.join(map(str, held))}, as {costs_file} says"
+            key, problem = "capacity_tokens", f"more than {group.config} holds"
+            raise UserError(problem, file=plan_path, key=key, value=group.tokens, expected=expected)
 
 
 def _check_devices(setup: Setup, plan: Plan, plan_path: Path, costs: CostTable, costs_file: Path) -> None:
@@ -90,7 +121,7 @@ def _check_devices(setup: Setup, plan: Plan, plan_path: Path, costs: CostTable, 
 
 def _change_line(config: ParallelConfig, before: ConfigCost, after: ConfigCost) -> str:
     """How far the fitted times were off, over the config's micro-batches."""
-    changes = [before.micro_batch_s(time.rows, time.length) / time.seconds - 1 for time in after.lattice]
+    changes = [before.micro_batch_s(time.rows, time.length) / time.seconds - 1 for time in after.timed]
     mean = sum(map(abs, changes)) / len(changes)
     return (
         f"{config}: {len(changes)} micro-batches timed, expected before {min(changes):+.1%} to {max(changes):+.1%}, "

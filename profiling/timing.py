@@ -31,7 +31,10 @@ TO_BE_SURE = 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepTimes:
-    """Median seconds of a step of one and of `many` micro-batches of one shape; `many_s` is None where not timed."""
+    """Median seconds, of two the fewer, of a step of one and of `many` micro-batches of one shape.
+
+    `many_s` is None where not timed.
+    """
 
     one_s: float
     many: int = 1
@@ -53,8 +56,8 @@ def time_steps(run: Callable[[int], float], *, pp: int, repeats: int) -> StepTim
         if manys:
             manys.append(run(many))
     if not manys:
-        return StepTimes(one_s=statistics.median(ones))
-    return StepTimes(one_s=statistics.median(ones), many=many, many_s=statistics.median(manys))
+        return StepTimes(one_s=statistics.median_low(ones))
+    return StepTimes(one_s=statistics.median_low(ones), many=many, many_s=statistics.median_low(manys))
 
 
 def _wants_another(ones: Sequence[float], manys: Sequence[float], repeats: int) -> bool:

@@ -232,9 +232,10 @@ def _refined(scene: Scene, plan: Plan, repeats: int) -> Scene:
     from profiling.cli import make_setup
     from profiling.plan_shapes import refined, time_shapes, wanted_shapes
 
-    setup = make_setup(scene.config, None, plan.buckets[-1], repeats, None, None)
+    lengths = ",".join(map(str, plan.buckets))
+    setup = make_setup(scene.config, lengths, plan.buckets[-1], repeats, None, None)
     with failing_without_room():
-        times = time_shapes(setup, wanted_shapes(plan), lambda _: None)
+        times = time_shapes(setup, wanted_shapes(plan), scene.costs)
     return dataclasses.replace(scene, costs=refined(scene.costs, plan, times))
 
 

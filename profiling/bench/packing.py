@@ -139,7 +139,7 @@ def main(
     if refine:
         from profiling.plan_shapes import refined, time_shapes, wanted_shapes
 
-        costs = refined(costs, plan, time_shapes(setup, wanted_shapes(plan), lambda _: None))
+        costs = refined(costs, plan, time_shapes(setup, wanted_shapes(plan), costs))
     choice = choose_batching(plan, costs, workload, seed=case.seed, max_buckets=NUM_BUCKETS)
     click.echo(str(choice))
     rows = _run(case, tasks, plan, costs, steps)

@@ -114,10 +114,10 @@ FIRST = "configs[0] (tp{tp},pp{pp},{remat})".format(**TABLE["configs"][0])
         (("configs", 0, "points"), [{"rows": 1}], f"{FIRST}.points[0].length: missing"),
         (("configs", 0, "points"), [{"row": 1}], f"{FIRST}.points[0]: unknown key 'row'"),
         (("configs", 0, "fit_error"), "x", f"{FIRST}.fit_error: bad value (got 'x')"),
-        (("configs", 0, "lattice"), [{"rows": 1, "length": 8}], f"{FIRST}.lattice[0].seconds: missing"),
-        (("configs", 0, "lattice"), [{"rows": 1, "length": 8, "seconds": 0}], f"{FIRST}.lattice[0].seconds: bad value"),
-        (("configs", 0, "lattice"), [{"rows": 0, "length": 8, "seconds": 1}], f"{FIRST}.lattice[0].rows: bad value"),
-        (("configs", 0, "lattice"), [{"row": 1}], f"{FIRST}.lattice[0]: unknown key 'row'"),
+        (("configs", 0, "timed"), [{"rows": 1, "length": 8}], f"{FIRST}.timed[0].seconds: missing"),
+        (("configs", 0, "timed"), [{"rows": 1, "length": 8, "seconds": 0}], f"{FIRST}.timed[0].seconds: bad value"),
+        (("configs", 0, "timed"), [{"rows": 0, "length": 8, "seconds": 1}], f"{FIRST}.timed[0].rows: bad value"),
+        (("configs", 0, "timed"), [{"row": 1}], f"{FIRST}.timed[0]: unknown key 'row'"),
         (("configs", 0, "packed"), {"capacity_tokens": 9}, f"{FIRST}.packed.coefficients: missing"),
     ],
 )
@@ -194,7 +194,7 @@ def test_keys_that_the_format_does_not_have_are_let_be(tmp_path):
 def test_micro_batches_that_were_timed_take_what_they_took_and_others_what_is_fitted(tmp_path):
     table = CostTable.load(written(tmp_path, TABLE))
     cost = table.configs[0]
-    timed = dataclasses.replace(cost, lattice=(ShapeTime(rows=2, length=512, seconds=9.5),))
+    timed = dataclasses.replace(cost, timed=(ShapeTime(rows=2, length=512, seconds=9.5),))
     path = tmp_path / "timed.json"
     dataclasses.replace(table, configs=(timed, *table.configs[1:])).save(path)
     read = CostTable.load(path)
@@ -202,14 +202,30 @@ def test_micro_batches_that_were_timed_take_what_they_took_and_others_what_is_fi
     assert read.configs[0].micro_batch_s(2, 512) == 9.5
     assert read.configs[0].micro_batch_s(1, 512) == cost.micro_batch_s(1, 512)
     assert read.configs[0].holding([600]).micro_batch_s(2, 512) == 9.5
-    assert "lattice" not in TABLE["configs"][0] and "lattice" not in table.to_dict()["configs"][0]
+    assert "timed" not in TABLE["configs"][0] and "timed" not in table.to_dict()["configs"][0]
 
 
 def test_a_config_of_several_policies_has_the_times_of_each():
     def cost(remat, capacity, seconds):
-        lattice = (ShapeTime(rows=1, length=32, seconds=seconds), ShapeTime(rows=1, length=64, seconds=2 * seconds))
+        times = (ShapeTime(rows=1, length=32, seconds=seconds), ShapeTime(rows=1, length=64, seconds=2 * seconds))
         config = ParallelConfig(tp=1, pp=1, remat=remat)
-        return ConfigCost(config=config, capacity_tokens=capacity, coefficients=(0, 0, 1, 0, 0, 0), lattice=lattice)
+        return ConfigCost(config=config, capacity_tokens=capacity, coefficients=(0, 0, 1, 0, 0, 0), timed=times)
 
     both = mixed([cost("none", 32, 5.0), cost("full", 64, 7.0)])
     assert [both.micro_batch_s(1, length) for length in (16, 32, 64)] == [16, 5.0, 14.0]
+
+
+def test_plans_are_made_by_what_is_fitted(tmp_path):
+    table = CostTable.load(written(tmp_path, TABLE | {"provenance": {"estimated": {"device": "h200"}}}))
+    timed = dataclasses.replace(
+        table,
+        configs=tuple(
+            dataclasses.replace(cost, timed=(ShapeTime(rows=1, length=16384, seconds=99.0),)) for cost in table.configs
+        ),
+    )
+    assert timed.is_timed and not table.is_timed
+    assert timed.fitted() == table == table.fitted()
+    assert "but for the micro-batches of a plan" in timed.estimate_note and "but for" not in table.estimate_note
+    workload = Workload.load(CONFIGS / "lengths" / "lobra_six_tasks.json")
+    problems = [build_problem(workload, costs, 16) for costs in (table, timed)]
+    assert problems[0] == problems[1]

@@ -1,6 +1,5 @@
 """The exact planner against brute force on small instances, and what it must never get wrong."""
 
-import dataclasses
 import math
 import re
 
@@ -12,11 +11,10 @@ from hypothesis import strategies as st
 
 from planner import closing, deployment, search
 from planner.bracket import bracket
-from planner.config_cost import ConfigCost, ShapeTime
+from planner.config_cost import ConfigCost
 from planner.cost import CostTable
 from planner.errors import UserError
 from planner.evaluate import plan_violations
-from planner.lattice import row_options
 from planner.plan import ParallelConfig, Plan
 from planner.planners import make_plan
 from planner.problem import Constraints, build_problem
@@ -48,17 +46,6 @@ def counted_workload(counts, buckets=BUCKETS, *, list_all=False):
     return Workload(tasks=(TaskLengths(name="t", batch_size=total, lengths=shares),))
 
 
-def with_lattice(draw, cost, buckets):
-    """With micro-batches that take up to half as long again as is fitted or two thirds of it, more rows no less."""
-    lattice = []
-    for length in buckets:
-        least_s = 0.0
-        for rows in row_options(length, cost.capacity_tokens):
-            least_s = max(least_s, draw(st.sampled_from([0.66, 1.0, 1.1, 1.5])) * cost.micro_batch_s(rows, length))
-            lattice.append(ShapeTime(rows=rows, length=length, seconds=least_s))
-    return dataclasses.replace(cost, lattice=tuple(lattice))
-
-
 @st.composite
 def small_instances(draw):
     num_buckets = draw(st.integers(1, 3))
@@ -85,8 +72,6 @@ def small_instances(draw):
                 fixed_s=draw(second) * 1e-3,
             )
         )
-    if draw(st.booleans()):
-        costs = [with_lattice(draw, cost, BUCKETS[:num_buckets]) for cost in costs]
     num_devices = draw(st.integers(chosen[0].num_devices, 6))
     table = cost_table(*costs, overhead_s=draw(second) * 1e-3)
     return (

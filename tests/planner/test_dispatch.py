@@ -47,8 +47,8 @@ def measured(costs, plan, seed):
     configs = []
     for cost in costs.configs:
         times = {(b, s): rng.uniform(0.5, 2.0) * cost.micro_batch_s(b, s) for b, s in shapes.get(cost.config, ())}
-        lattice = tuple(ShapeTime(rows=b, length=s, seconds=seconds) for (b, s), seconds in times.items())
-        configs.append(dataclasses.replace(cost, lattice=lattice))
+        timed = tuple(ShapeTime(rows=b, length=s, seconds=seconds) for (b, s), seconds in times.items())
+        configs.append(dataclasses.replace(cost, timed=timed))
     return dataclasses.replace(costs, configs=tuple(configs))
 
 

@@ -373,21 +373,27 @@ def test_costs_of_another_model_are_refused():
         explain(UNBALANCED, dataclasses.replace(COSTS, model="n"), WORKLOAD)
 
 
-def test_costs_with_timed_micro_batches_say_so():
-    made = Prediction(step_s=9.0, bound_s=9.0, gap=0.0, gpu_seconds=36.0, solve_s=0.1)
-    chosen = plan((1, WIDE), (2, NARROW), predicted=made)
-    lattice = tuple(
-        ShapeTime(rows=rows, length=length, seconds=0.125)
-        for rows, length in chosen.replicas[1].shapes(chosen.buckets, num_options=chosen.row_options)
-    )
-    timed = [dataclasses.replace(one, lattice=lattice) if one.config == NARROW else one for one in COSTS.configs]
-    plain = explain(chosen, COSTS, WORKLOAD)
-    explanation = explain(chosen, dataclasses.replace(COSTS, configs=tuple(timed)), WORKLOAD)
-    assert not plain.timed and explanation.timed
-    assert "lobra profile --plan" not in text(plain) and text(explanation).count("lobra profile --plan") == 2
-    narrow = [
-        replica for replica in explanation.replicas if replica.config == str(NARROW) and replica.num_micro_batches
+def test_plans_are_compared_by_what_is_fitted_though_micro_batches_of_one_were_timed():
+    made = explain(UNBALANCED, COSTS, WORKLOAD, compare=False).step_s
+    prediction = Prediction(step_s=made, bound_s=made, gap=0.0, gpu_seconds=4 * made, solve_s=0.1)
+    chosen = plan((1, WIDE), (2, NARROW), predicted=prediction)
+    shapes = {g.config: g.shapes(chosen.buckets, num_options=chosen.row_options) for g in chosen.replicas}
+    configs = [
+        dataclasses.replace(
+            one,
+            timed=tuple(
+                ShapeTime(rows=rows, length=length, seconds=0.75) for rows, length in shapes.get(one.config, ())
+            ),
+        )
+        for one in COSTS.configs
     ]
-    assert narrow
-    for replica in narrow:
-        assert replica.seconds == pytest.approx(1e-2 + 0.125 * replica.num_micro_batches)
+    plain = explain(chosen, COSTS, WORKLOAD)
+    timed = explain(chosen, dataclasses.replace(COSTS, configs=tuple(configs)), WORKLOAD)
+    for replica in timed.replicas:
+        assert replica.seconds == pytest.approx(1e-2 + 0.75 * replica.num_micro_batches)
+    assert plain.fitted_s is None and timed.fitted_s == pytest.approx(plain.step_s)
+    assert timed.step_s > 1.1 * timed.fitted_s
+    assert timed.bound_s == pytest.approx(plain.bound_s) and timed.gap == pytest.approx(plain.gap)
+    assert [(a.change, a.step_s) for a in timed.alternatives] == [(a.change, a.step_s) for a in plain.alternatives]
+    assert "as they were timed" in verdict(timed) and in_seconds(plain.step_s) in verdict(timed)
+    assert timed.doubts == plain.doubts == ()

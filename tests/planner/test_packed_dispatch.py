@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.batching import choose_batching
-from planner.config_cost import ConfigCost, PackedCost
+from planner.batching import choose_batching, packed_prices
+from planner.config_cost import ConfigCost, PackedCost, ShapeTime
 from planner.cost import CostTable
 from planner.errors import UserError
 from planner.evaluate import evaluate
@@ -171,3 +171,13 @@ def test_plans_are_made_for_the_prices_of_packed_rows(batching, expected):
     flags = PlanningFlags(**{**dict.fromkeys(PlanningFlags.__dataclass_fields__), "batching": batching})
     plan = choose_plan(workload, costs, 2, flags).plan
     assert {group.config for group in plan.replicas} == {expected}
+    # Padded micro-batches that were timed are no packed ones.
+    times = tuple(
+        ShapeTime(rows=rows, length=length, seconds=9.0)
+        for length in range(16, 1025, 16)
+        for rows in range(1, 1024 // length + 1)
+    )
+    timed = dataclasses.replace(costs, configs=tuple(dataclasses.replace(c, timed=times) for c in configs))
+    assert packed_prices(timed) == packed_prices(costs)
+    again = choose_plan(workload, timed, 2, flags).plan
+    assert (again.replicas, again.buckets) == (plan.replicas, plan.buckets)

@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import re
 
+import jax
 import pytest
 import yaml
 from click.testing import CliRunner
 
 from lobra_jax.cli import main
 from lobra_jax.config import load_config, model_config
+from lobra_jax.out_of_memory import Failure, OutOfMemoryError
 from planner.config_cost import ConfigCost
 from planner.cost import CostTable
 from planner.plan import ParallelConfig, Plan, ReplicaGroup
@@ -68,9 +71,13 @@ def plan(model="refine", count=1):
     return Plan(model=model, num_devices=devices, replicas=groups, buckets=BUCKETS, row_options=2)
 
 
-def refine(folder, *arguments, config="run.yaml", plan_file="plan.yaml", out="out.json"):
+def refine_arguments(folder, *arguments, config="run.yaml", plan_file="plan.yaml", out="out.json"):
     fixed = ("profile", "--config", folder / config, "--plan", folder / plan_file, "--out", folder / out)
-    return CliRunner().invoke(main, list(map(str, (*fixed, *arguments))))
+    return list(map(str, (*fixed, *arguments)))
+
+
+def refine(folder, *arguments, **files):
+    return CliRunner().invoke(main, refine_arguments(folder, *arguments, **files))
 
 
 def test_shapes_belong_to_the_policy_that_runs_them():
@@ -94,15 +101,15 @@ def test_every_micro_batch_of_the_plan_is_timed_and_nothing_else_changed(folder,
     new, output = refined
     before = table(folder)
     for cost, old in zip(new.configs, before.configs, strict=True):
-        assert [(t.rows, t.length) for t in cost.lattice] == sorted(wanted_shapes(plan())[cost.config])
-        assert dataclasses.replace(cost, lattice=()) == old
-        for time in cost.lattice:
+        assert [(t.rows, t.length) for t in cost.timed] == sorted(wanted_shapes(plan())[cost.config])
+        assert dataclasses.replace(cost, timed=()) == old
+        for time in cost.timed:
             assert 0 < cost.micro_batch_s(time.rows, time.length) == time.seconds < 60
         for length in BUCKETS:
-            seconds = [time.seconds for time in cost.lattice if time.length == length]
+            seconds = [time.seconds for time in cost.timed if time.length == length]
             assert seconds == sorted(seconds)
-        assert f"{cost.config}: {len(cost.lattice)} micro-batches timed" in output
-    assert new.provenance["lattice_of"] == str(plan())
+        assert f"{cost.config}: {len(cost.timed)} micro-batches timed" in output
+    assert new.provenance["timed_plan"] == str(plan())
     assert new[ParallelConfig(tp=1, pp=1, remat="none+full")].holding([16, 64]).micro_batch_s(1, 32) < 60
 
 
@@ -117,9 +124,11 @@ def test_more_rows_are_never_told_to_take_less(folder, monkeypatch):
     setup = dataclasses.replace(setup, cores=None)
     config = ParallelConfig(tp=1, pp=1, remat="none")
     done = []
-    times = time_shapes(setup, {config: tuple(seconds)}, done.append)
+    (cost,) = (one for one in table(folder).configs if one.config == config)
+    costs = table(folder, configs=(dataclasses.replace(cost, fixed_s=0.25),))
+    times = time_shapes(setup, {config: tuple(seconds)}, costs, done.append)
     found = {(time.rows, time.length): time.seconds for time in times[config]}
-    assert found == pytest.approx({(1, 16): 3.0, (2, 16): 3.0, (4, 16): 4.0, (1, 32): 1.0})
+    assert found == pytest.approx({(1, 16): 2.75, (2, 16): 2.75, (4, 16): 3.75, (1, 32): 0.75})
     assert done == [config]
 
 
@@ -148,11 +157,45 @@ def test_mistakes_are_said_before_anything_is_timed(folder, refined, monkeypatch
         table(folder, **changes).save(folder / "other.costs.json")
         result = refine(folder, plan_file="other.yaml")
         assert result.exit_code != 0 and said in result.output, result.output
+    more = dataclasses.replace(plan(), model=model)
+    more = dataclasses.replace(more, replicas=(more.replicas[0].holding(65), *more.replicas[1:]))
+    more.save(folder / "other.yaml")
+    table(folder).save(folder / "other.costs.json")
+    result = refine(folder, plan_file="other.yaml")
+    assert (
+        "other.yaml: capacity_tokens: more than (tp2,pp1,dots) holds (got '65'); expected at most 64" in result.output
+    )
+    assert "--out: the plan itself" in refine(folder, out="plan.yaml").output
     plan(model="another").save(folder / "other.yaml")
     table(folder).save(folder / "other.costs.json")
     assert "plan of another model" in refine(folder, plan_file="other.yaml").output
     dataclasses.replace(plan(), model=model).save(folder / "alone.yaml")
     assert "planner.costs: no cost table for the plan" in refine(folder, plan_file="alone.yaml").output
+
+
+def test_a_device_without_room_is_one_line(folder, refined, monkeypatch):
+    for error, said in (
+        (OutOfMemoryError([Failure(replica=0, shape=(2, 32))]), "out of device memory, replica 0 with 2 x 32 tokens"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: x"), "out of device memory for weights and adapters"),
+    ):
+        monkeypatch.setattr(Bench, "step_s", Raising(error))
+        result = refine(folder)
+        assert result.exit_code == 2 and f"plan.yaml: replicas: {said}" in result.output, result.output
+
+
+class Raising:
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, *_):
+        raise self.error
+
+
+def test_lengths_are_the_plans_and_no_data_is_looked_for(folder, refined, monkeypatch):
+    monkeypatch.setattr("profiling.plan_shapes.time_shapes", lambda setup, *_: pytest.fail(f"lengths {setup.lengths}"))
+    (folder / "elsewhere.yaml").write_text((folder / "run.yaml").read_text().replace("lengths.json", "nowhere.json"))
+    with pytest.raises(pytest.fail.Exception, match=re.escape(f"lengths {BUCKETS}")):
+        CliRunner().invoke(main, refine_arguments(folder, config="elsewhere.yaml"), catch_exceptions=False)
 
 
 def test_an_experiment_foretells_its_steps_by_them(folder, refined, tmp_path):
