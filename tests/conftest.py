@@ -41,8 +41,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("repository")
 
 
+LONGEST_FIRST = ("test_docs.py", "test_profile.py", "test_resume.py", "test_contract.py")
+"""Files that a worker has to itself for minutes: last, the others would wait for it."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` run only where JAX was told of one: `JAX_PLATFORMS=cuda pytest -m gpu`."""
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
     if os.environ["JAX_PLATFORMS"] == "cpu":
         skip = pytest.mark.skip(reason="needs an accelerator: run with JAX_PLATFORMS=cuda")
         for item in items:
