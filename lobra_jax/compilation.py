@@ -86,7 +86,7 @@ def after_start() -> Iterator[None]:
     if gc.get_freeze_count():
         yield
         return
-    gc.collect(1)  # a start's own: while it lasted nothing grew old
+    gc.collect(1)  # what is young: within `at_start` nothing grew old, other starts look through all before
     gc.freeze()
     try:
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
@@ -135,6 +136,7 @@ def together(
         at_once(executor, [bench.place for bench in benches])
         if len(benches) > 1:
             at_once(executor, warm_ups)
+        gc.collect()
         with after_start():
             futures = [executor.submit(timing) for timing in timings]
             wait(futures)

@@ -162,6 +162,7 @@ def _run(scene: Scene, plan: Plan, timeline: Path) -> dict[str, Any]:
     jax.block_until_ready([replica.params for replica in engine.replicas])
     placed = time.perf_counter()
     engine.warm_up(None if on_host else engine.shapes())
+    gc.collect()
     with after_start(), Feeder(scene.tasks, plan, scene.costs, scene.config.planner) as feeder:
         loop = _Loop(scene, engine, feeder, optimizers, compilations)
         records = loop.run(timeline)
