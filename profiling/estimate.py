@@ -121,6 +121,8 @@ class Estimator:
         bytes_per_s = self._memory_bytes_per_s * tp
         total = 0.0
         for product in products:
+            if product.is_spared and tp == 1:
+                continue
             total += max(product.flops(shape) / flops_per_s, product.moved_bytes(shape) / bytes_per_s)
             total += KERNELS_OF_PRODUCT * KERNEL_S
             if not product.is_low_rank:

@@ -41,6 +41,7 @@ class Product:
       token_flops: multiply-adds x 2 for each token of the micro-batch.
       token_bytes, row_bytes, fixed_bytes: of its operands and result, for each token, each row, and whatever the shape.
       is_low_rank: one of adapters, gathered by row.
+      is_spared: a GPU that is a stage by itself makes it in kernels that pass over its operands anyway.
     """
 
     token_flops: float
@@ -48,6 +49,7 @@ class Product:
     row_bytes: float
     fixed_bytes: float
     is_low_rank: bool
+    is_spared: bool
 
     def flops(self, shape: Shape) -> float:
         return self.token_flops * shape[0] * shape[1]
@@ -114,22 +116,28 @@ def _products(setup: Setup, remat: str, num_layers: int) -> list[Product]:
     return list(_walk(program))
 
 
-def _walk(program: Any) -> Iterator[Product]:
-    """The products of a program and of those inside it; the loop of the loss runs once for so few tokens."""
+def _walk(program: Any, *, is_spared: bool = False) -> Iterator[Product]:
+    """The products of a program and of those inside it; the loop of the loss runs once for so few tokens.
+
+    Of what is made by platform, those of plain JAX.
+    """
     for equation in program.eqns:
+        if equation.params.get("branches_platforms"):
+            yield from _walk(equation.params["branches"][-1].jaxpr, is_spared=True)
+            continue
         assert equation.primitive.name != "while", "a loop whose runs cannot be counted"
         if equation.primitive.name == "dot_general":
             _, (batch, _) = equation.params["dimension_numbers"]
             if len(batch) < ATTENTION_BATCH_DIMS:
-                yield _product(equation, is_low_rank=len(batch) > 0)
+                yield _product(equation, is_low_rank=len(batch) > 0, is_spared=is_spared)
         for value in equation.params.values():
             for part in value if isinstance(value, tuple | list) else (value,):
                 inner = getattr(part, "jaxpr", part)
                 if hasattr(inner, "eqns"):
-                    yield from _walk(inner)
+                    yield from _walk(inner, is_spared=is_spared)
 
 
-def _product(equation: Any, *, is_low_rank: bool) -> Product:
+def _product(equation: Any, *, is_low_rank: bool, is_spared: bool) -> Product:
     (contracted, _), _ = equation.params["dimension_numbers"]
     operands = [variable.aval for variable in equation.invars]
     result = equation.outvars[0].aval
@@ -143,6 +151,7 @@ def _product(equation: Any, *, is_low_rank: bool) -> Product:
         row_bytes=sum(map(_bytes, of_rows)) / ROWS,
         fixed_bytes=sum(map(_bytes, arrays)) - sum(map(_bytes, of_tokens)) - sum(map(_bytes, of_rows)),
         is_low_rank=is_low_rank,
+        is_spared=is_spared,
     )
 
 

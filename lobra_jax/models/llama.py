@@ -21,8 +21,18 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from lobra_jax.lora import DROPOUT_SITES, Adapters, RowInputs, drop, low_rank_deltas, magnitude_ratios
-from lobra_jax.low_rank import Pin, Pins
+from lobra_jax.lora import (
+    DROPOUT_SITES,
+    Adapters,
+    RowInputs,
+    drop,
+    low_rank_deltas,
+    low_rank_values,
+    magnitude_ratios,
+    scaled_values,
+)
+from lobra_jax.low_rank import Pin, Pins, out_of_ranks
+from lobra_jax.models.adapted_swiglu import adapted_swiglu
 from lobra_jax.models.attention import attention, packed_attention
 from lobra_jax.models.config import LlamaConfig, RopeScaling
 from lobra_jax.models.quantized import SCALE, block_dim, dequantized, frozen_product, stored
@@ -182,11 +192,29 @@ class Layer(nnx.Module):
 
     def _feed_forward(self, x_BLD: Array, adapters: Mapping, rows: Rows | None, index: Array, shard: Shard) -> Array:
         h_BLD = rms_norm(x_BLD, self.mlp_norm[...], self.config.rms_norm_eps)
+        if rows is not None and _is_plain(adapters, rows) and shard.num_devices == 1:
+            return self._adapted_feed_forward(h_BLD, x_BLD, adapters, rows)
         gate, up = self.linears(h_BLD, ("gate", "up"), adapters, rows, index, shard)
         gate = checkpoint_name(shard(gate, "batch", "position", "mlp"), "gate")
         up = checkpoint_name(shard(up, "batch", "position", "mlp"), "up")
         (x_BLD,) = self.linears(swiglu(gate, up), ("down",), adapters, rows, index, shard, residual=x_BLD)
         return shard(x_BLD, "batch", "length", "hidden")
+
+    def _adapted_feed_forward(self, h_BLD: Array, residual_BLD: Array, adapters: Mapping, rows: Rows) -> Array:
+        """The same, on one device with adapters that only add: all they do between gate, up and down is one function.
+
+        Gate and up are kept as the base's products, without what adapters add.
+        """
+        slots = rows.rank_slots
+        to_gate, to_up, own = fan_out(h_BLD, 3, False)
+        gate = checkpoint_name(self._product(to_gate, "gate"), "gate")
+        up = checkpoint_name(self._product(to_up, "up"), "up")
+        h_gate, h_up = low_rank_values(own, adapters, ("gate", "up"), slots)
+        factors = adapters["gate"]["b"], adapters["up"]["b"], adapters["down"]["a"]
+        act, h_down = adapted_swiglu(gate, up, h_gate, h_up, *factors, slots.task_ids, slots.shared)
+        h_down = scaled_values(h_down, slots, act.dtype)
+        delta = out_of_ranks(h_down, adapters["down"]["b"], slots.task_ids, slots.shared)
+        return self._product(act, "down") + (residual_BLD + delta)
 
 
 class Stage(nnx.Module):
@@ -275,6 +303,12 @@ def abstract_stage(config: LlamaConfig, layers: range, dtype: Any, quantization:
     return AbstractStage(
         config=config, layers=layers, dtype=dtype, quantization=quantization, graph=graph, weights=weights
     )
+
+
+def _is_plain(adapters: Mapping, rows: Rows) -> bool:
+    """Whether the feed-forward's linears are all adapted, by low-rank products alone."""
+    is_added = rows.dropout_keys is None and rows.tasks.magnitudes is None
+    return is_added and {"gate", "up", "down"} <= adapters.keys()
 
 
 def _pins(target: str, rows: Rows, shard: Shard) -> Pins:
