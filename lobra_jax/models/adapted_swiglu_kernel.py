@@ -30,8 +30,11 @@ TOKENS = FEATURES = 64
 
 COMPILER = triton.CompilerParams(num_warps=4, num_stages=3)
 
-LEAST_RANK, MOST_RANK = 16, 64
-"""What Triton multiplies at least, and what of the sums over tokens fits into registers."""
+LEAST_RANK = 16
+"""What Triton multiplies at least."""
+
+MOST_RANK = {"8.0": 32, "9.0": 64, "10.0": 64, "10.3": 64}
+"""What shared memory has room for, by compute capability; the backward takes 98, 116 and 176 KiB for 16, 32 and 64."""
 
 FORWARD_PARTS = 8
 """Programs that share the features of a block of tokens."""
@@ -41,8 +44,13 @@ PROGRAMS = 1024
 
 
 def has_tiles(num_features: int, rank: int, dtype: jnp.dtype) -> bool:
-    """Whether there are kernels for so many features, ranks of a row's slots of so much in all, and the dtype."""
-    return dtype == jnp.bfloat16 and rank <= MOST_RANK and num_features % FEATURES == 0
+    """Whether there are kernels for so many features, ranks of a row's slots of so much in all, and the dtype.
+
+    What is traced where there is no GPU is taken to be for a large one.
+    """
+    capability = getattr(jax.devices()[0], "compute_capability", max(MOST_RANK, key=MOST_RANK.__getitem__))
+    fits = _padded(rank) <= MOST_RANK.get(capability, 0)
+    return fits and dtype == jnp.bfloat16 and num_features % FEATURES == 0
 
 
 def forward(

@@ -268,7 +268,10 @@ def test_the_kernels_of_swiglu_agree_with_plain_jax(length, rank, slots):
     from lobra_jax.models import adapted_swiglu as swiglu
     from lobra_jax.models.adapted_swiglu_kernel import MOST_RANK
 
-    rank = min(rank, MOST_RANK // slots)
+    most = MOST_RANK.get(jax.devices()[0].compute_capability, 0)
+    if most < 16:
+        pytest.skip("no kernels for this GPU")
+    rank = min(rank, most // slots)
 
     def normal(seed, *shape):
         return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
