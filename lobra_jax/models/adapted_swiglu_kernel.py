@@ -33,8 +33,11 @@ COMPILER = triton.CompilerParams(num_warps=4, num_stages=3)
 LEAST_RANK = 16
 """What Triton multiplies at least."""
 
-MOST_RANK = {"8.0": 32, "9.0": 64, "10.0": 64, "10.3": 64}
-"""What shared memory has room for, by compute capability; the backward takes 98, 116 and 176 KiB for 16, 32 and 64."""
+MOST_RANK = 32
+"""In 64 the backward takes 176 KiB of shared memory, one program a multiprocessor, and is no quicker than XLA's."""
+
+CAPABILITIES = ("8.0", "9.0", "10.0", "10.3")
+"""Of GPUs with shared memory for the backward's 98 KiB, 116 for ranks over 16."""
 
 FORWARD_PARTS = 8
 """Programs that share the features of a block of tokens."""
@@ -48,9 +51,8 @@ def has_tiles(num_features: int, rank: int, dtype: jnp.dtype) -> bool:
 
     What is traced where there is no GPU is taken to be for a large one.
     """
-    capability = getattr(jax.devices()[0], "compute_capability", max(MOST_RANK, key=MOST_RANK.__getitem__))
-    fits = _padded(rank) <= MOST_RANK.get(capability, 0)
-    return fits and dtype == jnp.bfloat16 and num_features % FEATURES == 0
+    is_large = getattr(jax.devices()[0], "compute_capability", CAPABILITIES[0]) in CAPABILITIES
+    return is_large and dtype == jnp.bfloat16 and rank <= MOST_RANK and num_features % FEATURES == 0
 
 
 def forward(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,9 +33,10 @@ from lobra_jax.lora import (
 from lobra_jax.low_rank import Pin, Pins, out_of_ranks
 from lobra_jax.models.adapted_swiglu import adapted_swiglu
 from lobra_jax.models.attention import attention, packed_attention
-from lobra_jax.models.config import LlamaConfig, RopeScaling
+from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.quantized import SCALE, block_dim, dequantized, frozen_product, stored
 from lobra_jax.models.remat import in_chunks, in_turn, mlp_chunks, with_remat
+from lobra_jax.models.rope import apply_rope, rope_tables
 from lobra_jax.packed import PackedRows, drop_packed, packed_ratios
 from lobra_jax.sharding import TARGET_AXES, Shard
 
@@ -373,32 +373,3 @@ swiglu.defvjp(
     lambda gate, up: (swiglu(gate, up), (gate, up)),
     lambda saved, d_act: jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, *saved)[1](d_act),
 )
-
-
-def rope_tables(config: LlamaConfig, length: int) -> tuple[Array, Array]:
-    """(cos, sin), each [L, H/2] fp32, of positions 0..L-1."""
-    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequency = 1.0 / config.rope_theta**exponent
-    if config.rope_scaling is not None:
-        frequency = scale_frequencies(frequency, config.rope_scaling)
-    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency[None]
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def scale_frequencies(frequency: Array, scaling: RopeScaling) -> Array:
-    """Llama 3.1: long wavelengths are divided by `factor`, short ones kept, those between interpolated."""
-    wavelength = 2 * math.pi / frequency
-    turns = scaling.original_max_positions / wavelength
-    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    smooth = jnp.clip(smooth, 0.0, 1.0)
-    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
-
-
-def apply_rope(x_BLNH: Array, rope: tuple[Array, Array]) -> Array:
-    """Rotates halves (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), the convention of Hugging Face checkpoints.
-
-    The tables are [L, H/2], or [B, L, H/2] where rows are packed.
-    """
-    cos, sin = (table[None, :, None, :] if table.ndim == 2 else table[:, :, None, :] for table in rope)
-    x1, x2 = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BLNH.dtype)

@@ -259,19 +259,18 @@ def test_packed_rows_agree_with_padded_ones(reference, shape, dtype, loss_error,
     assert distance(found, reference[1]) < error
 
 
-@pytest.mark.parametrize(("length", "rank"), [(256, 16), (200, 8), (130, 64)])
+@pytest.mark.parametrize(("length", "rank"), [(256, 16), (200, 8), (130, 32)])
 @pytest.mark.parametrize("slots", [1, 3])
 def test_the_kernels_of_swiglu_agree_with_plain_jax(length, rank, slots):
     """In bf16, with what is added by adapters, against fp32."""
     import functools
 
     from lobra_jax.models import adapted_swiglu as swiglu
-    from lobra_jax.models.adapted_swiglu_kernel import MOST_RANK
+    from lobra_jax.models.adapted_swiglu_kernel import CAPABILITIES, MOST_RANK
 
-    most = MOST_RANK.get(jax.devices()[0].compute_capability, 0)
-    if most < 16:
+    if jax.devices()[0].compute_capability not in CAPABILITIES:
         pytest.skip("no kernels for this GPU")
-    rank = min(rank, most // slots)
+    rank = min(rank, MOST_RANK // slots)
 
     def normal(seed, *shape):
         return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
