@@ -194,22 +194,30 @@ def drop(x_BLI: Array, rows: RowInputs, layer: Array | int, site: int) -> Array:
     return x_BLI * jax.vmap(mask)(rows.dropout_keys, rows.keep_rates).astype(x_BLI.dtype)
 
 
+def low_rank_values(
+    x_BLI: Array, pairs: Mapping[str, dict[str, Array]], targets: Sequence[str], slots: Slots, pins: Pins = NO_PINS
+) -> list[Array]:
+    """scale * x a_t^T for linears that read the same `x`, one [B, L, K, R] each, zero but in a token's own slot."""
+    a_TRI = jnp.concatenate([pairs[t]["a"] for t in targets], axis=1)
+    h_BLKR = into_ranks(x_BLI, a_TRI, slots.task_ids, slots.shared, pins.read)
+    h_BLKR = scaled_values(h_BLKR, slots.whole(pins.read), x_BLI.dtype)
+    ranks = np.cumsum([pairs[t]["a"].shape[1] for t in targets])[:-1].tolist()
+    return jnp.split(h_BLKR, ranks, axis=-1)
+
+
+def scaled_values(h_BLKR: Array, slots: Slots, dtype: jnp.dtype) -> Array:
+    """What came into the ranks, scaled. Of packed rows it is mostly zeros: remat policies keep that of padded alone."""
+    h_BLKR = slots.scaled(h_BLKR, dtype)
+    return h_BLKR if slots.shared else checkpoint_name(h_BLKR, LOW_RANK)
+
+
 def low_rank_deltas(
     x_BLI: Array, pairs: Mapping[str, dict[str, Array]], targets: Sequence[str], slots: Slots, pins: Pins = NO_PINS
 ) -> list[Array]:
-    """scale * x a_t^T b_t for linears that read the same `x`, one [B, L, O] each; one input matmul for all.
-
-    Values of packed rows are of all their slots, zero but in one: remat policies keep those of padded rows alone.
-    """
-    a_TRI = jnp.concatenate([pairs[t]["a"] for t in targets], axis=1)
-    h_BLKR = into_ranks(x_BLI, a_TRI, slots.task_ids, slots.shared, pins.read)
-    h_BLKR = slots.whole(pins.read).scaled(h_BLKR, x_BLI.dtype)
-    if not slots.shared:
-        h_BLKR = checkpoint_name(h_BLKR, LOW_RANK)
-    ranks = np.cumsum([pairs[t]["a"].shape[1] for t in targets])[:-1].tolist()
+    """scale * x a_t^T b_t for linears that read the same `x`, one [B, L, O] each; one input matmul for all."""
     return [
-        out_of_ranks(h, pairs[t]["b"], slots.task_ids, slots.shared, pins.written)
-        for t, h in zip(targets, jnp.split(h_BLKR, ranks, axis=-1), strict=True)
+        out_of_ranks(h_BLKR, pairs[t]["b"], slots.task_ids, slots.shared, pins.written)
+        for t, h_BLKR in zip(targets, low_rank_values(x_BLI, pairs, targets, slots, pins), strict=True)
     ]
 
 

@@ -85,13 +85,13 @@ def bounded(x: Array) -> Array:
     return jnp.where(jnp.abs(x) <= FINITE_LIMIT, x, jnp.zeros_like(x))
 
 
-def _own(factors: Array, task_ids_BK: Array, dtype: jnp.dtype) -> Array:
+def own_factors(factors: Array, task_ids_BK: Array, dtype: jnp.dtype) -> Array:
     """[B, K, ...]: each row's factors, rounded."""
     return factors.astype(dtype)[task_ids_BK]
 
 
-def _by_task(d_factors_BK: Array, task_ids_BK: Array, num_tasks: int, pin: Pin) -> Array:
-    """[T, ...]: the transpose of `_own`.
+def by_task(d_factors_BK: Array, task_ids_BK: Array, num_tasks: int, pin: Pin) -> Array:
+    """[T, ...]: the transpose of `own_factors`.
 
     On one device the first slot's are put into its task's place and the others' added. All could be added to zeros, but
     zeros depend on nothing: XLA makes those of all layers when a program starts, and they lie there until the backward.
@@ -120,7 +120,7 @@ def into_ranks(x_BLI: Array, a_TRI: Array, task_ids_BK: Array, shared: bool, pin
     With `shared` rows, tokens of several tasks meet in the gradient's sum: what is not finite there is left out, as
     0 x inf is not 0. Its own task sees it all the same, in its cotangents. `pin` says where x's tokens lie.
     """
-    a_BKRI = _own(a_TRI, _whole(task_ids_BK, pin), x_BLI.dtype)
+    a_BKRI = own_factors(a_TRI, _whole(task_ids_BK, pin), x_BLI.dtype)
     x_BLI = _gathered(x_BLI, pin)
     return jnp.einsum("bli,bkri->blkr", x_BLI, a_BKRI, preferred_element_type=jnp.float32)
 
@@ -135,10 +135,10 @@ def _into_bwd(shared: bool, pin: Pin, saved: tuple[Array, ...], d_h_BLKR: Array)
     x_BLI, a_TRI, task_ids_BK = saved
     d_h = d_h_BLKR.astype(x_BLI.dtype)  # zero in all slots but the token's own
     d_h = pin.shard(d_h, "batch", "length", None, "rank") if pin.cut else d_h
-    d_x = jnp.einsum("blkr,bkri->bli", d_h, _own(a_TRI, _whole(task_ids_BK, pin), x_BLI.dtype))
+    d_x = jnp.einsum("blkr,bkri->bli", d_h, own_factors(a_TRI, _whole(task_ids_BK, pin), x_BLI.dtype))
     x_BLI = bounded(x_BLI) if shared else x_BLI
     d_a_BKRI = jnp.einsum("blkr,bli->bkri", d_h, x_BLI, preferred_element_type=jnp.float32)
-    return d_x, _by_task(d_a_BKRI, task_ids_BK, a_TRI.shape[0], pin), None
+    return d_x, by_task(d_a_BKRI, task_ids_BK, a_TRI.shape[0], pin), None
 
 
 into_ranks.defvjp(_into_fwd, _into_bwd)
@@ -150,7 +150,7 @@ def out_of_ranks(h_BLKR: Array, b_TRO: Array, task_ids_BK: Array, shared: bool, 
 
     `pin` says where the tokens of what comes out lie.
     """
-    return jnp.einsum("blkr,bkro->blo", h_BLKR, _own(b_TRO, _whole(task_ids_BK, pin), h_BLKR.dtype))
+    return jnp.einsum("blkr,bkro->blo", h_BLKR, own_factors(b_TRO, _whole(task_ids_BK, pin), h_BLKR.dtype))
 
 
 def _out_fwd(
@@ -162,11 +162,13 @@ def _out_fwd(
 def _out_bwd(shared: bool, pin: Pin, saved: tuple[Array, ...], d_y_BLO: Array) -> tuple[Array, Array, None]:
     """A gradient that is not finite still reaches its own task through d_h and so its `a`, which stops the task."""
     h_BLKR, b_TRO, task_ids_BK = saved
-    d_h = jnp.einsum("blo,bkro->blkr", _gathered(d_y_BLO, pin), _own(b_TRO, _whole(task_ids_BK, pin), d_y_BLO.dtype))
+    d_h = jnp.einsum(
+        "blo,bkro->blkr", _gathered(d_y_BLO, pin), own_factors(b_TRO, _whole(task_ids_BK, pin), d_y_BLO.dtype)
+    )
     d_h = pin.shard(d_h, "batch", "position", None, "rank") if pin.cut else d_h
     d_y_BLO = bounded(d_y_BLO) if shared else d_y_BLO
     d_b_BKRO = jnp.einsum("blkr,blo->bkro", h_BLKR, d_y_BLO, preferred_element_type=jnp.float32)
-    return d_h, _by_task(d_b_BKRO, task_ids_BK, b_TRO.shape[0], pin), None
+    return d_h, by_task(d_b_BKRO, task_ids_BK, b_TRO.shape[0], pin), None
 
 
 out_of_ranks.defvjp(_out_fwd, _out_bwd)

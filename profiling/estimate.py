@@ -77,13 +77,13 @@ class Estimator:
     setup: Setup
     spec: DeviceSpec
     efficiency: Efficiency
-    work: Callable[[str], Work] = dataclasses.field(init=False)
-    kept: Callable[[str], int] = dataclasses.field(init=False)
+    work: Callable[[str, int], Work] = dataclasses.field(init=False)
+    kept: Callable[[str, int], int] = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        # What is traced on one device holds for every tp and pp.
-        object.__setattr__(self, "work", functools.cache(lambda remat: traced_work(self.setup, remat)))
-        object.__setattr__(self, "kept", functools.cache(lambda remat: kept_bytes(self.setup, remat)))
+        # What is traced without a pipeline holds for every pp.
+        object.__setattr__(self, "work", functools.cache(functools.partial(traced_work, self.setup)))
+        object.__setattr__(self, "kept", functools.cache(functools.partial(kept_bytes, self.setup)))
 
     def estimate(self, config: ParallelConfig) -> ConfigCost:
         """Capacity, times and fit of one config. Raises `DoesNotFitError` if it holds no micro-batch at all."""
@@ -107,10 +107,10 @@ class Estimator:
 
     def slot_s(self, config: ParallelConfig, shape: Shape) -> float:
         """Seconds that a micro-batch occupies the slowest stage."""
-        work = self.work(config.remat)
+        work = self.work(config.remat, config.tp)
         layer_s = self._products_s(work.layer, shape, config.tp) + self._attention_s(config, shape)
         layer_s += self._collectives_s(config, shape)
-        layer_s += 2 * shape[0] * shape[1] * self.kept(config.remat) / (self._memory_bytes_per_s * config.tp)
+        layer_s += 2 * shape[0] * shape[1] * self.kept(config.remat, config.tp) / (self._memory_bytes_per_s * config.tp)
         layer_s = max(layer_s, ISSUE_S if config.tp == 1 else ISSUE_WIDE_S)
         head_s = self._products_s(work.head, shape, config.tp)
         stages = split_layers(self.setup.model, config.pp)
@@ -158,7 +158,7 @@ class Estimator:
         peaks = []
         for stage, (layers, fixed) in enumerate(zip(stages, fixed_bytes, strict=True)):
             in_flight = config.pp - stage
-            kept = in_flight * len(layers) * tokens * self.kept(config.remat)
+            kept = in_flight * len(layers) * tokens * self.kept(config.remat, config.tp)
             last = logits if stage == config.pp - 1 else 0
             peaks.append(fixed + (kept + temporary * setup.dtype.itemsize + last) // config.tp)
         return max(peaks)

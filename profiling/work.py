@@ -67,16 +67,19 @@ class Work:
     head: tuple[Product, ...]
 
 
-def traced_work(setup: Setup, remat: str) -> Work:
-    """What a micro-batch takes on one device, counted."""
-    one, two = (collections.Counter(_products(setup, remat, num_layers)) for num_layers in (1, 2))
+def traced_work(setup: Setup, remat: str, tp: int) -> Work:
+    """What a micro-batch takes on all devices that share a layer, counted.
+
+    Left out is what kernels make that pass over the same arrays anyway: of adapters, where a device has a layer alone.
+    """
+    one, two = (collections.Counter(_products(setup, remat, tp, num_layers)) for num_layers in (1, 2))
     layer = two - one
     return Work(layer=tuple(layer.elements()), head=tuple((one - layer).elements()))
 
 
-def kept_bytes(setup: Setup, remat: str) -> int:
-    """Bytes that a layer keeps of each token for its backward, on a device with the flash kernel."""
-    one, two = (_residual_bytes(setup, remat, num_layers) for num_layers in (1, 2))
+def kept_bytes(setup: Setup, remat: str, tp: int) -> int:
+    """Bytes that a layer keeps of each token for its backward, on devices with the flash kernel."""
+    one, two = (_residual_bytes(setup, remat, tp, num_layers) for num_layers in (1, 2))
     statistics = 0 if remat == "full" else 4 * setup.model.num_heads
     return (two - one) // (ROWS * LENGTH) + statistics
 
@@ -87,11 +90,11 @@ def attention_flops(model: LlamaConfig, shape: Shape) -> int:
     return 2 * rows * length * length * model.num_heads * model.head_dim
 
 
-def _layout(setup: Setup, remat: str, layers: range, num_layers: int) -> StageLayout:
+def _layout(setup: Setup, remat: str, tp: int, layers: range, num_layers: int) -> StageLayout:
     model = dataclasses.replace(setup.model, num_layers=num_layers)
     functions = StageFunctions(
         abstract=abstract_stage(model, layers, setup.dtype),
-        sharding=_one_device(setup),
+        sharding=_sharding(setup, tp),
         remat=remat,
         dropout=setup.dropout,
         dora=setup.dora,
@@ -100,12 +103,12 @@ def _layout(setup: Setup, remat: str, layers: range, num_layers: int) -> StageLa
     return stage_layout(functions, setup.rank, setup.targets)
 
 
-def _one_device(setup: Setup) -> StageSharding:
-    return make_submesh(ParallelConfig(tp=1, pp=1, remat="none"), setup.devices[:1]).stages[0]
+def _sharding(setup: Setup, tp: int) -> StageSharding:
+    return make_submesh(ParallelConfig(tp=tp, pp=1, remat="none"), setup.devices[:tp]).stages[0]
 
 
-def _products(setup: Setup, remat: str, num_layers: int) -> list[Product]:
-    layout = _layout(setup, remat, range(num_layers), num_layers)
+def _products(setup: Setup, remat: str, tp: int, num_layers: int) -> list[Product]:
+    layout = _layout(setup, remat, tp, range(num_layers), num_layers)
     batch = layout.batch(ROWS, LENGTH)
     traced = jax.make_jaxpr(layout.functions.fused)(
         layout.adapters, layout.params, layout.adapters, layout.tasks, batch.tokens, batch
@@ -117,6 +120,8 @@ def _products(setup: Setup, remat: str, num_layers: int) -> list[Product]:
 def _walk(program: Any) -> Iterator[Product]:
     """The products of a program and of those inside it; the loop of the loss runs once for so few tokens."""
     for equation in program.eqns:
+        if equation.params.get("branches_platforms"):
+            continue  # kernels, and what stands for them elsewhere
         assert equation.primitive.name != "while", "a loop whose runs cannot be counted"
         if equation.primitive.name == "dot_general":
             _, (batch, _) = equation.params["dimension_numbers"]
@@ -150,8 +155,8 @@ def _bytes(aval: Any) -> int:
     return math.prod(aval.shape) * aval.dtype.itemsize
 
 
-def _residual_bytes(setup: Setup, remat: str, num_layers: int) -> int:
-    layout = _layout(setup, remat, range(num_layers), num_layers + 1)
+def _residual_bytes(setup: Setup, remat: str, tp: int, num_layers: int) -> int:
+    layout = _layout(setup, remat, tp, range(num_layers), num_layers + 1)
     batch = layout.batch(ROWS, LENGTH)
     forward = functools.partial(layout.functions.forward, Residuals())
     _, kept, _ = jax.eval_shape(forward, layout.params, layout.adapters, layout.tasks, batch.tokens, batch)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,12 +20,23 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from lobra_jax.lora import DROPOUT_SITES, Adapters, RowInputs, drop, low_rank_deltas, magnitude_ratios
-from lobra_jax.low_rank import Pin, Pins
+from lobra_jax.lora import (
+    DROPOUT_SITES,
+    Adapters,
+    RowInputs,
+    drop,
+    low_rank_deltas,
+    low_rank_values,
+    magnitude_ratios,
+    scaled_values,
+)
+from lobra_jax.low_rank import Pin, Pins, out_of_ranks
+from lobra_jax.models.adapted_swiglu import adapted_swiglu
 from lobra_jax.models.attention import attention, packed_attention
-from lobra_jax.models.config import LlamaConfig, RopeScaling
+from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.quantized import SCALE, block_dim, dequantized, frozen_product, stored
 from lobra_jax.models.remat import in_chunks, in_turn, mlp_chunks, with_remat
+from lobra_jax.models.rope import apply_rope, rope_tables
 from lobra_jax.packed import PackedRows, drop_packed, packed_ratios
 from lobra_jax.sharding import TARGET_AXES, Shard
 
@@ -182,11 +192,29 @@ class Layer(nnx.Module):
 
     def _feed_forward(self, x_BLD: Array, adapters: Mapping, rows: Rows | None, index: Array, shard: Shard) -> Array:
         h_BLD = rms_norm(x_BLD, self.mlp_norm[...], self.config.rms_norm_eps)
+        if rows is not None and _is_plain(adapters, rows) and shard.num_devices == 1:
+            return self._adapted_feed_forward(h_BLD, x_BLD, adapters, rows)
         gate, up = self.linears(h_BLD, ("gate", "up"), adapters, rows, index, shard)
         gate = checkpoint_name(shard(gate, "batch", "position", "mlp"), "gate")
         up = checkpoint_name(shard(up, "batch", "position", "mlp"), "up")
         (x_BLD,) = self.linears(swiglu(gate, up), ("down",), adapters, rows, index, shard, residual=x_BLD)
         return shard(x_BLD, "batch", "length", "hidden")
+
+    def _adapted_feed_forward(self, h_BLD: Array, residual_BLD: Array, adapters: Mapping, rows: Rows) -> Array:
+        """The same, on one device with adapters that only add: all they do between gate, up and down is one function.
+
+        Gate and up are kept as the base's products, without what adapters add.
+        """
+        slots = rows.rank_slots
+        to_gate, to_up, own = fan_out(h_BLD, 3, False)
+        gate = checkpoint_name(self._product(to_gate, "gate"), "gate")
+        up = checkpoint_name(self._product(to_up, "up"), "up")
+        h_gate, h_up = low_rank_values(own, adapters, ("gate", "up"), slots)
+        factors = adapters["gate"]["b"], adapters["up"]["b"], adapters["down"]["a"]
+        act, h_down = adapted_swiglu(gate, up, h_gate, h_up, *factors, slots.task_ids, slots.shared)
+        h_down = scaled_values(h_down, slots, act.dtype)
+        delta = out_of_ranks(h_down, adapters["down"]["b"], slots.task_ids, slots.shared)
+        return self._product(act, "down") + (residual_BLD + delta)
 
 
 class Stage(nnx.Module):
@@ -277,6 +305,12 @@ def abstract_stage(config: LlamaConfig, layers: range, dtype: Any, quantization:
     )
 
 
+def _is_plain(adapters: Mapping, rows: Rows) -> bool:
+    """Whether the feed-forward's linears are all adapted, by low-rank products alone."""
+    is_added = rows.dropout_keys is None and rows.tasks.magnitudes is None
+    return is_added and {"gate", "up", "down"} <= adapters.keys()
+
+
 def _pins(target: str, rows: Rows, shard: Shard) -> Pins:
     """Where adapters read what the base's product gathers too, and write what its gradient gathers."""
     reads, writes = (axis == "hidden" for axis in TARGET_AXES[target])
@@ -339,32 +373,3 @@ swiglu.defvjp(
     lambda gate, up: (swiglu(gate, up), (gate, up)),
     lambda saved, d_act: jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, *saved)[1](d_act),
 )
-
-
-def rope_tables(config: LlamaConfig, length: int) -> tuple[Array, Array]:
-    """(cos, sin), each [L, H/2] fp32, of positions 0..L-1."""
-    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequency = 1.0 / config.rope_theta**exponent
-    if config.rope_scaling is not None:
-        frequency = scale_frequencies(frequency, config.rope_scaling)
-    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency[None]
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def scale_frequencies(frequency: Array, scaling: RopeScaling) -> Array:
-    """Llama 3.1: long wavelengths are divided by `factor`, short ones kept, those between interpolated."""
-    wavelength = 2 * math.pi / frequency
-    turns = scaling.original_max_positions / wavelength
-    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    smooth = jnp.clip(smooth, 0.0, 1.0)
-    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
-
-
-def apply_rope(x_BLNH: Array, rope: tuple[Array, Array]) -> Array:
-    """Rotates halves (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), the convention of Hugging Face checkpoints.
-
-    The tables are [L, H/2], or [B, L, H/2] where rows are packed.
-    """
-    cos, sin = (table[None, :, None, :] if table.ndim == 2 else table[:, :, None, :] for table in rope)
-    x1, x2 = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BLNH.dtype)

@@ -259,6 +259,34 @@ def test_packed_rows_agree_with_padded_ones(reference, shape, dtype, loss_error,
     assert distance(found, reference[1]) < error
 
 
+@pytest.mark.parametrize(("length", "rank"), [(256, 16), (200, 8), (130, 32)])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_the_kernels_of_swiglu_agree_with_plain_jax(length, rank, slots):
+    """In bf16, with what is added by adapters, against fp32."""
+    import functools
+
+    from lobra_jax.models import adapted_swiglu as swiglu
+    from lobra_jax.models.adapted_swiglu_kernel import CAPABILITIES, MOST_RANK
+
+    if jax.devices()[0].compute_capability not in CAPABILITIES:
+        pytest.skip("no kernels for this GPU")
+    rank = min(rank, MOST_RANK // slots)
+
+    def normal(seed, *shape):
+        return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+    wide, values, factors = (2, length, 512), (2, length, slots, rank), (2, slots, rank, 512)
+    arrays = [normal(i, *shape) for i, shape in enumerate([wide] * 2 + [values] * 2 + [factors] * 3 + [wide, values])]
+    exact = [x.astype(jnp.float32) for x in arrays]
+    backwards = (functools.partial(f, shared=False) for f in (swiglu._backward_by_kernel, swiglu._backward))
+    for by_kernel, plain, count in ((swiglu._forward_by_kernel, swiglu._forward, 7), (*backwards, 9)):
+        program = jax.jit(by_kernel).lower(*arrays[:count]).compile()
+        assert "triton" in program.as_text()
+        for found, expected in zip(program(*arrays[:count]), jax.jit(plain)(*exact[:count]), strict=True):
+            error = jnp.linalg.norm((found.astype(jnp.float32) - expected).ravel()) / jnp.linalg.norm(expected.ravel())
+            assert error < 8e-3
+
+
 @pytest.mark.parametrize("kv_heads", [8, 2])
 def test_the_flash_kernel_keeps_segments_apart(kv_heads):
     """Against attention over each segment alone in fp32, forward and gradients; one row is a single segment."""
