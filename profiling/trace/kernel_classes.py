@@ -38,6 +38,7 @@ _LIBRARY = (
             re.IGNORECASE,
         ),
     ),
+    (ELEMENTWISE, re.compile("adapted_swiglu")),  # this package's own, bound by the activations that it passes over
 )
 _MEMCPY = re.compile(r"memcpy", re.IGNORECASE)
 _MEMSET = re.compile(r"memset", re.IGNORECASE)

@@ -71,6 +71,7 @@ KERNELS = {
     ],
     "fused elementwise": [
         ("loop_multiply_fusion_12", "loop_multiply_fusion.12"),
+        ("adapted_swiglu_backward", "pallas_call.84"),
         ("loop_convert_fusion", None),
         ("loop_transpose_multiply_fusion", "loop_transpose_multiply_fusion"),
         ("loop_add_select_fusion_1", "loop_add_select_fusion.1"),
