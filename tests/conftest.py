@@ -48,7 +48,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("repository")
 
 
-LONGEST_FIRST = ("test_docs.py", "test_profile.py", "test_resume.py", "test_contract.py")
+LONGEST_FIRST = ("test_resume.py", "test_contract.py", "test_profile.py", "test_docs.py")
 """Files that a worker has to itself for minutes: last, the others would wait for it."""
 
 
