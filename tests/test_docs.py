@@ -30,7 +30,7 @@ BLOCK = re.compile(
     r"(?:^`(?P<file>[\w./-]+)`[^\n]*\n\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```", re.DOTALL | re.MULTILINE
 )
 MODEL = LlamaConfig(
-    name="small", vocab_size=300, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=2,
+    name="small", vocab_size=300, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2, num_kv_heads=2,
     head_dim=8,
 )  # fmt: skip
 

@@ -23,7 +23,7 @@ MODEL = LlamaConfig(
     vocab_size=64,
     hidden_size=16,
     intermediate_size=24,
-    num_layers=4,
+    num_layers=2,
     num_heads=8,
     num_kv_heads=8,
     head_dim=4,
@@ -83,15 +83,15 @@ def unlike_tasks() -> dict[str, Task]:
     """Unlike in rank, dropout, targets, scaling, lr, schedule, clipping, batch size and steps."""
     tasks = [
         make_task(
-            "a", batch_size=6, spec=LoraSpec(rank=4, alpha=8, dropout=0.2), steps=20, seed=1, clip=0.5,
+            "a", batch_size=6, spec=LoraSpec(rank=4, alpha=8, dropout=0.2), steps=10, seed=1, clip=0.5,
             kind="cosine", peak=3e-3, warmup_steps=3, final_fraction=0.1,
         ),
         make_task(
-            "b", batch_size=3, spec=LoraSpec(rank=8, alpha=16, rslora=True, targets=("q", "v", "down")), steps=12,
+            "b", batch_size=3, spec=LoraSpec(rank=8, alpha=16, rslora=True, targets=("q", "v", "down")), steps=6,
             seed=2, clip=math.inf, kind="constant", peak=1e-3, warmup_steps=0, final_fraction=1.0,
         ),
         make_task(
-            "c", batch_size=2, spec=LoraSpec(rank=2, alpha=2, dropout=0.1), steps=20, seed=3, clip=0.05,
+            "c", batch_size=2, spec=LoraSpec(rank=2, alpha=2, dropout=0.1), steps=10, seed=3, clip=0.05,
             kind="linear", peak=5e-3, warmup_steps=5, final_fraction=0.0,
         ),
     ]  # fmt: skip
@@ -134,7 +134,8 @@ def any_dispatch(batch: GlobalBatch, plan: Plan, seed: int, *, idle: Sequence[in
     return out
 
 
-def make_engine(plan: Plan, tasks: Sequence[Task], model: LlamaConfig = MODEL) -> Any:
+def make_engine(plan: Plan, tasks: Sequence[Task], model: LlamaConfig = MODEL, *, idle: Sequence[int] = ()) -> Any:
+    """Loaded and compiled, for the replicas in `idle` without programs for any micro-batch."""
     import jax.numpy as jnp
 
     from lobra_jax.engine import Engine
@@ -143,7 +144,8 @@ def make_engine(plan: Plan, tasks: Sequence[Task], model: LlamaConfig = MODEL) -
     engine = Engine(plan, model, [task.spec for task in tasks], dtype=jnp.float32, optimizers=kinds)
     engine.load(RandomWeights(model, seed=0))
     engine.init_adapters([task.seed for task in tasks])
-    shapes = [[(ROWS, bucket) for bucket in plan.buckets]] * plan.num_replicas
+    each = [(ROWS, bucket) for bucket in plan.buckets]
+    shapes = [[] if index in idle else each for index in range(plan.num_replicas)]
     for _ in engine.compile(shapes, [()] * plan.num_replicas, num_threads=2):
         pass
     return engine
@@ -174,7 +176,7 @@ def step_gradients(engine: Any, tasks: Sequence[Task], *, seed: int = 0) -> dict
 
     from lobra_jax.replica import ReplicaRun
 
-    adapters = init_adapters(MODEL, [task.spec for task in tasks], [task.seed for task in tasks])
+    adapters = init_adapters(engine.model, [task.spec for task in tasks], [task.seed for task in tasks])
     for index, task in enumerate(tasks):
         rng = np.random.default_rng(task.seed)
         for layer in adapters:

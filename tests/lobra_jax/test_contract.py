@@ -9,7 +9,7 @@ from lobra_jax import replica, stage
 from lobra_jax.lora import LoraSpec
 
 TOLERANCE = 1e-5
-NUM_STEPS = 20
+NUM_STEPS = 10
 CONSTANT = {"kind": "constant", "peak": 1e-3, "warmup_steps": 0, "final_fraction": 1.0}
 
 PLANS = {
@@ -18,25 +18,42 @@ PLANS = {
     "eight devices to a layer": [(8, 1, "attention")],
     "two stages": [(1, 2, "attention")],
     "tensor and pipeline, dots": [(2, 2, "dots")],
+    "heterogeneous": [(1, 1, "none"), (1, 1, "dots"), (2, 1, "full"), (1, 2, "dots")],
+}
+DEEP_PLANS = {
     "three stages of four layers, full": [(1, 3, "full")],
     "a stage a layer": [(1, 4, "dots")],
-    "heterogeneous": [(1, 1, "none"), (1, 1, "dots"), (2, 1, "full"), (1, 2, "dots")],
 }
 
 
-@pytest.fixture(scope="module")
-def reference(world):
-    """Gradients of the first step, adapters and losses after 20, on one device."""
+def trained_alone(world, model):
+    """Gradients of the first step, adapters and losses after all steps, on one device."""
     tasks = list(world.tasks.values())
-    engine = world.engine(world.plan((1, 1, "none")), tasks)
+    engine = world.engine(world.plan((1, 1, "none")), tasks, model)
     gradients = world.gradients(engine, tasks)
     engine.init_adapters([task.seed for task in tasks])
     adapters, losses = world.train(engine, tasks, NUM_STEPS)
     return gradients, adapters, losses
 
 
+@pytest.fixture(scope="module")
+def reference(world):
+    return trained_alone(world, world.model)
+
+
+@pytest.fixture(scope="module")
+def deep_model(world):
+    """Of layers enough for stages between the first and the last."""
+    return dataclasses.replace(world.model, num_layers=4)
+
+
+@pytest.fixture(scope="module")
+def deep_reference(world, deep_model):
+    return trained_alone(world, deep_model)
+
+
 def check_training(world, reference, engine, tasks):
-    """Gradients of the first step, adapters and losses after all are the reference's."""
+    """Gradients of the first step, adapters and losses after all are the reference's, whichever replica had what."""
     gradients, adapters, losses = reference
     found = world.gradients(engine, tasks, seed=7)
     for task in world.tasks:
@@ -46,6 +63,8 @@ def check_training(world, reference, engine, tasks):
     for task in world.tasks:
         assert world.difference(found_adapters[task], adapters[task]) < TOLERANCE
     np.testing.assert_allclose(found_losses, losses, rtol=1e-5)
+    for each in engine.replicas:
+        assert each._have_run == set(each.training_shapes), "what no step ran was not tested"
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -53,6 +72,13 @@ def test_any_plan_trains_the_same_adapters(world, reference, name):
     tasks = list(world.tasks.values())
     engine = world.engine(world.plan(*PLANS[name]), tasks)
     check_training(world, reference, engine, tasks)
+
+
+@pytest.mark.parametrize("name", DEEP_PLANS)
+def test_any_plan_trains_the_same_adapters_of_a_deeper_model(world, deep_model, deep_reference, name):
+    tasks = list(world.tasks.values())
+    engine = world.engine(world.plan(*DEEP_PLANS[name]), tasks, deep_model)
+    check_training(world, deep_reference, engine, tasks)
 
 
 def test_policies_by_length_train_the_same_adapters(world, reference, monkeypatch):
@@ -83,8 +109,8 @@ def test_a_vocabulary_that_does_not_divide_is_no_hindrance(world, tied, config):
 def test_other_buckets_and_an_idle_replica_train_the_same_adapters(world, reference):
     _, adapters, _ = reference
     tasks = list(world.tasks.values())
-    plan = world.plan((1, 1, "none"), (1, 1, "none"), buckets=(8, 15, world.max_length + 6))
-    found, _ = world.train(world.engine(plan, tasks), tasks, NUM_STEPS, seed=3, idle=(1,))
+    plan = world.plan((1, 1, "none"), (1, 1, "none"), buckets=(11, world.max_length + 6))
+    found, _ = world.train(world.engine(plan, tasks, idle=(1,)), tasks, NUM_STEPS, seed=3, idle=(1,))
     for task in world.tasks:
         assert world.difference(found[task], adapters[task]) < TOLERANCE
 
@@ -142,9 +168,9 @@ OPTIMIZERS = {
     "lion": {"beta2": 0.95},
 }
 FEW_STEPS = 6
-MAX_SHARE_OF_FLIPS = 2e-3
+MAX_SHARE_OF_FLIPS = 3e-3
 """These optimisers divide a gradient by its own size or take its sign: where it cancels to rounding noise, a step is
-noise too. That may be so of one of an adapter's 704 numbers."""
+noise too. That may be so of one of an adapter's 352 numbers."""
 
 
 def one_task_an_optimizer(world):

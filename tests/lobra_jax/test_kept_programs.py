@@ -289,7 +289,7 @@ def test_what_came_from_jaxs_cache_is_not_kept_of_a_cpu(world, keep):
 
 
 OTHER_PROCESS = """
-import sys
+import dataclasses, sys
 from pathlib import Path
 from lobra_jax.compilation import CompilationCount
 from lobra_jax.config import DevicesConfig
@@ -302,7 +302,8 @@ from lobra_jax.models.config import PRESETS
 from lobra_jax.replica import Replica
 from planner.plan import ParallelConfig
 submesh = make_submesh(ParallelConfig(tp=1, pp=2, remat="dots"), jax.devices())
-replica = Replica(index=0, model=PRESETS["tiny"], submesh=submesh, num_tasks=2, max_rank=4, targets=("q", "down"),
+model = dataclasses.replace(PRESETS["tiny"], num_layers=2)
+replica = Replica(index=0, model=model, submesh=submesh, num_tasks=2, max_rank=4, targets=("q", "down"),
                   dropout=False, dtype=jnp.float32)
 count = CompilationCount()
 for call in replica.compilations([(1, 8)], [(1, 8)])[:2]:
@@ -325,7 +326,7 @@ def test_another_process_finds_them(tmp_path):
 
 
 LATE = """
-import os, sys
+import dataclasses, os, sys
 from pathlib import Path
 early, flags = sys.argv[2] == "early", "--xla_disable_hlo_passes=fusion,cpu-instruction-fusion"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -341,7 +342,8 @@ from lobra_jax.models.config import PRESETS
 from lobra_jax.replica import Replica
 from planner.plan import ParallelConfig
 submesh = make_submesh(ParallelConfig(tp=1, pp=1, remat="dots"), jax.devices()[:1])
-replica = Replica(index=0, model=PRESETS["tiny"], submesh=submesh, num_tasks=1, max_rank=2, targets=("q",),
+model = dataclasses.replace(PRESETS["tiny"], num_layers=1)
+replica = Replica(index=0, model=model, submesh=submesh, num_tasks=1, max_rank=2, targets=("q",),
                   dropout=False, dtype=jnp.float32)
 replica.compilations([(1, 8)], [])[0]()
 print(replica.training_programs((1, 8))[0].fused.as_text().count("fusion("))

@@ -18,7 +18,7 @@ from planner.dispatch import MicroBatch
 from planner.packing import max_segments, max_tasks
 
 TOLERANCE = 1e-5
-NUM_STEPS = 20
+NUM_STEPS = 10
 PACKED_LENGTH = 60
 """Room for several sequences of the tests' tasks (at most 24 tokens), and not a multiple of anything."""
 

@@ -12,11 +12,11 @@ SMALL = [
     "--layers",
     "1",
     "--context-length",
-    "64",
+    "32",
     "--shorter",
     "64",
     "--max-tokens",
-    "256",
+    "64",
     "--batch-scale",
     "0.01",
 ]
@@ -36,6 +36,6 @@ def test_both_ways_run_the_same_tokens_and_packed_rows_pad_less(tmp_path):
 
 
 def test_lengths_over_a_micro_batch_are_refused_before_anything_is_measured():
-    arguments = [*SMALL, "--context-length", "512", "--max-tokens", "256"]
+    arguments = [*SMALL, "--context-length", "512"]
     with pytest.raises(UserError, match="--context-length: longer than a micro-batch"):
         main.main(arguments, standalone_mode=False)

@@ -31,7 +31,7 @@ def test_floor_flops_of_a_layer_by_hand():
 def test_step_reports_every_case(tmp_path):
     out = tmp_path / "step.json"
     result = bench(
-        *("step", "--model", "tiny", "--layers", 2, "--dtype", "float32", "--shapes", "2x32", "--remats", "none,full"),
+        *("step", "--model", "tiny", "--layers", 1, "--dtype", "float32", "--shapes", "2x32", "--remats", "none,full"),
         *("--tasks", 2, "--ranks", "2,4", "--targets", "q,down", "--steps", 3, "--micro-batches", 2, "--out", out),
         *("--trace", tmp_path / "traces"),
     )

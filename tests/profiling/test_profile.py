@@ -28,6 +28,8 @@ from profiling.table import partial_path
 
 LIMIT = 1_500_000
 SMALLER_LIMIT = 800_000
+NUM_DEVICES = 4
+"""More than the cores of small hosts, which simulated devices then share."""
 SHAPES = ("--lengths", "16,128", "--repeats", "1", "--max-tokens", "256")
 WHOLE = ParallelConfig(tp=1, pp=1, remat="none")
 OTHER_TABLE = Path(__file__).parents[2] / "configs" / "costs" / "llama2_7b_a100_40g.json"
@@ -38,10 +40,10 @@ WIDE = ParallelConfig(tp=2, pp=1, remat="none")
 def config_file(tmp_path_factory, tiny_config_json):
     folder = tmp_path_factory.mktemp("profile")
     (folder / "config.json").write_text(tiny_config_json)
-    task = {"files": "none.jsonl", "batch_size": 2, "steps": 1}
+    task = {"files": "none.jsonl", "batch_size": 2, "steps": 1, "targets": ["q", "down"]}
     content = {
         "model": {"path": ".", "dtype": "float32"},
-        "devices": {"simulated": 8, "memory_bytes": LIMIT},
+        "devices": {"simulated": 8, "num_devices": NUM_DEVICES, "memory_bytes": LIMIT},
         "planner": {"remats": ["none"]},
         "tasks": [{"name": "a", "rank": 2, **task}, {"name": "b", "rank": 4, **task}],
     }
@@ -83,6 +85,14 @@ def setup_of(config_file, limit=LIMIT):
     )
 
 
+def quick_setup(config_file, **changes):
+    """Where it is not capacities that matter: one layer, and little more than one micro-batch to compile."""
+    setup = setup_of(config_file)
+    model = dataclasses.replace(setup.model, num_layers=1)
+    quick = {"model": model, "cores": None, "lengths": (16, 32), "max_tokens": 32}
+    return dataclasses.replace(setup, **(quick | changes))
+
+
 def test_table_has_every_config_with_times_and_a_held_out_error(profiled, config_file):
     table, _, output = profiled
     assert {(c.config.tp, c.config.pp) for c in table.configs} == {(1, 1), (1, 2), (2, 1)}
@@ -98,7 +108,7 @@ def test_table_has_every_config_with_times_and_a_held_out_error(profiled, config
 
 
 def test_packed_micro_batches_are_measured_with_short_and_with_long_sequences(config_file):
-    setup = dataclasses.replace(setup_of(config_file), devices=jax.devices()[:1], cores=None, lengths=(16, 48))
+    setup = quick_setup(config_file, devices=jax.devices()[:1], lengths=(16, 48))
     cost = measure_packed(setup, WHOLE, 96)
     assert cost is not None and cost.capacity_tokens == 96
     shapes = [(point.rows, point.length) for point in cost.points]
@@ -113,7 +123,8 @@ def test_few_layers_foretell_the_capacity_of_many(config_file, monkeypatch):
     """The model itself is then compiled in one round."""
     base = setup_of(config_file)
     model = dataclasses.replace(base.model, num_layers=9)
-    setup = dataclasses.replace(base, model=model, cores=None, limit_bytes=2_500_000, lengths=(16,), max_tokens=256)
+    changes = {"limit_bytes": 2_500_000, "lengths": (16,), "max_tokens": 256}
+    setup = dataclasses.replace(base, model=model, cores=None, targets=("q",), **changes)
     rounds = []
     compile_shapes = Bench.compile
 
@@ -180,7 +191,7 @@ class Together:
 
 
 def test_configs_on_devices_of_their_own_are_timed_together(config_file, monkeypatch):
-    setup = dataclasses.replace(setup_of(config_file), cores=None)
+    setup = quick_setup(config_file)
     full = dataclasses.replace(WHOLE, remat="full")
     found = [search_capacity(setup, config, first_device=first) for config, first in ((WHOLE, 0), (WIDE, 1), (full, 3))]
     used = [device.id for searched in found for device in searched.bench.replicas[0].submesh.devices]
@@ -199,7 +210,7 @@ def test_configs_on_devices_of_their_own_are_timed_together(config_file, monkeyp
 
 
 def test_a_round_keeps_what_was_timed_though_others_fail_or_do_not_fit(config_file, monkeypatch):
-    setup = dataclasses.replace(setup_of(config_file), cores=None)
+    setup = quick_setup(config_file)
     full = dataclasses.replace(WHOLE, remat="full")
     dots = dataclasses.replace(WHOLE, remat="dots")
     first_devices = {dots: 0, WHOLE: 1, full: 2}
@@ -224,7 +235,7 @@ def test_a_round_keeps_what_was_timed_though_others_fail_or_do_not_fit(config_fi
 
 
 def test_a_round_of_packed_runs_has_both_costs_of_each_config(config_file):
-    setup = dataclasses.replace(setup_of(config_file), cores=None, packed=True, lengths=(16, 48))
+    setup = quick_setup(config_file, packed=True, lengths=(16, 48), max_tokens=96)
     configs = [WHOLE, dataclasses.replace(WHOLE, remat="full")]
     (placed,) = rounds_of(setup, configs)
     first_devices = dict(placed)
@@ -237,7 +248,7 @@ def test_a_round_of_packed_runs_has_both_costs_of_each_config(config_file):
 
 def test_table_says_how_it_was_measured(profiled):
     table, _, _ = profiled
-    assert table.hardware["platform"] == "cpu" and table.hardware["num_devices"] == 8
+    assert table.hardware["platform"] == "cpu" and table.hardware["num_devices"] == NUM_DEVICES
     assert table.hardware["memory_bytes"] == LIMIT
     assert set(table.hardware["host_sharing"]["by_devices"]) >= {"1", "2"}
     assert (table.provenance["num_tasks"], table.provenance["rank"]) == (2, 4)
@@ -304,7 +315,7 @@ def test_user_mistakes_are_one_line(config_file, tmp_path):
             (*good, "--set", "devices.memory_bytes=1KiB"),
             ["devices.memory_bytes", "and their state need"],
         ),
-        ((*good, "--set", "devices.simulated=3"), ["devices.simulated", "8 cpu devices"]),
+        ((*good, "--set", "devices.simulated=5"), ["devices.simulated", "8 cpu devices"]),
         ((*good, "--set", "devices.simulated=null", "--set", "devices.num_devices=9"), ["num_devices", "at most 8"]),
         ((*good, "--configs", "4x1"), ["--configs", "4x1", "1x1"]),
         ((*good, "--lengths", "20"), ["--lengths", "multiples of 16"]),

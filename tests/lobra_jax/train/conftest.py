@@ -146,7 +146,7 @@ def world(tmp_path_factory):
         )
         Plan(model="base", num_devices=8, replicas=groups, buckets=(64,)).save(folder / f"{name}.yaml")
     mixed = ParallelConfig(tp=1, pp=1, remat="none+full")
-    group = ReplicaGroup(count=2, config=mixed, capacity_tokens=128, smaller_capacities=(32,))
+    group = ReplicaGroup(count=2, config=mixed, capacity_tokens=64, smaller_capacities=(16,))
     Plan(model="base", num_devices=8, replicas=(group,), buckets=(16, 64)).save(folder / "mixed.yaml")
     return World(folder)
 
