@@ -83,15 +83,15 @@ def unlike_tasks() -> dict[str, Task]:
     """Unlike in rank, dropout, targets, scaling, lr, schedule, clipping, batch size and steps."""
     tasks = [
         make_task(
-            "a", batch_size=6, spec=LoraSpec(rank=4, alpha=8, dropout=0.2), steps=10, seed=1, clip=0.5,
+            "a", batch_size=6, spec=LoraSpec(rank=4, alpha=8, dropout=0.2), steps=20, seed=1, clip=0.5,
             kind="cosine", peak=3e-3, warmup_steps=3, final_fraction=0.1,
         ),
         make_task(
-            "b", batch_size=3, spec=LoraSpec(rank=8, alpha=16, rslora=True, targets=("q", "v", "down")), steps=6,
+            "b", batch_size=3, spec=LoraSpec(rank=8, alpha=16, rslora=True, targets=("q", "v", "down")), steps=12,
             seed=2, clip=math.inf, kind="constant", peak=1e-3, warmup_steps=0, final_fraction=1.0,
         ),
         make_task(
-            "c", batch_size=2, spec=LoraSpec(rank=2, alpha=2, dropout=0.1), steps=10, seed=3, clip=0.05,
+            "c", batch_size=2, spec=LoraSpec(rank=2, alpha=2, dropout=0.1), steps=20, seed=3, clip=0.05,
             kind="linear", peak=5e-3, warmup_steps=5, final_fraction=0.0,
         ),
     ]  # fmt: skip

@@ -9,7 +9,8 @@ from lobra_jax import replica, stage
 from lobra_jax.lora import LoraSpec
 
 TOLERANCE = 1e-5
-NUM_STEPS = 10
+NUM_STEPS = 20
+"""After so many any plan is to have trained the same adapters."""
 CONSTANT = {"kind": "constant", "peak": 1e-3, "warmup_steps": 0, "final_fraction": 1.0}
 
 PLANS = {
