@@ -1,8 +1,9 @@
 """SwiGLU between adapters: what gate's and up's add, the activation, and what goes into down's ranks, as one function.
 
 Adapters read and write the feed-forward's activations, a layer's largest, again and again. On a GPU the kernels of
-`adapted_swiglu_kernel` do all of that while a tile of them is at hand; elsewhere, and for ranks that have no tiles, it
-is plain JAX. Either way the backward keeps no more than what the function was given.
+`adapted_swiglu_kernel` do all of that while a tile of them is at hand; elsewhere it is plain JAX. Either way the
+backward keeps no more than what the function was given. That is worth it with the kernels alone (`has_kernels`): plain
+JAX makes what adapters add to gate and up once more in the backward.
 
 Shape letters as in `low_rank`; F feed-forward features.
 """
@@ -16,6 +17,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from lobra_jax.low_rank import NO_PIN, bounded, by_task, own_factors
+
+
+def has_kernels(num_features: int, ranks: int, dtype: jnp.dtype) -> bool:
+    """Whether GPUs have kernels for so many features, the ranks of a row's slots of so much in all, and the dtype."""
+    from lobra_jax.models.adapted_swiglu_kernel import has_tiles  # a quarter of a second, for what trains alone
+
+    return has_tiles(num_features, ranks, dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
@@ -36,8 +44,6 @@ def adapted_swiglu(
     """
     factors = (b_gate_TRF, b_up_TRF, a_down_TRF)
     given = (gate_BLF, up_BLF, h_gate_BLKR, h_up_BLKR, *_own(factors, task_ids_BK, gate_BLF.dtype))
-    if not _has_tiles(gate_BLF, h_gate_BLKR):
-        return _forward(*given)
     return jax.lax.platform_dependent(*given, cuda=_forward_by_kernel, default=_forward)
 
 
@@ -52,12 +58,8 @@ def _bwd(shared: bool, saved: tuple[Array, ...], cotangents: tuple[Array, Array]
         *(gate_BLF, up_BLF, h_gate_BLKR, h_up_BLKR, *_own(factors, task_ids_BK, gate_BLF.dtype)),
         *(d_act_BLF, d_h_down_BLKR.astype(gate_BLF.dtype)),  # zero in all slots but the token's own
     )
-    plain = functools.partial(_backward, shared=shared)
-    if _has_tiles(gate_BLF, h_gate_BLKR):
-        by_kernel = functools.partial(_backward_by_kernel, shared=shared)
-        *of_tokens, d_b_gate, d_b_up, d_a_down = jax.lax.platform_dependent(*given, cuda=by_kernel, default=plain)
-    else:
-        *of_tokens, d_b_gate, d_b_up, d_a_down = plain(*given)
+    by_kernel, plain = (functools.partial(each, shared=shared) for each in (_backward_by_kernel, _backward))
+    *of_tokens, d_b_gate, d_b_up, d_a_down = jax.lax.platform_dependent(*given, cuda=by_kernel, default=plain)
     num_tasks = factors[0].shape[0]
     of_tasks = (by_task(d, task_ids_BK, num_tasks, NO_PIN) for d in (d_b_gate, d_b_up, d_a_down))
     return *of_tokens, *of_tasks, None
@@ -120,12 +122,6 @@ def _backward(
         *(d_gate_BLF, d_up_BLF, of_h(d_gate_BLF, b_gate_BKRF), of_h(d_up_BLF, b_up_BKRF)),
         *(of_factors(h_gate_BLKR, d_gate_BLF), of_factors(h_up_BLKR, d_up_BLF), of_factors(d_h_down_BLKR, act_BLF)),
     )
-
-
-def _has_tiles(gate_BLF: Array, h_BLKR: Array) -> bool:
-    from lobra_jax.models.adapted_swiglu_kernel import has_tiles  # a quarter of a second, for what trains alone
-
-    return has_tiles(gate_BLF.shape[-1], h_BLKR.shape[2] * h_BLKR.shape[3], gate_BLF.dtype)
 
 
 def _forward_by_kernel(

@@ -34,7 +34,8 @@ LEAST_RANK = 16
 """What Triton multiplies at least."""
 
 MOST_RANK = 32
-"""In 64 the backward takes 176 KiB of shared memory, one program a multiprocessor, and is no quicker than XLA's."""
+"""Of a row's slots in all. In 64 the backward takes 176 KiB of shared memory, so that one program runs on a
+multiprocessor at a time, and is no quicker than XLA's."""
 
 CAPABILITIES = ("8.0", "9.0", "10.0", "10.3")
 """Of GPUs with shared memory for the backward's 98 KiB, 116 for ranks over 16."""
@@ -46,13 +47,18 @@ PROGRAMS = 1024
 """So many keep a large GPU busy: where tiles and rows are fewer, programs share a row's tokens in the backward."""
 
 
-def has_tiles(num_features: int, rank: int, dtype: jnp.dtype) -> bool:
-    """Whether there are kernels for so many features, ranks of a row's slots of so much in all, and the dtype.
+def has_tiles(num_features: int, ranks: int, dtype: jnp.dtype) -> bool:
+    """Whether there are kernels for so many features, the ranks of a row's slots of so much in all, and the dtype.
 
     What is traced where there is no GPU is taken to be for a large one.
     """
-    is_large = getattr(jax.devices()[0], "compute_capability", CAPABILITIES[0]) in CAPABILITIES
-    return is_large and dtype == jnp.bfloat16 and rank <= MOST_RANK and num_features % FEATURES == 0
+    capabilities = {getattr(device, "compute_capability", CAPABILITIES[0]) for device in jax.devices()}
+    return (
+        capabilities <= set(CAPABILITIES)
+        and dtype == jnp.bfloat16
+        and ranks <= MOST_RANK
+        and num_features % FEATURES == 0
+    )
 
 
 def forward(

@@ -31,7 +31,7 @@ from lobra_jax.lora import (
     scaled_values,
 )
 from lobra_jax.low_rank import Pin, Pins, out_of_ranks
-from lobra_jax.models.adapted_swiglu import adapted_swiglu
+from lobra_jax.models.adapted_swiglu import adapted_swiglu, has_kernels
 from lobra_jax.models.attention import attention, packed_attention
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.quantized import SCALE, block_dim, dequantized, frozen_product, stored
@@ -192,7 +192,7 @@ class Layer(nnx.Module):
 
     def _feed_forward(self, x_BLD: Array, adapters: Mapping, rows: Rows | None, index: Array, shard: Shard) -> Array:
         h_BLD = rms_norm(x_BLD, self.mlp_norm[...], self.config.rms_norm_eps)
-        if rows is not None and _is_plain(adapters, rows) and shard.num_devices == 1:
+        if rows is not None and shard.num_devices == 1 and _has_kernels(adapters, rows, h_BLD.dtype):
             return self._adapted_feed_forward(h_BLD, x_BLD, adapters, rows)
         gate, up = self.linears(h_BLD, ("gate", "up"), adapters, rows, index, shard)
         gate = checkpoint_name(shard(gate, "batch", "position", "mlp"), "gate")
@@ -305,10 +305,13 @@ def abstract_stage(config: LlamaConfig, layers: range, dtype: Any, quantization:
     )
 
 
-def _is_plain(adapters: Mapping, rows: Rows) -> bool:
-    """Whether the feed-forward's linears are all adapted, by low-rank products alone."""
+def _has_kernels(adapters: Mapping, rows: Rows, dtype: jnp.dtype) -> bool:
+    """Whether the feed-forward's linears are all adapted, by low-rank products alone, for which a GPU has kernels."""
     is_added = rows.dropout_keys is None and rows.tasks.magnitudes is None
-    return is_added and {"gate", "up", "down"} <= adapters.keys()
+    if not is_added or not {"gate", "up", "down"} <= adapters.keys():
+        return False
+    _, rank, num_features = adapters["gate"]["b"].shape
+    return has_kernels(num_features, rows.rank_slots.task_ids.shape[1] * rank, dtype)
 
 
 def _pins(target: str, rows: Rows, shard: Shard) -> Pins:

@@ -19,6 +19,7 @@ SHAPES = {
     "whole blocks": (2, 64, 128, 1, 16),
     "a block begun, a low rank": (1, 200, 192, 1, 4),
     "shorter than a block": (3, 24, 64, 1, 16),
+    "more tiles than parts": (1, 64, 640, 1, 16),
     "slots": (2, 130, 128, 3, 16),
     "a rank that is no power of two": (1, 70, 64, 1, 40),
 }

@@ -3,6 +3,7 @@
 JAX_PLATFORMS=cuda python -m pytest -m gpu tests/lobra_jax/test_gpu.py
 """
 
+import functools
 import operator
 
 import jax
@@ -261,30 +262,53 @@ def test_packed_rows_agree_with_padded_ones(reference, shape, dtype, loss_error,
 
 @pytest.mark.parametrize(("length", "rank"), [(256, 16), (200, 8), (130, 32)])
 @pytest.mark.parametrize("slots", [1, 3])
-def test_the_kernels_of_swiglu_agree_with_plain_jax(length, rank, slots):
-    """In bf16, with what is added by adapters, against fp32."""
-    import functools
-
+def test_the_kernels_of_swiglu_agree_with_plain_jax(length, rank, slots, monkeypatch):
+    """In bf16, with what is added by adapters, against fp32; each program goes over several tiles and blocks."""
     from lobra_jax.models import adapted_swiglu as swiglu
-    from lobra_jax.models.adapted_swiglu_kernel import CAPABILITIES, MOST_RANK
+    from lobra_jax.models import adapted_swiglu_kernel as kernel
 
-    if jax.devices()[0].compute_capability not in CAPABILITIES:
+    if jax.devices()[0].compute_capability not in kernel.CAPABILITIES:
         pytest.skip("no kernels for this GPU")
-    rank = min(rank, MOST_RANK // slots)
+    monkeypatch.setattr(kernel, "PROGRAMS", 1)
+    rank = min(rank, kernel.MOST_RANK // slots)
 
     def normal(seed, *shape):
         return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
 
-    wide, values, factors = (2, length, 512), (2, length, slots, rank), (2, slots, rank, 512)
+    wide, values, factors = (2, length, 640), (2, length, slots, rank), (2, slots, rank, 640)
     arrays = [normal(i, *shape) for i, shape in enumerate([wide] * 2 + [values] * 2 + [factors] * 3 + [wide, values])]
     exact = [x.astype(jnp.float32) for x in arrays]
-    backwards = (functools.partial(f, shared=False) for f in (swiglu._backward_by_kernel, swiglu._backward))
+    backwards = (functools.partial(f, shared=slots > 1) for f in (swiglu._backward_by_kernel, swiglu._backward))
     for by_kernel, plain, count in ((swiglu._forward_by_kernel, swiglu._forward, 7), (*backwards, 9)):
         program = jax.jit(by_kernel).lower(*arrays[:count]).compile()
         assert "triton" in program.as_text()
         for found, expected in zip(program(*arrays[:count]), jax.jit(plain)(*exact[:count]), strict=True):
             error = jnp.linalg.norm((found.astype(jnp.float32) - expected).ravel()) / jnp.linalg.norm(expected.ravel())
             assert error < 8e-3
+
+
+def test_what_is_not_finite_stays_in_its_slot_in_the_kernels_of_swiglu():
+    from lobra_jax.models import adapted_swiglu as swiglu
+    from lobra_jax.models.adapted_swiglu_kernel import CAPABILITIES
+
+    if jax.devices()[0].compute_capability not in CAPABILITIES:
+        pytest.skip("no kernels for this GPU")
+
+    def normal(seed, *shape):
+        return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+    own = jnp.arange(128)[None, :, None, None] // 64 == jnp.arange(2)[None, None, :, None]
+    wide, values, factors = (1, 128, 640), (1, 128, 2, 16), (1, 2, 16, 640)
+    arrays = [normal(i, *shape) for i, shape in enumerate([wide] * 2 + [values] * 2 + [factors] * 3 + [wide, values])]
+    for at in (2, 3, 8):
+        arrays[at] = jnp.where(own, arrays[at], 0)
+    backward = jax.jit(functools.partial(swiglu._backward_by_kernel, shared=True))
+    expected = backward(*arrays)
+    arrays[7] = arrays[7].at[0, 5].set(jnp.inf)
+    found = backward(*arrays)
+    assert not np.isfinite(np.asarray(found[2][0, 5], np.float32)).all()
+    for ours, theirs in zip(found[4:], expected[4:], strict=True):
+        np.testing.assert_array_equal(ours[0, 1], theirs[0, 1])
 
 
 @pytest.mark.parametrize("kv_heads", [8, 2])

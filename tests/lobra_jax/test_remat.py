@@ -16,6 +16,7 @@ from lobra_jax.lora import TaskInputs
 from lobra_jax.mesh import make_submesh
 from lobra_jax.models import attention, llama
 from lobra_jax.models import remat as remat_module
+from lobra_jax.models.config import TARGETS as ALL_TARGETS
 from lobra_jax.models.config import LlamaConfig
 from lobra_jax.models.weights import RandomWeights
 from lobra_jax.stage import BatchInputs, Residuals, StageFunctions, StageLayout, stage_layout
@@ -37,7 +38,9 @@ ROWS, LENGTH = 2, 128
 RANK, TARGETS = 4, ("q", "o", "up")
 
 
-def layout_of(remat: str, layers: range, dtype, *, model: LlamaConfig = MODEL, tp: int = 1) -> StageLayout:
+def layout_of(
+    remat: str, layers: range, dtype, *, model: LlamaConfig = MODEL, tp: int = 1, targets: tuple[str, ...] = TARGETS
+) -> StageLayout:
     submesh = make_submesh(ParallelConfig(tp=tp, pp=1, remat=remat), jax.devices()[:tp])
     functions = StageFunctions(
         abstract=llama.abstract_stage(model, layers, dtype),
@@ -47,7 +50,7 @@ def layout_of(remat: str, layers: range, dtype, *, model: LlamaConfig = MODEL, t
         dora=False,
         num_tasks=2,
     )
-    return stage_layout(functions, RANK, TARGETS)
+    return stage_layout(functions, RANK, targets)
 
 
 def arguments(layout: StageLayout) -> tuple:
@@ -71,8 +74,8 @@ def arguments(layout: StageLayout) -> tuple:
     return params, adapters, tasks, batch.tokens, batch
 
 
-def gradients(remat: str):
-    layout = layout_of(remat, range(MODEL.num_layers), jnp.float32)
+def gradients(remat: str, targets: tuple[str, ...] = TARGETS):
+    layout = layout_of(remat, range(MODEL.num_layers), jnp.float32, targets=targets)
     given = arguments(layout)
     zeros = jax.tree.map(jnp.zeros_like, given[1])
     return jax.jit(layout.functions.fused)(zeros, *given)
@@ -92,12 +95,40 @@ def test_no_policy_changes_a_loss_or_a_gradient(world, unremat, monkeypatch, rem
     assert world.difference(found, unremat[0]) < 1e-5
 
 
-def kept_bytes(remat: str, dtype) -> float:
-    """For a token and layer: what a first stage's forward hands to its backward."""
-    layout = layout_of(remat, range(LAYERS), dtype)
+@pytest.fixture(scope="module")
+def all_adapted():
+    return gradients("none", ALL_TARGETS)
+
+
+@pytest.mark.parametrize("remat", REMATS)
+def test_the_form_for_a_gpus_kernels_changes_no_loss_and_no_gradient(world, all_adapted, monkeypatch, remat):
+    """What adapters do between gate, up and down as one function, here of plain JAX; in chunks too."""
+    monkeypatch.setattr(remat_module, "MLP_CHUNK_TOKENS", ROWS * LENGTH // 4)
+    monkeypatch.setattr(llama, "has_kernels", lambda *_: True)
+    found, _, losses = gradients(remat, ALL_TARGETS)
+    np.testing.assert_allclose(losses, all_adapted[2], rtol=1e-5)
+    assert world.difference(found, all_adapted[0]) < 1e-5
+
+
+def test_only_plain_low_rank_adapters_of_all_three_linears_have_kernels(monkeypatch):
+    asked = []
+    monkeypatch.setattr(llama, "has_kernels", lambda *given: asked.append(given) is None)
+    for targets in (ALL_TARGETS, ("q", "gate", "up")):
+        kept_by(layout_of("none", range(1), jnp.float32, targets=targets))
+    assert asked == [(MODEL.intermediate_size, RANK, jnp.float32)]
+
+
+def kept_by(layout: StageLayout) -> list[jax.ShapeDtypeStruct]:
+    """What a first stage's forward hands to its backward."""
     batch = layout.batch(ROWS, LENGTH)
     forward = functools.partial(layout.functions.forward, Residuals())
     _, kept, _ = jax.eval_shape(forward, layout.params, layout.adapters, layout.tasks, batch.tokens, batch)
+    return kept
+
+
+def kept_bytes(remat: str, dtype) -> float:
+    """For a token and layer."""
+    kept = kept_by(layout_of(remat, range(LAYERS), dtype))
     of_tokens = [leaf for leaf in kept if leaf.size >= ROWS * LENGTH and leaf.shape[0] == ROWS]
     return sum(leaf.size * leaf.dtype.itemsize for leaf in of_tokens) / (ROWS * LENGTH * LAYERS)
 
