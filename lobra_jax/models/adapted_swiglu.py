@@ -11,6 +11,8 @@ Shape letters as in `low_rank`; F feed-forward features.
 from __future__ import annotations
 
 import functools
+import importlib
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +23,12 @@ from lobra_jax.low_rank import NO_PIN, bounded, by_task, own_factors
 
 def has_kernels(num_features: int, ranks: int, dtype: jnp.dtype) -> bool:
     """Whether GPUs have kernels for so many features, the ranks of a row's slots of so much in all, and the dtype."""
-    from lobra_jax.models.adapted_swiglu_kernel import has_tiles  # a quarter of a second, for what trains alone
+    return _kernels().has_tiles(num_features, ranks, dtype)
 
-    return has_tiles(num_features, ranks, dtype)
+
+def _kernels() -> ModuleType:
+    """Imported late: Pallas takes a quarter of a second, of what trains alone."""
+    return importlib.import_module("lobra_jax.models.adapted_swiglu_kernel")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
@@ -44,7 +49,7 @@ def adapted_swiglu(
     """
     factors = (b_gate_TRF, b_up_TRF, a_down_TRF)
     given = (gate_BLF, up_BLF, h_gate_BLKR, h_up_BLKR, *_own(factors, task_ids_BK, gate_BLF.dtype))
-    return jax.lax.platform_dependent(*given, cuda=_forward_by_kernel, default=_forward)
+    return jax.lax.platform_dependent(*given, cuda=_kernels().forward, default=_forward)
 
 
 def _fwd(*given: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
@@ -58,7 +63,7 @@ def _bwd(shared: bool, saved: tuple[Array, ...], cotangents: tuple[Array, Array]
         *(gate_BLF, up_BLF, h_gate_BLKR, h_up_BLKR, *_own(factors, task_ids_BK, gate_BLF.dtype)),
         *(d_act_BLF, d_h_down_BLKR.astype(gate_BLF.dtype)),  # zero in all slots but the token's own
     )
-    by_kernel, plain = (functools.partial(each, shared=shared) for each in (_backward_by_kernel, _backward))
+    by_kernel, plain = (functools.partial(each, shared=shared) for each in (_kernels().backward, _backward))
     *of_tokens, d_b_gate, d_b_up, d_a_down = jax.lax.platform_dependent(*given, cuda=by_kernel, default=plain)
     num_tasks = factors[0].shape[0]
     of_tasks = (by_task(d, task_ids_BK, num_tasks, NO_PIN) for d in (d_b_gate, d_b_up, d_a_down))
@@ -122,54 +127,3 @@ def _backward(
         *(d_gate_BLF, d_up_BLF, of_h(d_gate_BLF, b_gate_BKRF), of_h(d_up_BLF, b_up_BKRF)),
         *(of_factors(h_gate_BLKR, d_gate_BLF), of_factors(h_up_BLKR, d_up_BLF), of_factors(d_h_down_BLKR, act_BLF)),
     )
-
-
-def _forward_by_kernel(
-    gate_BLF: Array,
-    up_BLF: Array,
-    h_gate_BLKR: Array,
-    h_up_BLKR: Array,
-    *factors_BKRF: Array,
-    interpret: bool = False,
-) -> tuple[Array, Array]:
-    from lobra_jax.models.adapted_swiglu_kernel import forward
-
-    h_gate, h_up = map(_slots_last, (h_gate_BLKR, h_up_BLKR))
-    factors = map(_slots_first, factors_BKRF)
-    act_BLF, h_down = forward(gate_BLF, up_BLF, h_gate, h_up, *factors, interpret=interpret)
-    return act_BLF, h_down.reshape(h_gate_BLKR.shape)
-
-
-def _backward_by_kernel(
-    gate_BLF: Array,
-    up_BLF: Array,
-    h_gate_BLKR: Array,
-    h_up_BLKR: Array,
-    b_gate_BKRF: Array,
-    b_up_BKRF: Array,
-    a_down_BKRF: Array,
-    d_act_BLF: Array,
-    d_h_down_BLKR: Array,
-    *,
-    shared: bool,
-    interpret: bool = False,
-) -> tuple[Array, ...]:
-    from lobra_jax.models.adapted_swiglu_kernel import backward
-
-    h_gate, h_up, d_h_down = map(_slots_last, (h_gate_BLKR, h_up_BLKR, d_h_down_BLKR))
-    factors = map(_slots_first, (b_gate_BKRF, b_up_BKRF, a_down_BKRF))
-    grads = backward(gate_BLF, up_BLF, h_gate, h_up, *factors, d_act_BLF, d_h_down, shared=shared, interpret=interpret)
-    d_gate_BLF, d_up_BLF, *of_h, d_b_gate, d_b_up, d_a_down = grads
-    of_h = (d.reshape(h_gate_BLKR.shape) for d in of_h)
-    of_factors = (d.reshape(b_gate_BKRF.shape) for d in (d_b_gate, d_b_up, d_a_down))
-    return d_gate_BLF, d_up_BLF, *of_h, *of_factors
-
-
-def _slots_last(h_BLKR: Array) -> Array:
-    """[B, L, K R]."""
-    return h_BLKR.reshape(*h_BLKR.shape[:2], -1)
-
-
-def _slots_first(factors_BKRF: Array) -> Array:
-    """[B, K R, F]."""
-    return factors_BKRF.reshape(factors_BKRF.shape[0], -1, factors_BKRF.shape[-1])

@@ -15,6 +15,7 @@ Shape letters as in `lora`; R the ranks of a row's slots side by side, padded to
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -64,17 +65,14 @@ def has_tiles(num_features: int, ranks: int, dtype: jnp.dtype) -> bool:
 def forward(
     gate_BLF: Array,
     up_BLF: Array,
-    h_gate_BLR: Array,
-    h_up_BLR: Array,
-    b_gate_BRF: Array,
-    b_up_BRF: Array,
-    a_down_BRF: Array,
-    *,
+    h_gate_BLKR: Array,
+    h_up_BLKR: Array,
+    *factors_BKRF: Array,
     interpret: bool = False,
 ) -> tuple[Array, Array]:
-    """(the activation [B, L, F], what goes into down's ranks [B, L, R] in fp32)."""
+    """`adapted_swiglu` of each row's factors: b of gate, b of up, a of down."""
     rows, length, num_features = gate_BLF.shape
-    rank = h_gate_BLR.shape[-1]
+    ranks = math.prod(h_gate_BLKR.shape[2:])
     num_tiles = num_features // FEATURES
     parts = min(FORWARD_PARTS, num_tiles)
     act_BLF, h_down_PBLR = pl.pallas_call(
@@ -82,37 +80,39 @@ def forward(
         grid=(pl.cdiv(length, TOKENS), parts, rows),
         out_shape=(
             jax.ShapeDtypeStruct(gate_BLF.shape, gate_BLF.dtype),
-            jax.ShapeDtypeStruct((parts, rows, length, _padded(rank)), jnp.float32),
+            jax.ShapeDtypeStruct((parts, rows, length, _padded(ranks)), jnp.float32),
         ),
         compiler_params=COMPILER,
         interpret=interpret,
         name="adapted_swiglu",
-    )(gate_BLF, up_BLF, *_pad((h_gate_BLR, h_up_BLR), 2), *_pad((b_gate_BRF, b_up_BRF, a_down_BRF), 1))
-    return act_BLF, h_down_PBLR.sum(axis=0)[..., :rank]
+    )(gate_BLF, up_BLF, *map(_slots_last, (h_gate_BLKR, h_up_BLKR)), *map(_slots_first, factors_BKRF))
+    return act_BLF, h_down_PBLR.sum(axis=0)[..., :ranks].reshape(h_gate_BLKR.shape)
 
 
 def backward(
     gate_BLF: Array,
     up_BLF: Array,
-    h_gate_BLR: Array,
-    h_up_BLR: Array,
-    b_gate_BRF: Array,
-    b_up_BRF: Array,
-    a_down_BRF: Array,
+    h_gate_BLKR: Array,
+    h_up_BLKR: Array,
+    b_gate_BKRF: Array,
+    b_up_BKRF: Array,
+    a_down_BKRF: Array,
     d_act_BLF: Array,
-    d_h_down_BLR: Array,
+    d_h_down_BLKR: Array,
     *,
     shared: bool,
     interpret: bool = False,
 ) -> tuple[Array, ...]:
-    """Gradients of gate, up [B, L, F], of h_gate, h_up [B, L, R], and of b_gate, b_up, a_down [B, R, F] in fp32."""
+    """Gradients of the first four, and of each row's factors in fp32."""
     rows, length, num_features = gate_BLF.shape
-    rank, dtype = h_gate_BLR.shape[-1], gate_BLF.dtype
+    ranks, dtype = math.prod(h_gate_BLKR.shape[2:]), gate_BLF.dtype
     num_tiles, num_blocks = num_features // FEATURES, pl.cdiv(length, TOKENS)
     parts = max(1, min(num_blocks, PROGRAMS // (num_tiles * rows)))
     # As many parts as tiles: rounded, they take half the room, and their sum is off by no more than one rounding.
-    d_h = jax.ShapeDtypeStruct((num_tiles, rows, length, _padded(rank)), dtype)
-    d_factor = jax.ShapeDtypeStruct((parts, rows, _padded(rank), num_features), jnp.float32)
+    d_h = jax.ShapeDtypeStruct((num_tiles, rows, length, _padded(ranks)), dtype)
+    d_factor = jax.ShapeDtypeStruct((parts, rows, _padded(ranks), num_features), jnp.float32)
+    h_gate, h_up, d_h_down = map(_slots_last, (h_gate_BLKR, h_up_BLKR, d_h_down_BLKR))
+    factors = map(_slots_first, (b_gate_BKRF, b_up_BKRF, a_down_BKRF))
     d_gate, d_up, *d_hs, d_b_gate, d_b_up, d_a_down = pl.pallas_call(
         functools.partial(
             _backward_kernel, blocks=pl.cdiv(num_blocks, parts), num_blocks=num_blocks, finite=_finite(shared)
@@ -122,12 +122,13 @@ def backward(
         compiler_params=COMPILER,
         interpret=interpret,
         name="adapted_swiglu_backward",
-    )(
-        *(gate_BLF, up_BLF, *_pad((h_gate_BLR, h_up_BLR), 2), *_pad((b_gate_BRF, b_up_BRF, a_down_BRF), 1)),
-        *(d_act_BLF, *_pad((d_h_down_BLR,), 2)),
+    )(gate_BLF, up_BLF, h_gate, h_up, *factors, d_act_BLF, d_h_down)
+    d_hs = (jnp.sum(d_PBLR, axis=0, dtype=jnp.float32)[..., :ranks].astype(dtype) for d_PBLR in d_hs)
+    d_factors = (d_PBRF.sum(axis=0)[:, :ranks] for d_PBRF in (d_b_gate, d_b_up, d_a_down))
+    return (
+        *(d_gate, d_up, *(d_BLR.reshape(h_gate_BLKR.shape) for d_BLR in d_hs)),
+        *(d_BRF.reshape(b_gate_BKRF.shape) for d_BRF in d_factors),
     )
-    d_hs = [jnp.sum(d_PBLR, axis=0, dtype=jnp.float32)[..., :rank].astype(dtype) for d_PBLR in d_hs]
-    return d_gate, d_up, *d_hs, *(d_PBRF.sum(axis=0)[:, :rank] for d_PBRF in (d_b_gate, d_b_up, d_a_down))
 
 
 def _forward_kernel(
@@ -243,14 +244,17 @@ def _store(ref: Any, at: tuple, x: Array, exist: Array | None) -> None:
     triton.store(ref.at[at], x, mask=None if exist is None else jnp.broadcast_to(exist, x.shape))
 
 
-def _padded(rank: int) -> int:
-    return max(LEAST_RANK, pl.next_power_of_2(rank))
+def _padded(ranks: int) -> int:
+    return max(LEAST_RANK, pl.next_power_of_2(ranks))
 
 
-def _pad(arrays: tuple[Array, ...], axis: int) -> list[Array]:
-    """With zeros for ranks that there are not."""
-    padding = [_padded(x.shape[axis]) - x.shape[axis] for x in arrays]
-    return [
-        jnp.pad(x, [(0, more if at == axis else 0) for at in range(x.ndim)]) if more else x
-        for x, more in zip(arrays, padding, strict=True)
-    ]
+def _slots_last(h_BLKR: Array) -> Array:
+    """[B, L, R], padded with zeros."""
+    h_BLR = h_BLKR.reshape(*h_BLKR.shape[:2], -1)
+    return jnp.pad(h_BLR, ((0, 0), (0, 0), (0, _padded(h_BLR.shape[2]) - h_BLR.shape[2])))
+
+
+def _slots_first(factor_BKRF: Array) -> Array:
+    """[B, R, F], padded with zeros."""
+    factor_BRF = factor_BKRF.reshape(factor_BKRF.shape[0], -1, factor_BKRF.shape[-1])
+    return jnp.pad(factor_BRF, ((0, 0), (0, _padded(factor_BRF.shape[1]) - factor_BRF.shape[1]), (0, 0)))

@@ -73,8 +73,8 @@ def distance(found, expected):
 @pytest.fixture
 def by_kernel(monkeypatch):
     """The kernels, interpreted, in place of plain JAX."""
-    monkeypatch.setattr(module, "_forward", functools.partial(module._forward_by_kernel, interpret=True))
-    monkeypatch.setattr(module, "_backward", functools.partial(module._backward_by_kernel, interpret=True))
+    monkeypatch.setattr(module, "_forward", functools.partial(kernel.forward, interpret=True))
+    monkeypatch.setattr(module, "_backward", functools.partial(kernel.backward, interpret=True))
 
 
 @pytest.mark.parametrize("shape", [SHAPES["whole blocks"], SHAPES["slots"]], ids=["one slot", "slots"])

@@ -278,8 +278,8 @@ def test_the_kernels_of_swiglu_agree_with_plain_jax(length, rank, slots, monkeyp
     wide, values, factors = (2, length, 640), (2, length, slots, rank), (2, slots, rank, 640)
     arrays = [normal(i, *shape) for i, shape in enumerate([wide] * 2 + [values] * 2 + [factors] * 3 + [wide, values])]
     exact = [x.astype(jnp.float32) for x in arrays]
-    backwards = (functools.partial(f, shared=slots > 1) for f in (swiglu._backward_by_kernel, swiglu._backward))
-    for by_kernel, plain, count in ((swiglu._forward_by_kernel, swiglu._forward, 7), (*backwards, 9)):
+    backwards = (functools.partial(f, shared=slots > 1) for f in (kernel.backward, swiglu._backward))
+    for by_kernel, plain, count in ((kernel.forward, swiglu._forward, 7), (*backwards, 9)):
         program = jax.jit(by_kernel).lower(*arrays[:count]).compile()
         assert "triton" in program.as_text()
         for found, expected in zip(program(*arrays[:count]), jax.jit(plain)(*exact[:count]), strict=True):
@@ -288,10 +288,9 @@ def test_the_kernels_of_swiglu_agree_with_plain_jax(length, rank, slots, monkeyp
 
 
 def test_what_is_not_finite_stays_in_its_slot_in_the_kernels_of_swiglu():
-    from lobra_jax.models import adapted_swiglu as swiglu
-    from lobra_jax.models.adapted_swiglu_kernel import CAPABILITIES
+    from lobra_jax.models import adapted_swiglu_kernel as kernel
 
-    if jax.devices()[0].compute_capability not in CAPABILITIES:
+    if jax.devices()[0].compute_capability not in kernel.CAPABILITIES:
         pytest.skip("no kernels for this GPU")
 
     def normal(seed, *shape):
@@ -302,7 +301,7 @@ def test_what_is_not_finite_stays_in_its_slot_in_the_kernels_of_swiglu():
     arrays = [normal(i, *shape) for i, shape in enumerate([wide] * 2 + [values] * 2 + [factors] * 3 + [wide, values])]
     for at in (2, 3, 8):
         arrays[at] = jnp.where(own, arrays[at], 0)
-    backward = jax.jit(functools.partial(swiglu._backward_by_kernel, shared=True))
+    backward = jax.jit(functools.partial(kernel.backward, shared=True))
     expected = backward(*arrays)
     arrays[7] = arrays[7].at[0, 5].set(jnp.inf)
     found = backward(*arrays)
