@@ -91,9 +91,9 @@ def after_start() -> Iterator[None]:
         yield
         return
     _is_after_start = True
-    gc.collect(1)  # what is young: within `at_start` nothing grew old, other starts look through all before
-    gc.freeze()
     try:
+        gc.collect(1)  # what is young: within `at_start` nothing grew old, other starts look through all before
+        gc.freeze()
         yield
     finally:
         _is_after_start = False
